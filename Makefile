@@ -1,0 +1,61 @@
+# `make demo` and `make test` each take a fresh clone to the result. PYTHON=python3.12 picks another interpreter.
+
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test install format lint types pytest clean
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help:  ## this list
+	@awk -F ':|## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$NF }' Makefile
+
+demo: $(STAMP)  ## train a small ternary model, pack it, generate with it
+	@$(BIN)/python -m bitnet.train.demo
+
+test: $(STAMP) lint types pytest  ## formatting, lint, types and every test
+
+install: $(STAMP)  ## virtual environment .venv with the project in it (editable)
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --quiet --fix-only
+	@$(BIN)/ruff format --quiet
+
+lint: $(STAMP)  ## check format and lint, change nothing
+	@echo "checking format and lint"
+	@$(BIN)/ruff format --check --quiet --output-format concise || { echo "make format mends this"; exit 1; }
+	@$(BIN)/ruff check --quiet --output-format concise
+
+# In the checkout kernels/ and train/ lie beside bitnet/; installed they lie inside it. Links in build/types give mypy the
+# installed shape, and sed turns the paths in its messages back into those of the checkout.
+types: $(STAMP)  ## check types
+	@echo "checking types"
+	@rm -rf build/types && mkdir -p build/types/bitnet
+	@cd build/types/bitnet && ln -s ../../../bitnet/* ../../../kernels ../../../train .
+	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+	  --no-error-summary -p bitnet | sed -E 's,^bitnet/(kernels|train)/,\1/,'
+
+pytest: $(STAMP)
+	@echo "running the tests"
+	@$(BIN)/pytest --quiet
+
+# Made again when a dependency or a pin changes; a change of source needs nothing, the install is editable.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null \
+	  || { echo "error: no '$(PYTHON)' found; bitnet needs Python 3.11 or newer (make PYTHON=/path/to/python ...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: bitnet needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "error: $(PYTHON) lacks the venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into .venv (first time: a minute or two, longer if pip has to fetch a CUDA build of torch)"
+	@$(PYTHON) -m venv .venv
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:  ## remove .venv, caches and build output
+	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find bitnet kernels train tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

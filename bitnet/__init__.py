@@ -1,0 +1,41 @@
+"""BitNet b1.58: ternary language models, from text to a packed model that runs.
+
+import bitnet
+model = bitnet.load("model.safetensors")            # an engine: token ids in, token ids out
+ids = model.generate(model.tokenizer.encode("def main("), 50)
+print(model.tokenizer.decode(ids))
+
+bitnet.convert(any_torch_model)                     # nn.Linear -> BitLinear, in place
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bitnet.config import PRESETS, ModelConfig
+    from bitnet.convert import convert
+    from bitnet.errors import BitNetError
+    from bitnet.layers import BitLinear
+    from bitnet.model import Transformer
+    from bitnet.packed import load
+
+__all__ = ["PRESETS", "BitLinear", "BitNetError", "ModelConfig", "Transformer", "convert", "load"]
+
+# Loaded on first use: `bitnet --help` must not wait for torch, and kernels can import their own package first.
+_HOMES = {
+    "PRESETS": "config",
+    "ModelConfig": "config",
+    "convert": "convert",
+    "BitNetError": "errors",
+    "BitLinear": "layers",
+    "Transformer": "model",
+    "load": "packed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bitnet' has no attribute '{name}'")
+    return getattr(import_module(f"bitnet.{_HOMES[name]}"), name)

@@ -1,0 +1,158 @@
+"""Saves: folders of safetensors and JSON that are either whole or not there.
+
+    saves/step-00000400/   model.safetensors, optimizer.safetensors, ..., state.json, manifest.json
+
+A save is written into `step-N.tmp`, every file is synced, the manifest (sizes and sha256) last, then the folder
+is renamed and its parent synced. A kill at any moment leaves the saves before it. Loading verifies the manifest;
+a damaged newest save is passed over, with a warning, for the one before. Nothing is ever pickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from bitnet.errors import BitNetError
+
+FORMAT, VERSION = "bitnet-save", 1
+_NAME = re.compile(r"step-(\d{8,})")
+_log = logging.getLogger("bitnet")
+
+
+@dataclass(frozen=True)
+class Save:
+    """A verified save on disk."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group ("model", "optimizer"), on the CPU."""
+        return safetensors.torch.load_file(self.path / f"{group}.safetensors")
+
+
+def write_save(
+    saves: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write a save and drop all but the newest `keep`. Returns its folder.
+
+    groups: tensors by group and name. state: JSON values. Raises OSError when the disk is full or read-only;
+    the saves before this one are then untouched.
+    """
+    final = saves / f"step-{step:08d}"
+    work = final.with_name(final.name + ".tmp")
+    saves.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    for group, tensors in groups.items():
+        write_tensors(work / f"{group}.safetensors", tensors, {})
+    (work / "state.json").write_text(json.dumps(dict(state), indent=1))
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(work.iterdir())}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for name in ("state.json", "manifest.json"):
+        sync(work / name)
+    sync(work)
+    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older save
+    work.rename(final)
+    sync(saves)
+    for old in _folders(saves)[max(keep, 1) :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_save(saves: Path) -> Save | None:
+    """The newest save that is whole, or None where there is none at all.
+
+    Raises BitNetError when there are saves and every one of them is damaged.
+    """
+    folders = _folders(saves)
+    for folder in folders:
+        try:
+            return read_save(folder)
+        except BitNetError as error:
+            _log.warning("%s; trying the save before it", error)
+    if folders:
+        raise BitNetError(
+            f"{saves}: got {len(folders)} damaged saves, expected at least one whole; train into a new folder (--out)"
+        )
+    return None
+
+
+def read_save(folder: Path) -> Save:
+    """Verify one save against its manifest. Raises BitNetError when anything is missing or altered."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            got = f"{manifest['format']} version {manifest['version']}"
+            raise BitNetError(
+                f"{folder}: got {got}, expected {FORMAT} version {VERSION}; use the program that wrote it"
+            )
+        for name, expected in manifest["files"].items():
+            path = folder / Path(name).name
+            if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+                raise BitNetError(f"damaged save: {path} is not what its manifest says")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Save(folder, int(manifest["step"]), dict(state))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, BitNetError):
+            raise
+        raise BitNetError(f"damaged save: {folder}: {type(error).__name__}: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, readable by everybody the umask allows, and sync it."""
+    safetensors.torch.save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, dict(metadata)
+    )
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors creates files as 0600 and does not sync them
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block succeeds and disappears when it does not."""
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield work
+        sync(work)
+        work.replace(path)
+        sync(path.parent)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _folders(saves: Path) -> list[Path]:
+    """Finished saves, newest first."""
+    if not saves.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in saves.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,396 @@
+"""The command line: train | pack | generate | eval | inspect | doctor.
+
+Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
+Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected
+and what to do; `--debug` shows the traceback), 130 and 143 for Ctrl-C and SIGTERM.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from bitnet.config import LINEARS, PRESETS
+from bitnet.errors import BitNetError
+
+_LISTS = ("--data", "--val-data")  # take one or more values: --data a.txt b.txt
+
+
+class _Verb(TyperCommand):
+    """A command whose list options may be written once with several values, as a shell expands a glob."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread_lists(args))
+
+
+class _App(TyperGroup):
+    """Verbs in the order a newcomer meets them, not in the alphabet's."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+
+def spread_lists(args: Sequence[str]) -> list[str]:
+    """`--data a b` as `--data a --data b`; `-` (standard input) is a value."""
+    result: list[str] = []
+    option: str | None = None
+    for arg in args:
+        is_value = arg == "-" or not arg.startswith("-")
+        if option and is_value and result[-1] != option:
+            result.append(option)
+        result.append(arg)
+        if not is_value:
+            option = arg if arg in _LISTS else None
+    return result
+
+
+app = typer.Typer(
+    cls=_App,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="BitNet b1.58: train small ternary language models, pack them to two bits a weight, run them.",
+    epilog="A first run:  bitnet train --out runs/first  ;  bitnet pack runs/first -o model.safetensors  ;  "
+    "bitnet generate -m model.safetensors -p 'def '",
+)
+
+_state = {"debug": False}
+
+
+def _set_debug(value: bool) -> None:
+    _state["debug"] = _state["debug"] or value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from bitnet import __version__
+
+        typer.echo(f"bitnet {__version__}")
+        raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
+Model = Annotated[Path, typer.Option("-m", "--model", metavar="FILE", help="Packed model.")]
+Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="CPU threads; 0: as torch finds best.")]
+Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass
+
+
+@app.command(cls=_Verb)
+def train(
+    preset: Annotated[
+        str | None, typer.Option(help=f"Model shape: {', '.join(PRESETS)}. Default: nano.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH...", help="Files, folders, globs or - (stdin). Default: Python's own library."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; an existing run goes on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data order.", show_default=False)] = None,
+    linear: Annotated[
+        str | None, typer.Option(help=f"{', '.join(LINEARS)} (the float twin). Default: ternary.", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; flags win over it.", metavar="FILE")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as train.lr=1e-3.")
+    ] = None,
+    val_data: Annotated[
+        list[str] | None, typer.Option(metavar="PATH...", help="Validate on these; default: a part of --data.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="sentencepiece or char.", show_default=False)] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="What a document is: file, line, paragraph.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a micro-batch.", show_default=False)] = None,
+    context: Annotated[
+        int | None, typer.Option("-c", "--context", help="Tokens a sequence.", show_default=False)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=False)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="muon or adamw.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.", show_default=False)] = None,
+    compile: Annotated[  # noqa: A002 - the flag's name
+        bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.", show_default=False)
+    ] = None,
+    tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Log to RUN/tensorboard.")] = None,
+    wandb: Annotated[bool | None, typer.Option("--wandb", help="Log to Weights & Biases.")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model on text; run again with the same --out, it goes on where it stopped."""
+    from bitnet.train.command import run_training
+
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"linear": linear},
+        "data": {"paths": data, "val_paths": val_data, "documents": documents},
+        "tokenizer": {"kind": tokenizer},
+        "train": {
+            "steps": steps,
+            "seed": seed,
+            "batch_size": batch_size,
+            "context": context,
+            "lr": lr,
+            "optimizer": optimizer,
+            "dtype": dtype,
+            "compile": compile,
+            "tensorboard": tensorboard,
+            "wandb": wandb,
+        },
+    }
+    _set_threads(threads)
+    summary, code = run_training(preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet)
+    if summary and as_json:
+        _print_json(summary)
+    elif summary:
+        typer.echo(summary["run"])
+    raise typer.Exit(code)
+
+
+@app.command(cls=_Verb)
+def pack(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Packed model to write.")],
+    embedding: Annotated[str, typer.Option(help="Of embedding and head: bf16 (exact) or int8 (smaller).")] = "bf16",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Pack a run's newest save to two bits a weight, in one file with its tokenizer."""
+    from bitnet.inspection import inspect_packed
+    from bitnet.packed import write_packed
+    from bitnet.train.run import Run
+
+    folder = Run(run)
+    model, save = folder.load()
+    validation = [row for row in folder.metrics() if "val_loss" in row and row["step"] == save.step]
+    info = {"steps": save.step, "tokens": save.state["tokens"], "seed": folder.config().train.seed}
+    if validation:
+        info["val_bits_per_byte"] = validation[-1]["val_bits_per_byte"]
+    write_packed(output, model, folder.tokenizer(), embedding=embedding, info=info)
+    report = inspect_packed(output)  # reads and verifies what was written
+    if as_json:
+        _print_json(report)
+        return
+    typer.echo(
+        f"{output}: {report['file_bytes'] / 1e6:.2f} MB, {report['ratio_to_float16']:.1f} times smaller than fp16 "
+        f"({report['float16_bytes'] / 1e6:.2f} MB); projections at {report['bits_per_weight']:.2f} bits a weight"
+    )
+
+
+@app.command(cls=_Verb)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue; - reads stdin.")] = "",
+    predict: Annotated[int, typer.Option("-n", "--predict", min=0, help="Tokens to write.")] = 128,
+    context: Context = 0,
+    threads: Threads = 0,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", min=0, help="Default: another text each time.")] = None,
+    temperature: Annotated[float, typer.Option("--temp", help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", help="0 switches it off.")] = 40,
+    top_p: Annotated[float, typer.Option("--top-p", help="1 switches it off.")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p", help="0 switches it off.")] = 0.05,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text; it appears as it is written."""
+    from bitnet.generation import write_text
+    from bitnet.sampling import Sampling
+
+    _set_threads(threads)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
+    )
+    text = _read_stdin() if prompt == "-" else prompt
+    show = None if as_json else _write_now
+    report = write_text(
+        model, text, predict, sampling, pick_device(device), context=context, ignore_eos=ignore_eos, show=show
+    )
+    if as_json:
+        _print_json(report)
+        return
+    typer.echo()
+    typer.echo(
+        f"{report['prompt_tokens']} prompt tokens at {report['prompt_tokens_per_second']:,.0f}/s, "
+        f"{report['tokens']} written at {report['tokens_per_second']:,.0f}/s; seed {report['seed']}",
+        err=True,
+    )
+
+
+@app.command("eval", cls=_Verb)
+def evaluate(
+    model: Model,
+    data: Annotated[list[str], typer.Option(metavar="PATH...", help="Files, folders, globs or - (stdin).")],
+    context: Context = 0,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Score only the first N tokens; 0: all.")] = 0,
+    threads: Threads = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bits per byte and perplexity of a packed model on text, with standard errors."""
+    from bitnet.train.scoring import score_text
+
+    _set_threads(threads)
+    report = score_text(model, data, pick_device(device), context=context, limit=tokens)
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    from bitnet.tables import evaluation_table
+
+    Console().print(evaluation_table(report))
+
+
+@app.command(cls=_Verb)
+def inspect(
+    path: Annotated[Path | None, typer.Argument(metavar="FILE", help="Packed model.")] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="The same, by option.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a packed model holds: shape, size, bits per weight, zeros per layer."""
+    from bitnet.inspection import inspect_packed
+
+    chosen = path or model
+    if chosen is None:
+        raise BitNetError("inspect: got no file, expected a packed model: bitnet inspect model.safetensors")
+    report = inspect_packed(chosen)
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    from bitnet.tables import inspection_tables
+
+    Console().print(*inspection_tables(report), sep="\n")
+
+
+@app.command(cls=_Verb)
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Print versions, devices and kernels, and test the kernels against the reference."""
+    from bitnet.doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+    else:
+        from rich.console import Console
+
+        from bitnet.tables import doctor_tables
+
+        Console().print(*doctor_tables(report), sep="\n")
+    raise typer.Exit(0 if report["healthy"] else 1)
+
+
+def pick_device(name: str) -> Any:
+    """The torch.device of a --device value. Raises BitNetError for one this machine does not have."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BitNetError(f"device: got '{name}', expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BitNetError(f"device: got '{name}', expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BitNetError(
+            f"device: got '{name}', expected one of the {torch.cuda.device_count()} GPUs torch sees; use --device cpu"
+        )
+    return device
+
+
+def _set_threads(count: int) -> None:
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BitNetError(f"prompt: got bytes that are not UTF-8 at {error.start}, expected UTF-8 text") from error
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    typer.echo(json.dumps(report, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code; every error a user can cause is one line on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("bitnet: %(message)s"))
+    logging.getLogger("bitnet").addHandler(handler)
+    logging.getLogger("bitnet").setLevel(logging.INFO)
+    try:
+        code = app(args=argv, prog_name="bitnet", standalone_mode=False)
+        return int(code or 0)
+    except typer.TyperException as error:
+        show = getattr(error, "show", None)  # usage errors know how to print themselves
+        show() if show else print(f"bitnet: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _stopped()
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error, but nothing may be flushed to it any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MemoryError) as error:  # BitNetError is a ValueError, as are the kernels' refusals
+        if _state["debug"]:
+            raise
+        print(f"bitnet: error: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and not isinstance(error, BitNetError):
+        where = f"'{error.filename}': " if error.filename else ""
+        return f"{where}{error.strerror or error}; nothing saved before is lost"
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller model, batch or context"
+    return " ".join(str(error).split())
+
+
+def _stopped() -> int:
+    print("bitnet: interrupted", file=sys.stderr)
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

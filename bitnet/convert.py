@@ -1,0 +1,49 @@
+"""Turn anybody's model ternary: swap its nn.Linear layers for BitLinear."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+from bitnet.errors import BitNetError
+from bitnet.layers import BitLinear
+
+M = TypeVar("M", bound=nn.Module)
+
+# What the usual libraries call the layer that turns states into logits; tied heads are found by their weight.
+HEADS = ("lm_head", "head", "output", "classifier", "score", "embed_out", "unembed")
+
+
+def convert(model: M, linear: str = "ternary", exclude: Iterable[str] = HEADS) -> M:
+    """Replace every nn.Linear in `model` by a BitLinear that shares its parameters, in place. Returns `model`.
+
+    linear: "ternary" or "binary". exclude: patterns for the last part of a layer's name or for all of it
+    ("lm_head", "encoder.*"). Embeddings, layers whose weight an embedding shares, and subclasses of nn.Linear
+    (their owners often read the weight without calling the layer) stay as they are.
+    Raises BitNetError when there is nothing to replace.
+    """
+    patterns = tuple(exclude)
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    replaced: dict[nn.Linear, BitLinear] = {}  # a layer that is used twice stays one layer
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is not nn.Linear or not name or id(module.weight) in tied:
+            continue
+        parent, _, child = name.rpartition(".")
+        if any(fnmatchcase(name, pattern) or fnmatchcase(child, pattern) for pattern in patterns):
+            continue
+        if module not in replaced:
+            replaced[module] = _bit_linear(module, linear)
+        setattr(model.get_submodule(parent), child, replaced[module])
+    if not replaced:
+        raise BitNetError(
+            f"convert: got a {type(model).__name__} without an nn.Linear to replace, expected at least one inside it "
+            f"that is not excluded ({', '.join(patterns) or 'nothing'})"
+        )
+    return model
+
+
+def _bit_linear(old: nn.Linear, linear: str) -> BitLinear:
+    new = BitLinear(old.in_features, old.out_features, old.bias is not None, device="meta", linear=linear)
+    new.weight, new.bias = old.weight, old.bias
+    return new.train(old.training)

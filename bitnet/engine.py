@@ -1,0 +1,200 @@
+"""Engines: token ids in, token ids out. They know no text and no files.
+
+`Engine` is the protocol that every way of running a model follows; `TorchEngine` is the readable truth, on any
+device. An engine holds the weights; a `Session` holds the keys and values of one batch of sequences.
+
+Dimensions: B batch, T time, V vocabulary, L layers, G key/value heads, S cached time, E width of a head.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from bitnet.config import ModelConfig
+from bitnet.errors import BitNetError
+from bitnet.layers import PackedLinear, keep_codes
+from bitnet.model import Transformer
+from bitnet.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from bitnet.tokenizer import Tokenizer
+
+
+class Session(Protocol):
+    """A batch of sequences being read and continued."""
+
+    @property
+    def position(self) -> int:
+        """Tokens held so far."""
+
+    @property
+    def limit(self) -> int:
+        """Tokens that fit."""
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Append one id a sequence, [B] int64. Returns logits [B, V] fp32."""
+
+
+class Engine(Protocol):
+    """Runs one model."""
+
+    name: str
+    config: ModelConfig
+
+    def session(self, batch: int = 1, limit: int | None = None) -> Session:
+        """Start `batch` sequences of at most `limit` tokens (default: the model's context)."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Score: ids [T] or [B, T] int64 -> logits [T, V] or [B, T, V] fp32 on the CPU, from an empty cache."""
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, allocated once: per layer [B, G, S, E]."""
+
+    def __init__(self, config: ModelConfig, batch: int, limit: int, device: torch.device) -> None:
+        shape = (2, config.num_hidden_layers, batch, config.num_key_value_heads, limit, config.head_dim)
+        self._store = torch.empty(shape, device=device)
+        self.position = 0
+        self.layers = [_LayerView(self, i) for i in range(config.num_hidden_layers)]
+
+
+class _LayerView:
+    def __init__(self, cache: KVCache, layer: int) -> None:
+        self._cache, self._layer = cache, layer
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = self._cache.position, self._cache.position + k.shape[2]
+        keys, values = self._cache._store[:, self._layer]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class TorchEngine:
+    """The model as PyTorch modules: packed (`bitnet.load`) or a training model in fp32."""
+
+    name = "torch"
+
+    def __init__(self, model: Transformer) -> None:
+        self.tokenizer: Tokenizer | None = None  # carried for the caller; an engine sees ids only
+        self.model = model.eval()
+        self.config = model.config
+        self.device = model.model.norm.weight.device
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.prepare(keep_packed=False)
+
+    def session(self, batch: int = 1, limit: int | None = None) -> "TorchSession":
+        """Start `batch` sequences of at most `limit` tokens (default: the model's context)."""
+        return TorchSession(self, batch, self.config.context if limit is None else limit)
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32 on the CPU."""
+        ids = _check_ids(torch.as_tensor(ids), self.config)
+        with keep_codes(self.model):
+            scores: Tensor = self.model(torch.atleast_2d(ids).to(self.device)).float().cpu()
+        return scores if ids.dim() == 2 else scores[0]
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Collection[int] = (),
+        limit: int | None = None,
+    ) -> list[int]:
+        """Continue `ids`; see `stream`. Returns the new ids only."""
+        return list(stream(self, ids, max_new_tokens, sampling, stop, limit))
+
+
+class TorchSession:
+    """A KV cache and the model that fills it."""
+
+    def __init__(self, engine: TorchEngine, batch: int, limit: int) -> None:
+        if batch < 1 or limit < 1:
+            raise BitNetError(f"session: got batch {batch} and limit {limit}, expected 1 or more of both")
+        self._model, self._device, self._limit = engine.model, engine.device, limit
+        self._cache = KVCache(engine.config, batch, limit, engine.device)
+        self._batch, self._config = batch, engine.config
+
+    @property
+    def position(self) -> int:
+        """Tokens held so far."""
+        return self._cache.position
+
+    @property
+    def limit(self) -> int:
+        """Tokens that fit."""
+        return self._limit
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
+        ids = _check_ids(ids, self._config)
+        if ids.dim() != 2 or ids.shape[0] != self._batch:
+            raise BitNetError(f"prefill: got ids of shape {tuple(ids.shape)}, expected [{self._batch}, T]")
+        length = ids.shape[1]
+        if self.position + length > self.limit:
+            raise BitNetError(
+                f"context is full: got {length} tokens after {self.position}, expected at most {self.limit} in all; "
+                "shorten the prompt or raise the limit (-c)"
+            )
+        hidden = self._model.hidden(ids.to(self._device), self.position, self._cache.layers)
+        self._cache.position += length
+        return self._model.logits(hidden[:, -1]).float()
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Append one id a sequence, [B] int64. Returns logits [B, V] fp32."""
+        return self.prefill(ids[:, None])
+
+
+def stream(
+    engine: Engine,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+    limit: int | None = None,
+) -> Iterator[int]:
+    """Continue `ids` on any engine, one id at a time; ends after `max_new_tokens` or an id in `stop`.
+
+    limit: tokens the cache holds (default: the model's context). A text that outgrows it goes on from the last
+    half of what it has, read again from position 0: the model never sees a position it was not trained for.
+    Raises BitNetError for an empty prompt and for ids the model does not have.
+    """
+    limit = limit or engine.config.context
+    history = list(ids)
+    if not history:
+        raise BitNetError("generate: got an empty prompt, expected at least one token; give a text or a BOS token")
+    if max_new_tokens < 0:
+        raise BitNetError(f"generate: got {max_new_tokens} new tokens, expected 0 or more")
+    sampler = Sampler(sampling or Sampling())
+    session: Session | None = None
+    for _ in range(max_new_tokens):
+        if session is not None and session.position < session.limit:
+            logits = session.decode(torch.tensor(history[-1:]))
+        else:
+            session = engine.session(1, limit)
+            kept = history if len(history) < limit else history[-max(1, limit // 2) :]
+            logits = session.prefill(torch.tensor([kept]))
+        token = int(sampler.draw(logits))
+        if token in stop:
+            return
+        history.append(token)
+        yield token
+
+
+def _check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
+    if ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0 or ids.dim() not in (1, 2):
+        raise BitNetError(f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T] or [B, T], T >= 1")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab_size:
+        raise BitNetError(
+            f"ids: got {low}..{high}, expected 0..{config.vocab_size - 1}; was the text tokenised for another model?"
+        )
+    return ids.long()

@@ -1,0 +1,77 @@
+"""Text in, text out, around an engine: what `bitnet generate` does."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet.engine import stream
+from bitnet.errors import BitNetError
+from bitnet.packed import load
+from bitnet.sampling import Sampling
+from bitnet.tokenizer import Tokenizer
+
+
+def write_text(
+    model: Path,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    device: torch.device,
+    *,
+    context: int = 0,
+    ignore_eos: bool = False,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Load a packed model and continue `prompt`; `show` gets the prompt and then each piece of new text.
+
+    Returns the text, ids and speeds as JSON values. Raises BitNetError for a model without a tokenizer and for an
+    empty prompt where the tokenizer has no token to start with.
+    """
+    engine = load(model, device)
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside; use bitnet.load() and ids")
+    limit = context or engine.config.context
+    if limit > engine.config.context:
+        raise BitNetError(f"context: got {limit} (-c), expected at most the model's {engine.config.context}")
+    ids = prompt_ids(tokenizer, prompt)
+    stop = () if ignore_eos else [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    decoder = tokenizer.stream()
+    new: list[int] = []
+    pieces: list[str] = []
+    if show and prompt:
+        show(prompt)
+    started = first = time.perf_counter()
+    for token in stream(engine, ids, max_new_tokens, sampling, stop, limit):
+        if not new:
+            first = time.perf_counter()
+        new.append(token)
+        pieces.append(decoder.push(token))
+        if show and pieces[-1]:
+            show(pieces[-1])
+    ended = time.perf_counter()
+    pieces.append(decoder.flush())
+    if show and pieces[-1]:
+        show(pieces[-1])
+    decoded = len(new) - 1  # the first token comes out of the prompt
+    return {
+        "model": str(model),
+        "engine": engine.name,
+        "prompt": prompt,
+        "text": "".join(pieces),
+        "ids": new,
+        "prompt_tokens": len(ids),
+        "tokens": len(new),
+        "prompt_tokens_per_second": len(ids) / (first - started) if first > started else 0.0,
+        "tokens_per_second": decoded / (ended - first) if decoded > 0 else 0.0,
+        "seed": sampling.seed,
+        "stopped": len(new) < max_new_tokens,
+    }
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that start a document with `text`: BOS, where the tokenizer has one, and the text's own."""
+    return ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + tokenizer.encode(text)

@@ -1,0 +1,155 @@
+"""The transformer: blocks of BitNet b1.58 2B4T, embedding and head, and what they weigh and cost.
+
+    x = x + o_proj(attn_sub_norm(attention(q, k, v of input_layernorm(x))))
+    x = x + down_proj(ffn_sub_norm(act(gate_proj(h)) * up_proj(h))),   h = post_attention_layernorm(x)
+
+Parameter names are those of transformers' BitNetForCausalLM, so that checkpoints map one to one.
+Dimensions: B batch, T time, D model, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet.config import ModelConfig
+from bitnet.kernels import packing
+from bitnet.layers import Attention, FeedForward, LayerCache, RMSNorm, Table, rotary_table
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        """x: [B, T, D], rotary: tables [T, E]. Returns [B, T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; a module of its own for the sake of its parameters' names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Table(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model: token ids [B, T] in, logits [B, T, V] out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else Table(config.vocab_size, config.hidden_size)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def init_weights(self, seed: int) -> None:
+        """Draw fresh weights: normal(0, initializer_range), outputs of blocks scaled by 1 / sqrt(2 layers).
+
+        The scale of the residual branches is GPT-2's; a ternary layer keeps only its stored scale s_w from it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                    continue
+                width = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+                # Drawn on the CPU: the same seed gives the same model on every device.
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, width, generator=generator))
+
+    def rotary(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotary tables [length, E] of positions start .. start + length - 1."""
+        if self._rotary is None or self._rotary[0].device != device or self._rotary[0].shape[0] < start + length:
+            # In powers of two, so that decoding past the context does not build a table a token.
+            size = max(self.config.context, 1 << (start + length - 1).bit_length())
+            self._rotary = rotary_table(self.config, size, device)
+        cos, sin = self._rotary
+        return cos[start : start + length], sin[start : start + length]
+
+    def hidden(self, ids: Tensor, start: int = 0, caches: Sequence[LayerCache] | None = None) -> Tensor:
+        """States [B, T, D] behind the final norm. ids: [B, T] int64 at positions start, start + 1, ..."""
+        x = F.embedding(ids, self.model.embed_tokens.values())
+        rotary = self.rotary(start, ids.shape[1], ids.device)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, rotary, caches[i] if caches else None)
+        normed: Tensor = self.model.norm(x)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., D]. Returns [..., V]."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.values())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [B, T] int64. Returns logits [B, T, V]."""
+        return self.logits(self.hidden(ids))
+
+
+def linear_parameters(config: ModelConfig) -> int:
+    """Weights in the seven projections of all blocks: the ones that are ternary."""
+    d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * (2 * d * d + 2 * d * kv + 3 * d * f)
+
+
+def table_parameters(config: ModelConfig) -> int:
+    """Weights in the embedding and, if it is not tied, the head."""
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    """Gains of all norms."""
+    d, f = config.hidden_size, config.intermediate_size
+    per_layer = 2 * d + (d + f) * config.sub_norms + 2 * config.head_dim * config.qk_norm
+    return config.num_hidden_layers * per_layer + d
+
+
+def parameters(config: ModelConfig) -> int:
+    """All trained parameters."""
+    return linear_parameters(config) + table_parameters(config) + norm_parameters(config)
+
+
+def packed_bytes(config: ModelConfig) -> int:
+    """Bytes of tensors in a packed file: two bits a projection weight, bf16 tables, fp32 norms and scales."""
+    d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    rows = (2 * d + 2 * kv + 2 * f) * packing.packed_width(d) + d * packing.packed_width(f)
+    # q and o [d, d], k and v [kv, d], gate and up [f, d]; down is [d, f]; seven scales a block.
+    blocks = config.num_hidden_layers * (rows + 7 * 4)
+    if config.linear == "plain":
+        blocks = 2 * linear_parameters(config)
+    return blocks + 2 * table_parameters(config) + 4 * norm_parameters(config)
+
+
+def float16_bytes(config: ModelConfig) -> int:
+    """Bytes of all parameters at 16 bits each."""
+    return 2 * parameters(config)
+
+
+def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = 4) -> int:
+    """Bytes of keys and values for one sequence of `tokens` tokens."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * width * tokens * bytes_per_value
+
+
+def flops_per_token(config: ModelConfig, context: int, *, training: bool = False) -> int:
+    """Floating-point (or integer) operations a token: two a weight, attention over half the context on average.
+
+    A training step costs three times the forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    """
+    head = config.vocab_size * config.hidden_size
+    attention = 2 * config.num_hidden_layers * config.hidden_size * context  # q k^T and p v, causal: half of 4
+    return (2 * (linear_parameters(config) + head) + attention) * (3 if training else 1)

@@ -1,0 +1,99 @@
+"""Training with quantised weights and activations: exact integer forward, straight-through backward.
+
+The formulas live in `bitnet.kernels.reference`; this module puts a gradient on them. For a linear layer
+
+    forward     y  = acc * (s_w / inv_x),  acc = sum_k codes * q            the integers every engine computes
+    backward    dx = dy @ (codes * s_w)                                      straight-through estimator: identity,
+                dW = dy^T @ (q / inv_x)                                      no clipping, none through the scales
+
+(Bengio et al. 2013, arXiv 1308.3432; b1.58 training tips.) Writing it as one function of codes instead of a
+float product of fake-quantised operands has three gains: the forward sum is exact whatever the autocast dtype,
+it runs as int8 products (four times the rate of fp32 on a CPU with VNNI), and the input is kept for the
+backward pass at one byte an element. Linears that share an input (q/k/v, gate/up) share its quantisation and
+one product.
+
+Dimensions: M rows (tokens), N out-features, K in-features.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels import ops, reference
+from bitnet.kernels.reference import WeightCodes
+
+QUANTIZERS = {"ternary": reference.ternary_weights, "binary": reference.binary_weights}
+
+
+def quantize_weight(weight: Tensor, linear: str) -> WeightCodes:
+    """Codes [N, K] int8 and scale [] fp32 of a weight [N, K]; linear: "ternary" or "binary"."""
+    return QUANTIZERS[linear](weight.detach())
+
+
+def bit_linear(x: Tensor, weights: Sequence[Tensor], codes: Sequence[WeightCodes]) -> tuple[Tensor, ...]:
+    """Apply quantised linears that share the input x, one output each.
+
+    x: [..., K] float; weights: masters [N_i, K], which receive the gradient; codes: their quantised form.
+    Returns [..., N_i] in the autocast dtype if autocast is on, else in x's dtype.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    scales = torch.stack([c.scale for c in codes])
+    merged = codes[0].codes if len(codes) == 1 else torch.cat([c.codes for c in codes])
+    outputs: tuple[Tensor, ...] = _BitLinear.apply(x, merged, scales, dtype, *weights)
+    return outputs
+
+
+class _BitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        q, inv_scale = reference.quantize_activations(rows)
+        acc = ops.codes_matmul(q, codes)
+        sizes = [weight.shape[0] for weight in weights]
+        ctx.save_for_backward(q, inv_scale, codes, scales)
+        ctx.sizes, ctx.x_dtype, ctx.x_shape = sizes, x.dtype, x.shape
+        ctx.weight_dtypes = [weight.dtype for weight in weights]
+        outputs = (
+            reference.scale_output(part, scale, inv_scale).to(dtype)
+            for part, scale in zip(acc.split(sizes, dim=1), scales, strict=True)
+        )
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, inv_scale, codes, scales = ctx.saved_tensors
+        dy = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        dtype = dy[0].dtype
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # Codes are exact in every float dtype, so the scale goes onto the gradient.
+            scaled = [grad * scale.to(dtype) for grad, scale in zip(dy, scales, strict=True)]
+            merged = scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
+            dx = (merged @ codes.to(dtype)).to(ctx.x_dtype).view(ctx.x_shape)
+        dw: list[Tensor | None] = [None] * len(dy)
+        if any(ctx.needs_input_grad[4:]):
+            x = (q / inv_scale).to(dtype)
+            merged = dy[0] if len(dy) == 1 else torch.cat(dy, dim=1)
+            parts = (merged.T @ x).split(ctx.sizes)
+            dw = [part.to(weight_dtype) for part, weight_dtype in zip(parts, ctx.weight_dtypes, strict=True)]
+        return dx, None, None, None, *dw
+
+
+class _RoundToBf16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def round_to_bf16(weight: Tensor) -> Tensor:
+    """The bf16 value nearest to each weight, in the weight's own dtype; the gradient passes straight through."""
+    rounded: Tensor = _RoundToBf16.apply(weight)
+    return rounded

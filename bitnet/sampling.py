@@ -1,0 +1,65 @@
+"""Choosing the next token: llama.cpp's filters, in its order (top-k, top-p, min-p, temperature)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitnet import schema
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+
+    `seed` makes a text repeatable on one engine. Raises BitNetError out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        schema.check_types(self, "sampling")
+        schema.check_range(self, "sampling", ("temperature",), 0.0, 100.0)
+        schema.check_range(self, "sampling", ("top_k",), 0)
+        schema.check_range(self, "sampling", ("min_p",), 0.0, 1.0)
+        schema.check_range(self, "sampling", ("top_p",), 1e-6, 1.0)
+        schema.check_range(self, "sampling", ("seed",), 0, 2**63 - 1)
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Sampler:
+    """Draws ids from logits with a random state of its own."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        # On the CPU for every engine: drawing from a few hundred numbers is not worth a device of its own.
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """logits: [B, V] float, any device. Returns ids [B] int64 on the CPU."""
+        logits = logits.detach().float().cpu()
+        if self.sampling.temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities = filtered_probabilities(logits, self.sampling)
+        return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
+
+
+def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [B, V] after all filters; every row keeps at least its likeliest token. logits: [B, V] fp32."""
+    ordered, index = logits.sort(dim=-1, descending=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if sampling.top_k:
+        keep[:, sampling.top_k :] = False
+    probabilities = ordered.masked_fill(~keep, -torch.inf).softmax(dim=-1)
+    # A token stays while the tokens before it hold less than top_p.
+    keep &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
+    keep &= probabilities >= sampling.min_p * probabilities[:, :1]
+    keep[:, 0] = True
+    ordered = (ordered / sampling.temperature).masked_fill(~keep, -torch.inf)
+    return torch.zeros_like(logits).scatter(-1, index, ordered.softmax(dim=-1))

@@ -1,0 +1,88 @@
+"""Checks shared by every config dataclass: types, allowed values, unknown keys; all errors are BitNetError."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, TypeVar, get_args, get_origin
+
+from bitnet.errors import BitNetError
+
+T = TypeVar("T")
+
+
+def check_types(config: Any, section: str) -> None:
+    """Refuse a field whose value is not of its declared type (an int is a float, a bool is not an int)."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not _is_a(value, field.type):
+            raise BitNetError(
+                f"{section}.{field.name}: got {value!r} ({type(value).__name__}), expected {_describe(field.type)}"
+            )
+
+
+def check_range(config: Any, section: str, names: Iterable[str], low: float, high: float | None = None) -> None:
+    """Refuse a number outside low..high."""
+    expected = f"{low} or more" if high is None else f"{low} to {high}"
+    for name in names:
+        value = getattr(config, name)
+        # Written so that NaN, which is neither above nor below, is refused as well.
+        if not (value >= low and (high is None or value <= high)):
+            raise BitNetError(f"{section}.{name}: got {value}, expected {expected}")
+
+
+def check_choice(config: Any, section: str, name: str, allowed: Iterable[str]) -> None:
+    """Refuse a string that is not one of `allowed`."""
+    value = getattr(config, name)
+    if value not in allowed:
+        raise BitNetError(f"{section}.{name}: got '{value}', expected one of {', '.join(allowed)}")
+
+
+def from_values(cls: type[T], values: dict[str, Any], section: str) -> T:
+    """Build a config dataclass from parsed TOML or JSON. Raises BitNetError for unknown keys and wrong types."""
+    if not isinstance(values, dict):
+        raise BitNetError(f"{section}: got {type(values).__name__}, expected a table of settings")
+    known = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            allowed = ", ".join(sorted(known))
+            raise BitNetError(f"{section}: got unknown key '{name}', expected one of {allowed}; remove or rename it")
+    return cls(**{name: _convert(value, known[name]) for name, value in values.items()})
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(expected) is tuple and isinstance(value, list):
+        return tuple(_convert(element, get_args(expected)[0]) for element in value)
+    return value
+
+
+def _is_a(value: Any, expected: Any) -> bool:
+    if get_origin(expected) is tuple:
+        return isinstance(value, tuple) and all(_is_a(element, get_args(expected)[0]) for element in value)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _describe(expected: Any) -> str:
+    if get_origin(expected) is tuple:
+        return f"a list of {get_args(expected)[0].__name__}"
+    return str(expected.__name__)
+
+
+def parse(text: str, expected: type, name: str) -> Any:
+    """A value of a flag as the type of its field; a list is written a,b. Raises BitNetError."""
+    if expected is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise BitNetError(f"{name}: got '{text}', expected true or false")
+    if expected in (int, float):
+        try:
+            return expected(text)
+        except ValueError:
+            raise BitNetError(f"{name}: got '{text}', expected {expected.__name__}") from None
+    if expected is tuple:
+        return tuple(part for part in text.split(",") if part)
+    return text  # a string; an unknown name is refused, with the known ones, where the config is built

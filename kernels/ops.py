@@ -1,0 +1,174 @@
+"""The only door to the kernels: which backends exist, why one is not available, and the products themselves.
+
+Two products, both exact in int32 on every backend:
+
+    codes_matmul(q, codes)        int8 activations [M, K] x int8 codes [N, K]; training, where codes are fresh
+    packed_matmul(q, prepared)    int8 activations [M, K] x weights prepared once from the packed file
+
+BACKENDS is in order of priority; the first one without a reason against it is used for a device.
+BITNET_BACKEND=name forces one, and is an error where that one cannot run: there is no silent second choice.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels import packing, reference
+
+ENVIRONMENT = "BITNET_BACKEND"
+
+# fp32 holds every integer up to 2^24, so a float product of codes is exact while 127 * K stays below it.
+_EXACT_FP32_K = 2**24 // reference.Q_MAX
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the products; `why_not(device)` is None where it can run, else the reason."""
+
+    name: str
+    summary: str
+    why_not: Callable[[torch.device], str | None]
+    codes_matmul: Callable[[Tensor, Tensor], Tensor]  # q [M, K] int8, codes [N, K] int8 -> [M, N] int32
+    prepare: Callable[[Tensor, int], Any]  # packed [N, ceil(K / 4)] uint8, K -> the backend's own layout
+    packed_matmul: Callable[[Tensor, Any], Tensor]  # q [M, K] int8, prepared -> [M, N] int32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Packed weights in the layout of the backend that will multiply by them. Shape [n, k]."""
+
+    backend: Backend
+    data: Any
+    n: int
+    k: int
+
+
+def _onednn_why_not(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"int8 products through oneDNN run on a CPU, not on {device.type}"
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    return None
+
+
+def _onednn_matmul(q: Tensor, codes: Tensor) -> Tensor:
+    return torch._int_mm(q, codes.T)
+
+
+def _float_matmul(q: Tensor, codes: Tensor) -> Tensor:
+    # Codes and int8 values are exact in every float format down to bf16 (TF32 included), sums in fp32 are exact
+    # up to 2^24: longer rows are cut there and added as integers.
+    k = q.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        if k <= _EXACT_FP32_K:
+            return (q.float() @ codes.float().T).to(torch.int32)
+        parts = range(0, k, _EXACT_FP32_K)
+        acc = torch.zeros(q.shape[0], codes.shape[0], dtype=torch.int32, device=q.device)
+        for part in (slice(i, i + _EXACT_FP32_K) for i in parts):
+            acc += (q[:, part].float() @ codes[:, part].float().T).to(torch.int32)
+        return acc
+
+
+ONEDNN = Backend(
+    "onednn",
+    "int8 x int8 products by oneDNN (VNNI where the CPU has it)",
+    _onednn_why_not,
+    _onednn_matmul,
+    packing.unpack,
+    _onednn_matmul,
+)
+FLOAT = Backend(
+    "float",
+    "fp32 products of the codes, any device",
+    lambda device: None,
+    _float_matmul,
+    packing.unpack,
+    _float_matmul,
+)
+REFERENCE = Backend(
+    "reference",
+    "int32 products in plain torch: the truth the others are held against",
+    lambda device: None if device.type == "cpu" else "torch has integer matrix products on the CPU only",
+    reference.matmul,
+    lambda packed, k: packed,
+    reference.packed_matmul,
+)
+BACKENDS: tuple[Backend, ...] = (ONEDNN, FLOAT, REFERENCE)
+
+
+def select(device: torch.device) -> Backend:
+    """The backend for a device: the one BITNET_BACKEND names, else the first that can run.
+
+    Raises ValueError when the named one does not exist or cannot run on this device.
+    """
+    forced = os.environ.get(ENVIRONMENT)
+    if forced:
+        known = {backend.name: backend for backend in BACKENDS}
+        if forced not in known:
+            raise ValueError(f"{ENVIRONMENT}: got '{forced}', expected one of {', '.join(known)}")
+        reason = known[forced].why_not(device)
+        if reason:
+            raise ValueError(f"{ENVIRONMENT}={forced} cannot be used: {reason}; unset it to let bitnet choose")
+        return known[forced]
+    return next(backend for backend in BACKENDS if backend.why_not(device) is None)
+
+
+def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
+    """Integer product of int8 activations [M, K] and ternary codes [N, K] int8. Returns [M, N] int32, exact."""
+    _check_activations(q, codes.shape[-1])
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.device != q.device:
+        raise ValueError(
+            f"codes: got {codes.dtype} {tuple(codes.shape)} on {codes.device}, expected int8 [N, K] on {q.device}"
+        )
+    return select(q.device).codes_matmul(q, codes)
+
+
+def prepare(packed: Tensor, k: int, backend: Backend | None = None) -> Prepared:
+    """Bring packed weights [N, ceil(k / 4)] uint8 into the layout of a backend (default: the selected one).
+
+    Raises TypeError / ValueError when `packed` is not a valid image of [N, k] codes.
+    """
+    packing.check(packed, k)
+    backend = backend or select(packed.device)
+    return Prepared(backend, backend.prepare(packed, k), packed.shape[0], k)
+
+
+def packed_matmul(q: Tensor, weights: Prepared) -> Tensor:
+    """Integer product of int8 activations [M, K] and prepared weights [N, K]. Returns [M, N] int32, exact."""
+    _check_activations(q, weights.k)
+    return weights.backend.packed_matmul(q, weights.data)
+
+
+def _check_activations(q: Tensor, k: int) -> None:
+    if q.dtype != torch.int8 or q.dim() != 2 or q.shape[1] != k:
+        raise ValueError(f"activations: got {q.dtype} {tuple(q.shape)}, expected int8 [M, {k}]")
+
+
+# Awkward on purpose: one row, primes, K no multiple of 4, 16 or 64, and a sum at the extreme of all +-127.
+_SELF_TEST_SHAPES = ((1, 1, 1), (1, 129, 257), (3, 67, 101), (17, 31, 63), (64, 48, 100), (2, 5, 4099))
+
+
+def self_test(backend: Backend, device: torch.device) -> str | None:
+    """Hold a backend against the reference on random and extreme inputs. Returns None, or what differed."""
+    generator = torch.Generator()
+    generator.seed()
+    for m, n, k in _SELF_TEST_SHAPES:
+        codes = torch.randint(-1, 2, (n, k), generator=generator, dtype=torch.int8)
+        for q in (
+            torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8),
+            torch.full((m, k), 127, dtype=torch.int8),
+        ):
+            expected = reference.matmul(q, codes)
+            weights = prepare(packing.pack(codes).to(device), k, backend)
+            for name, got in (
+                ("codes", backend.codes_matmul(q.to(device), codes.to(device))),
+                ("packed", packed_matmul(q.to(device), weights)),
+            ):
+                if got.dtype != torch.int32 or not torch.equal(got.cpu(), expected):
+                    wrong = int((got.cpu() != expected).sum())
+                    return f"{name} product M{m}-N{n}-K{k}: {wrong} of {m * n} sums differ from the reference"
+    return None

@@ -1,0 +1,83 @@
+"""What every test gets: a fresh seed that a failure prints, two torch threads, and a few fixtures.
+
+Fresh seeds find what a frozen one never would; `BITNET_TEST_SEED=<n> pytest -k <test>` repeats a failure.
+"""
+
+import os
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SEED_VARIABLE = "BITNET_TEST_SEED"
+SEED_KEY = pytest.StashKey[int]()
+
+# No deadline: a shared two-core machine stalls at times. The blob reproduces a failure found elsewhere.
+hypothesis.settings.register_profile("bitnet", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("bitnet")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)  # the test machines have two cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed and SEED_KEY in item.stash:
+        report.sections.append(("seed", f"again with {SEED_VARIABLE}={item.stash[SEED_KEY]}"))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's seed; Python's, NumPy's and torch's global generators start from it."""
+    value = int(os.environ.get(SEED_VARIABLE) or secrets.randbits(31))
+    request.node.stash[SEED_KEY] = value
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002  # the global generator is the point: code under test may draw from it
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> torch.Generator:
+    """A generator of the test's own, for `torch.randn(..., generator=rng)`."""
+    return torch.Generator().manual_seed(seed)
+
+
+def fill_with_poison(buffer: torch.Tensor) -> torch.Tensor:
+    if buffer.is_floating_point() or buffer.is_complex():
+        return buffer.fill_(float("nan"))
+    if buffer.dtype is torch.bool:
+        return buffer.fill_(True)
+    return buffer.fill_(int.from_bytes(b"\x55" * buffer.element_size(), "little"))
+
+
+@pytest.fixture(scope="session")
+def poison() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Fills an output buffer with NaN or 0x55 bytes and returns it: what a kernel forgets to write shows."""
+    return fill_with_poison
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real text beside the checkout; tests that need it are skipped where it is not there."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside this checkout")
+    return folder

@@ -1,0 +1,97 @@
+"""What `bitnet train` does between its flags and the loop."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet import schema
+from bitnet.errors import BitNetError
+from bitnet.train.config import RunConfig, default_config, read_config
+from bitnet.train.display import Display
+from bitnet.train.pretrain import Outcome, duration, pretrain
+from bitnet.train.run import Run
+
+Values = dict[str, dict[str, Any]]
+
+
+def run_training(
+    preset: str | None,
+    config_file: Path | None,
+    flags: Values,
+    assignments: list[str],
+    out: Path | None,
+    device: torch.device,
+    *,
+    quiet: bool = False,
+) -> tuple[dict[str, Any] | None, int]:
+    """Resolve the configuration and train. Returns (summary or None, exit code).
+
+    Settings, from weak to strong: the run that is in `out` already, or the preset; the TOML file; flags and
+    assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
+    """
+    folder = out or Path("runs") / f"{preset or 'nano'}-{flags['model'].get('linear') or 'ternary'}"
+    config = resolve(preset, config_file, flags, assignments, Run(folder))
+    first = os.environ.get("RANK", "0") == "0"
+    display = Display(config.train.report_every, quiet=quiet or not first)
+    outcome = pretrain(config, folder, device, display)
+    if outcome.signal is not None:
+        display.note(f"stopped at step {outcome.step}; saved: the same command goes on from there")
+        return None, 128 + outcome.signal
+    if not first:
+        return None, 0
+    if outcome.tokens_per_second:
+        display.note(f"{duration(outcome.seconds)}, {outcome.tokens_per_second:,.0f} tokens/s; next: {_next(folder)}")
+    else:
+        display.note(f"all {outcome.step} steps were done already; --steps with a larger number trains on")
+    return summarize(outcome), 0
+
+
+def resolve(preset: str | None, config_file: Path | None, flags: Values, assignments: list[str], run: Run) -> RunConfig:
+    """The configuration of a run from everything that has a say in it."""
+    if preset is not None:
+        base = default_config(preset)
+        if run.exists():  # a preset given again must not undo what was set when the run began
+            base = run.config().override({"model": _shape(base)})
+    else:
+        base = run.config() if run.exists() else default_config()
+    if config_file is not None:
+        base = read_config(config_file, base)
+    given = {section: {k: v for k, v in values.items() if v is not None} for section, values in flags.items()}
+    return base.override(given).override(parse_assignments(assignments, base))
+
+
+def _shape(config: RunConfig) -> dict[str, Any]:
+    """What a preset says of the model; the kind of linear is a flag of its own."""
+    return {key: value for key, value in config.model.to_dict().items() if key != "linear"}
+
+
+def parse_assignments(assignments: list[str], config: RunConfig) -> Values:
+    """["train.lr=1e-3"] as {"train": {"lr": 0.001}}, typed as the field is. Raises BitNetError."""
+    values: Values = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise BitNetError(f"--set: got '{text}', expected section.key=value, such as train.lr=1e-3")
+        current = getattr(getattr(config, section, None), name, None)
+        values.setdefault(section, {})[name] = schema.parse(value.strip(), type(current), key.strip())
+    return values
+
+
+def summarize(outcome: Outcome) -> dict[str, Any]:
+    """The end of a run as JSON values."""
+    return {
+        "run": str(outcome.run),
+        "steps": outcome.step,
+        "seconds": outcome.seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "validation": outcome.validation.to_dict() if outcome.validation else None,
+        "sample": outcome.sample,
+        "pictures": outcome.pictures,
+    }
+
+
+def _next(folder: Path) -> str:
+    return f"bitnet pack {folder} -o {folder / 'model.safetensors'}"

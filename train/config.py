@@ -1,0 +1,161 @@
+"""Everything a run is decided by: four frozen sections, read from TOML and flags, written back with the run."""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bitnet import schema
+from bitnet.config import PRESETS, ModelConfig, preset
+from bitnet.errors import BitNetError
+from bitnet.train.data import DataConfig
+
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("linear", "cosine", "wsd", "two-stage")
+DTYPES = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`kind` "sentencepiece" (BPE with byte fallback) or "char"; the vocabulary size is the model's."""
+
+    kind: str = "sentencepiece"
+
+    def __post_init__(self) -> None:
+        schema.check_types(self, "tokenizer")
+        schema.check_choice(self, "tokenizer", "kind", ("sentencepiece", "char"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop. A step is one optimiser update on batch_size * accumulate * processes sequences."""
+
+    steps: int = 600
+    batch_size: int = 16  # sequences a process and micro-batch
+    accumulate: int = 1  # micro-batches a step
+    context: int = 0  # tokens a sequence; 0 is the model's context
+    optimizer: str = "muon"  # for the matrices of the blocks; "adamw" for everything
+    lr: float = 0.01  # of the matrices; with "adamw" 3e-3 is a good start
+    table_lr: float = 0.006  # of embedding, head and gains
+    schedule: str = "linear"
+    warmup: float = 0.05  # share of the steps
+    decay: float = 0.2  # share of the steps of the final descent ("wsd")
+    second_stage_lr: float = 0.667  # learning rate after the drop, as a share ("two-stage")
+    min_lr: float = 0.0  # learning rate at the end, as a share
+    weight_decay: float = 0.1  # switched off in the second half by "two-stage"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # largest gradient norm
+    dtype: str = "auto"  # bf16 where the hardware multiplies bf16, else fp32; masters are fp32 always
+    compile: bool = False
+    seed: int = 0
+    eval_every: int = 100  # 0: only at the end
+    eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
+    sample_every: int = 0  # 0: with the last step only
+    sample_prompt: str = ""
+    save_every: int = 100
+    keep: int = 2  # saves
+    report_every: int = 50  # telemetry, plain lines
+    skip_limit: int = 5  # steps in a row without a finite gradient before the run stops
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        check = schema.check_range
+        schema.check_types(self, "train")
+        schema.check_choice(self, "train", "optimizer", OPTIMIZERS)
+        schema.check_choice(self, "train", "schedule", SCHEDULES)
+        schema.check_choice(self, "train", "dtype", DTYPES)
+        check(self, "train", ("steps", "batch_size", "accumulate", "save_every", "report_every", "skip_limit"), 1)
+        check(self, "train", ("context", "eval_every", "sample_every", "seed"), 0)
+        check(self, "train", ("eval_tokens", "keep"), 2)
+        check(self, "train", ("warmup", "decay", "second_stage_lr", "min_lr"), 0.0, 1.0)
+        check(self, "train", ("lr", "table_lr", "clip"), 1e-12, 1e6)
+        check(self, "train", ("weight_decay",), 0.0, 100.0)
+        check(self, "train", ("beta1", "beta2"), 0.0, 0.999999)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def context(self) -> int:
+        """Tokens a training sequence."""
+        return self.train.context or self.model.context
+
+    def to_toml(self) -> str:
+        """The TOML that reads back as this config."""
+        return "\n".join(_section(name, asdict(getattr(self, name))) for name in _SECTIONS)
+
+    def override(self, values: dict[str, dict[str, Any]]) -> "RunConfig":
+        """A copy with some values changed: {section: {key: value}}. Raises BitNetError for unknown ones."""
+        for name in values:
+            if name not in _SECTIONS:
+                raise BitNetError(f"config: got unknown section [{name}], expected {', '.join(_SECTIONS)}")
+        changed = {}
+        for name, cls in _SECTIONS.items():
+            section = values.get(name, {})
+            if not isinstance(section, dict):
+                raise BitNetError(f"config: got '{name}' = {section!r}, expected a section [{name}]")
+            changed[name] = schema.from_values(cls, {**asdict(getattr(self, name)), **section}, name)
+        return replace(self, **changed)
+
+    def differences(self, other: "RunConfig") -> list[tuple[str, Any, Any]]:
+        """(key, own value, other value) of everything in which two configs differ."""
+        mine, theirs = self._flat(), other._flat()
+        return [(key, value, theirs[key]) for key, value in mine.items() if value != theirs[key]]
+
+    def _flat(self) -> dict[str, Any]:
+        return {f"{name}.{key}": value for name in _SECTIONS for key, value in asdict(getattr(self, name)).items()}
+
+
+_SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+# What training settings suit a preset, found on real text (benchmarks/results); the rest are the defaults.
+_PRESET_TRAIN: dict[str, dict[str, Any]] = {}
+
+
+def default_config(name: str = "nano") -> RunConfig:
+    """The preset's model with the training settings that suit it. Raises BitNetError for an unknown preset."""
+    return RunConfig(model=preset(name), train=TrainConfig(**_PRESET_TRAIN.get(name, {})))
+
+
+def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """Read a TOML file over `base` (default: the preset named by a top-level `preset` key, or nano)."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BitNetError(f"config: got no file '{path}', expected a TOML file; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise BitNetError(f"config: '{path}' cannot be read as TOML: {error}") from error
+    name = values.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        raise BitNetError(f"config: got preset {name!r}, expected one of {', '.join(PRESETS)}")
+    start = default_config(name) if name else base or default_config()
+    return start.override(values)
+
+
+def _section(name: str, values: dict[str, Any]) -> str:
+    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(element) for element in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's strings, integers and booleans are TOML's too; 0x7F is the one character only TOML escapes.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,255 @@
+"""A corpus: its split into training and validation, and its documents in pieces.
+
+Nothing here holds more than about two pieces of CHUNK characters, whatever the size of a file. A corpus is read
+once for the tokenizer and once for each split; the split of a document depends on its name or text alone, never on
+order or on the machine, so the same files give the same split everywhere.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from bitnet.errors import BitNetError
+from bitnet.schema import check_choice, check_types
+from bitnet.train.sources import (
+    CHUNK,
+    COMPRESSED,
+    STANDARD_INPUT,
+    Source,
+    find_sources,
+    read_text,
+    standard_library,
+)
+
+SPLIT_SALT = b"bitnet-split-1"  # a new value would give every corpus another validation split
+
+_log = logging.getLogger("bitnet")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to learn from.
+
+    paths: files, folders (all files below), globs, "-" for standard input; none means the Python standard library.
+    val_paths: the same, for validation; then all of `paths` trains.
+    val_fraction: share of the text held back for validation, above 0 and below 1; unused with val_paths.
+    documents: what one document is: a "file", a "line", or a "paragraph" (between blank lines).
+    """
+
+    paths: tuple[str, ...] = ()
+    val_paths: tuple[str, ...] = ()
+    val_fraction: float = 0.02
+    documents: str = "file"
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        check_choice(self, "data", "documents", ("file", "line", "paragraph"))
+        if not 0 < self.val_fraction < 1:
+            raise BitNetError(
+                f"data.val_fraction: got {self.val_fraction}, expected above 0 and below 1; 0.02 suits most corpora"
+            )
+        if (self.paths + self.val_paths).count(STANDARD_INPUT) > 1:
+            raise BitNetError("data.paths: got '-' more than once, expected it once; standard input ends only once")
+
+
+class Piece(NamedTuple):
+    """A part of a document: at most about CHUNK characters."""
+
+    begins: bool  # the document's first part
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sources and their split. `text_split` tells that train and val are the same sources, divided by text."""
+
+    config: DataConfig
+    train: tuple[Source, ...]
+    val: tuple[Source, ...]
+    text_split: bool
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        """The documents of "train" or "val", in order, in pieces that end after a newline where there is one."""
+        for source in self.train if split == "train" else self.val:
+            if not self.text_split:
+                yield from _documents(source, self.config.documents)
+            elif self.config.documents == "file":
+                yield from _whole(_between(read_text(source), *self._range(split)))
+            else:
+                yield from self._chosen(source, split)
+
+    def size(self, split: str) -> int | None:
+        """About how many bytes of text a split holds; None when compressed files hide it."""
+        sources = self.train if split == "train" else self.val
+        if any(source.path.suffix in COMPRESSED for source in sources):
+            return None
+        share = self.config.val_fraction if split == "val" else 1 - self.config.val_fraction
+        return int(sum(source.size for source in sources) * (share if self.text_split else 1))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every source once."""
+        return self.train if self.text_split else self.train + self.val
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the settings and of every source's path, size and time: equal means unchanged."""
+        files = [[(source.name, source.size, source.stamp) for source in part] for part in (self.train, self.val)]
+        return hashlib.sha256(json.dumps([asdict(self.config), files]).encode()).hexdigest()
+
+    @cached_property
+    def _characters(self) -> int:
+        return sum(len(text) for text in read_text(self.train[0]))
+
+    def _range(self, split: str) -> tuple[int, int]:
+        """The characters of the only file that belong to a split: exactly the first int(n * (1 - fraction)) train."""
+        cut = int(self._characters * (1 - self.config.val_fraction))
+        return (0, cut) if split == "train" else (cut, self._characters)
+
+    def _chosen(self, source: Source, split: str) -> Iterator[Piece]:
+        chosen = False
+        for piece in _documents(source, self.config.documents):
+            if piece.begins:
+                chosen = _is_val(piece.text, self.config.val_fraction) == (split == "val")
+            if chosen:
+                yield piece
+
+
+def open_corpus(config: DataConfig, *, spool: Path, skip: frozenset[Path] = frozenset()) -> Corpus:
+    """Finds the sources and splits them.
+
+    spool: where standard input is copied to, if it is asked for. skip: folders that are not searched.
+    Raises BitNetError when a name leads nowhere, or nothing is left to train or to validate on.
+    """
+    train = find_sources(config.paths, spool, skip) if config.paths else standard_library()
+    if config.val_paths:
+        val = find_sources(config.val_paths, spool, skip)
+        held_back = {source.stamp for source in val}
+        rest = tuple(source for source in train if source.stamp not in held_back)
+        if len(rest) < len(train):
+            _log.info("%d files of paths are also in val_paths: held back from training", len(train) - len(rest))
+        corpus = Corpus(config, rest, val, text_split=False)
+    elif config.documents == "file" and len(train) > 1:
+        corpus = Corpus(config, *split_files(train, config.val_fraction), text_split=False)
+    else:
+        corpus = Corpus(config, train, train, text_split=True)
+    for split, sources in (("train", corpus.train), ("val", corpus.val)):
+        if not sources:
+            raise BitNetError(
+                f"got no text for the {split} split, expected at least one non-empty file; name more files"
+            )
+    return corpus
+
+
+def split_files(sources: tuple[Source, ...], fraction: float) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """(train, val): about `fraction` of the bytes to val, at least one file and never all of them.
+
+    Files are ranked by a hash of name and size, and taken in that order whenever one brings val closer to its share.
+    """
+    ranked = sorted(sources, key=lambda source: _hash(f"{source.name}\0{source.size}"))
+    target = fraction * sum(source.size for source in sources)
+    taken: list[Source] = []
+    held = 0
+    for source in ranked:
+        if source.size < 2 * (target - held):
+            taken.append(source)
+            held += source.size
+    if not taken:
+        taken = [min(ranked, key=lambda source: source.size)]
+    if len(taken) == len(sources):
+        taken.pop()
+    val = set(taken)
+    return tuple(s for s in sources if s not in val), tuple(s for s in sources if s in val)
+
+
+def cut_after_newlines(parts: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that end after a newline; a line longer than CHUNK is cut by size."""
+    rest = ""
+    for part in parts:
+        head, newline, tail = part.rpartition("\n")
+        if newline:
+            yield rest + head + newline
+            rest = tail
+        else:
+            rest += part
+        if len(rest) >= CHUNK:
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
+
+
+def _documents(source: Source, kind: str) -> Iterator[Piece]:
+    if kind == "file":
+        return _whole(read_text(source))
+    return _lines(source) if kind == "line" else _paragraphs(source)
+
+
+def _whole(parts: Iterable[str]) -> Iterator[Piece]:
+    begins = True
+    for text in cut_after_newlines(parts):
+        yield Piece(begins, text)
+        begins = False
+
+
+def _lines(source: Source) -> Iterator[Piece]:
+    """Each line with its newline; blank lines are no documents."""
+    blank = False  # a long line goes on: it was blank so far
+    for begins, text in _line_parts(source):
+        starts = begins or blank
+        blank = starts and not text.strip()
+        if not blank:
+            yield Piece(starts, text)
+
+
+def _paragraphs(source: Source) -> Iterator[Piece]:
+    """Runs of lines that are not blank; the blank lines between them belong to no document."""
+    held: list[str] = []
+    size = 0
+    begins = True
+    for line_begins, text in _line_parts(source):
+        if line_begins and not text.strip():
+            if held:
+                yield Piece(begins, "".join(held))
+            held, size, begins = [], 0, True
+            continue
+        held.append(text)
+        size += len(text)
+        if size >= CHUNK:
+            yield Piece(begins, "".join(held))
+            held, size, begins = [], 0, False
+    if held:
+        yield Piece(begins, "".join(held))
+
+
+def _line_parts(source: Source) -> Iterator[tuple[bool, str]]:
+    """(starts a line, text up to and with its newline); only a line longer than CHUNK comes in several parts."""
+    starts = True
+    for chunk in cut_after_newlines(read_text(source)):
+        for line in io.StringIO(chunk, newline="\n"):  # str.splitlines would also split at form feeds and the like
+            yield starts, line
+            starts = line.endswith("\n")
+
+
+def _between(parts: Iterable[str], start: int, end: int) -> Iterator[str]:
+    position = 0
+    for part in parts:
+        yield part[max(start - position, 0) : max(end - position, 0)]
+        position += len(part)
+        if position >= end:
+            return
+
+
+def _is_val(text: str, fraction: float) -> bool:
+    """Equal documents answer alike: wherever they are cut, their first CHUNK characters are in the first piece."""
+    return int.from_bytes(_hash(text[:CHUNK].rstrip("\r\n"))) < fraction * 2**64
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8, key=SPLIT_SALT).digest()

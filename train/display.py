@@ -1,0 +1,131 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else. All on stderr."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display:
+    """Draws the progress of one run. `every` is the distance of plain lines in steps; `quiet` leaves warnings only."""
+
+    def __init__(self, every: int = 50, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.every = every
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._bar: Progress | None = None  # while data is prepared
+        self._stage: tuple[str, TaskID] | None = None
+        self._stage_shown = 0.0
+        self._total, self._start, self._started = 0, 0, 0.0
+        self._speed = 0.0
+        self._zeros = ""
+
+    # -- before the first step -----------------------------------------------------------------------------------
+
+    def preparing(self, stage: str, done: int, total: int | None) -> None:
+        """Progress of tokenisation, in bytes of text."""
+        if not self.console.is_terminal:
+            if self._stage is None or self._stage[0] != stage:
+                self._stage = (stage, TaskID(0))
+                self.console.print(f"{stage} ...")
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[size]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+        if self._stage is None or self._stage[0] != stage:
+            self._stage = (stage, self._bar.add_task(stage, total=total, size=""))
+        size = f"{done / 1e6:.1f} MB" + (f" of {total / 1e6:.1f}" if total else "")
+        self._bar.update(self._stage[1], completed=done, total=total, size=size)
+
+    def prepared(self) -> None:
+        """The data is there."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._stage = None, None
+
+    def announce(self, lines: dict[str, str]) -> None:
+        """What is about to be trained, a line a subject."""
+        for name, text in lines.items():
+            self.console.print(f"[bold]{name:>9}[/bold]  {text}", markup=True)
+
+    # -- while it trains -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def live(self, total: int, start: int) -> Iterator[None]:
+        """Keep the live line on the screen inside the block."""
+        self._total, self._start, self._started = total, start, time.perf_counter()
+        if not self.console.is_terminal:
+            yield
+            return
+        with Progress(
+            TextColumn("[bold]{task.completed:.0f}[/bold]/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        ) as self._live:
+            self._task = self._live.add_task("", total=total, completed=start)
+            yield
+        self._live = None
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One training step's metrics."""
+        # Averaged over about twenty steps: a single step on a shared machine says little.
+        self._speed = (
+            row["tokens_per_second"] if not self._speed else 0.95 * self._speed + 0.05 * row["tokens_per_second"]
+        )
+        text = (
+            f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
+            f"{self._speed:,.0f} tokens/s  lr {row['lr']:.1e}"
+        )
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=row["step"], description=f"{text}  {self._zeros}")
+        elif row["step"] % self.every == 0 or row["step"] == self._total:
+            elapsed = time.perf_counter() - self._started
+            left = elapsed / max(1, row["step"] - self._start) * (self._total - row["step"])
+            self.console.print(f"step {row['step']}/{self._total}  {text}  {left:.0f} s left")
+
+    def telemetry(self, text: str) -> None:
+        """The ternary weights in one line."""
+        self._zeros = text
+        if self._live is None:
+            self.console.print(f"  weights: {text}")
+
+    def validating(self, done: int, total: int) -> None:
+        """Tokens scored so far of a validation; shown where it takes long enough to be wondered at."""
+        if self._live is not None and self._task is not None and total:
+            self._live.update(self._task, description=f"validating {done / total:.0%}")
+
+    def validation(self, row: dict[str, Any]) -> None:
+        """A validation result."""
+        scope = "all" if row["val_whole"] else "part"
+        self.note(
+            f"step {row['step']}  validation ({scope}): loss {row['val_loss']:.4f}, "
+            f"{row['val_bits_per_byte']:.4f} ± {row['val_bits_per_byte_error']:.4f} bits/byte"
+        )
+
+    def sample(self, text: str) -> None:
+        """A text the model wrote."""
+        self.note("sample: " + repr(text[:300]))
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen, above the live one."""
+        self.console.print(text, markup=False)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, for tables."""
+    return Console(file=sys.stdout).width

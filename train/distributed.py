@@ -1,0 +1,57 @@
+"""One process or many: the few things the loop needs to know of its fellows, on torch.distributed."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Processes:
+    """This process among those that `torchrun` started (alone without it). A context manager."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.first = self.rank == 0  # the one that writes, prints and validates
+        self.device = device
+        if device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self) -> "Processes":
+        if self.size > 1:
+            # An hour: the others wait here while the first one tokenises the corpus.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over all processes."""
+        return DistributedDataParallel(model) if self.size > 1 else model
+
+    def mean(self, value: Tensor) -> Tensor:
+        """A value [] averaged over all processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def largest(self, number: int) -> int:
+        """The largest of one number a process: what one of them knows, all of them know."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()

@@ -1,0 +1,83 @@
+"""The optimiser: Muon for the matrices of the blocks with AdamW for the rest, or AdamW for everything.
+
+Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises each matrix's momentum. Its updates are scaled to the size
+of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that learning rates compare. It is the default because it is what
+ternary models gain most from: see benchmarks/results.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.layers import Table
+from bitnet.train.config import TrainConfig
+from bitnet.train.schedule import learning_rate, weight_decay
+
+
+class Optimizer:
+    """One optimiser over the whole model, with the schedule of its configuration.
+
+    Two kinds of parameters: the matrices of the blocks (learning rate `lr`, weight decay) and the rest, which are
+    embedding, head and gains (`table_lr`, no decay).
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, Table)}
+        named = dict(model.named_parameters())
+        matrices = [p for p in named.values() if p.dim() == 2 and id(p) not in tables]
+        rest = [p for p in named.values() if p.dim() != 2 or id(p) in tables]
+        self._config, self._names = config, {id(p): name for name, p in named.items()}
+        betas = (config.beta1, config.beta2)
+        adamw = torch.optim.AdamW([{"params": rest, "peak": config.table_lr, "decays": False}], betas=betas, fused=True)
+        matrix_group = {"params": matrices, "peak": config.lr, "decays": True}
+        self._optimizers: list[torch.optim.Optimizer] = [adamw]
+        if config.optimizer == "muon":
+            self._optimizers.append(torch.optim.Muon([matrix_group], momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        else:
+            adamw.add_param_group(matrix_group)
+
+    def set_step(self, step: int) -> float:
+        """Take the learning rates and weight decay of a step. Returns the matrices' learning rate."""
+        share = learning_rate(self._config, step)
+        decay = weight_decay(self._config, step)
+        for group in self._groups():
+            group["lr"] = group["peak"] * share
+            group["weight_decay"] = decay if group["decays"] else 0.0
+        return self._config.lr * share
+
+    def step(self) -> None:
+        """Update all parameters from their gradients and drop the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state as "parameter/key" tensors."""
+        return {
+            f"{self._names[id(parameter)]}/{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        homes = {
+            self._names[id(parameter)]: (optimizer, parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for full_name, value in tensors.items():
+            name, _, key = full_name.rpartition("/")
+            optimizer, parameter = homes[name]
+            optimizer.state[parameter][key] = value.to(parameter.device)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]

@@ -1,0 +1,70 @@
+"""The loss curve of a run as PNG and SVG (needs matplotlib: the extra `plot`)."""
+
+from pathlib import Path
+from typing import Any
+
+from bitnet.errors import BitNetError
+
+
+def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]:
+    """Draw training and validation loss and the learning rate over steps into target.png and target.svg.
+
+    rows: metrics as in metrics.jsonl. Raises BitNetError when matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "val_loss" in row]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout="constrained"
+    )
+    steps = [row["step"] for row in training]
+    losses = [row["loss"] for row in training]
+    top.plot(steps, losses, color="#b8c7dc", linewidth=0.8, label="training, each step")
+    top.plot(steps, _smooth(losses), color="#1f5aa6", linewidth=1.6, label="training, smoothed")
+    if validation:
+        points = [row["step"] for row in validation]
+        top.plot(
+            points, [row["val_loss"] for row in validation], "o-", color="#d1495b", markersize=4, label="validation"
+        )
+        last = validation[-1]
+        top.annotate(
+            f"{last['val_loss']:.3f} nats, {last['val_bits_per_byte']:.3f} bits per byte",
+            (last["step"], last["val_loss"]),
+            textcoords="offset points",
+            xytext=(-6, 14),
+            ha="right",
+            color="#d1495b",
+        )
+    if losses:
+        # The first steps are far above the rest and would flatten the part that matters.
+        ordered = sorted(losses + [row["val_loss"] for row in validation])
+        top.set_ylim(ordered[0] - 0.1, ordered[int(0.97 * (len(ordered) - 1))] + 0.3)
+    top.set_ylabel("loss (nats per token)")
+    top.set_title(title, loc="left", fontsize=11)
+    top.legend(frameon=False)
+    bottom.plot(steps, [row["lr"] for row in training], color="#555555", linewidth=1.2)
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    paths = [target.with_suffix(".png"), target.with_suffix(".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return paths
+
+
+def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential average, corrected for its start."""
+    smoothed, mean = [], 0.0
+    for i, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**i))
+    return smoothed

@@ -1,0 +1,141 @@
+"""A run is a folder. This module knows what lies where in it and keeps two writers apart.
+
+RUN/config.toml      the resolved configuration       RUN/metrics.jsonl    one JSON object a line
+RUN/data/            token shards and tokenizer       RUN/loss.png, .svg   the curve
+RUN/saves/step-N/    weights, optimiser, state        RUN/samples.txt      what it wrote while learning
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from bitnet.checkpoint import Save, latest_save, replacing
+from bitnet.errors import BitNetError
+from bitnet.model import Transformer
+from bitnet.tokenizer import Tokenizer
+from bitnet.train.config import RunConfig, read_config
+from bitnet.train.data import open_dataset
+
+# Settings that may change when a run goes on: they do not touch what has been learnt so far.
+_MAY_CHANGE = frozenset(
+    f"train.{name}"
+    for name in (
+        "steps eval_every eval_tokens sample_every sample_prompt save_every keep report_every skip_limit "
+        "tensorboard wandb compile"
+    ).split()
+)
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.txt"
+        self.data = path / "data"
+        self.saves = path / "saves"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config_file.is_file()
+
+    def start(self, config: RunConfig) -> None:
+        """Create the folder, or check that an existing run was started with this config.
+
+        Raises BitNetError when the folder holds something else or a run with other settings.
+        """
+        if self.exists():
+            self._check_same(config)
+        elif self.path.is_dir() and any(p.name != "lock" for p in self.path.iterdir()):
+            raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(self.config_file) as work:
+            work.write_text(config.to_toml(), encoding="utf-8")
+
+    def _check_same(self, config: RunConfig) -> None:
+        for key, new, old in config.differences(self.config()):
+            if key not in _MAY_CHANGE:
+                raise BitNetError(
+                    f"train: '{self.path}' holds a run with {key} = {old!r}, got {new!r}; "
+                    "leave it as it was to go on, or choose another folder (--out)"
+                )
+
+    def lock(self) -> IO[str]:
+        """Hold the folder for this process until the returned file is closed. Raises BitNetError if it is held."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise BitNetError(
+                f"train: '{self.path}' is being written by process {owner}; wait or choose another folder (--out)"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+    def config(self) -> RunConfig:
+        """The configuration the run was started with. Raises BitNetError when there is no run here."""
+        if not self.exists():
+            kind = (
+                "a file" if self.path.is_file() else "a folder without config.toml" if self.path.is_dir() else "nothing"
+            )
+            raise BitNetError(
+                f"run: got {kind} at '{self.path}', expected the folder of a run; make one with: "
+                f"bitnet train --out {self.path}"
+            )
+        return read_config(self.config_file)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run's data."""
+        return open_dataset(self.data).tokenizer
+
+    def load(self) -> tuple[Transformer, Save]:
+        """The model of the newest whole save, in fp32. Raises BitNetError when there is none."""
+        config = self.config()
+        save = latest_save(self.saves)
+        if save is None:
+            raise BitNetError(f"run: got no save in '{self.path}' yet, expected at least one; let it train on")
+        model = Transformer(config.model.replace(vocab_size=int(save.state["vocab_size"])))
+        load_parameters(model, save)
+        return model, save
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the rows of steps after a save: a resumed run writes them again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        with replacing(self.metrics_file) as work:
+            work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def load_parameters(model: Transformer, save: Save) -> None:
+    """Copy a save's weights into a model. Raises BitNetError when names or shapes differ."""
+    try:
+        model.load_state_dict(save.tensors("model"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BitNetError(f"{save.path}: the weights do not fit the run's configuration: {reason}") from error

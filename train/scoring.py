@@ -1,0 +1,56 @@
+"""What `bitnet eval` does: a packed model scores text."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from bitnet.errors import BitNetError
+from bitnet.packed import load
+from bitnet.train.data import eval_windows, tokenize
+from bitnet.train.evaluate import evaluate
+
+
+def score_text(
+    model: Path, paths: Sequence[str], device: torch.device, *, context: int = 0, limit: int = 0
+) -> dict[str, Any]:
+    """Score all text behind `paths` in windows of `context` tokens, each token but the first exactly once.
+
+    Returns bits per byte, perplexity, their standard errors and what was scored, as JSON values. Raises BitNetError
+    for a model without a tokenizer, a context beyond the model's, and text that cannot be read.
+    """
+    engine = load(model, device)
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside to read text with")
+    context = context or engine.config.context
+    if context > engine.config.context:
+        raise BitNetError(f"context: got {context} (-c), expected at most the model's {engine.config.context}")
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="bitnet-eval-") as folder:
+        stream = tokenize(tuple(paths), tokenizer, Path(folder))
+        total = min(len(stream) - 1, limit or len(stream))
+        # About a quarter of a million logits rows of the vocabulary's width would not fit: keep to 64 MB of them.
+        batch = max(1, min(32, 16_000_000 // (context * engine.config.vocab_size)))
+        windows = eval_windows(stream, context, batch_size=batch, bos_id=tokenizer.bos_id, limit_tokens=limit or None)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("scoring", total=total)
+            started = time.perf_counter()
+            result = evaluate(
+                engine.logits, windows, tokenizer.byte_lengths(), lambda done: progress.update(task, completed=done)
+            )
+            seconds = time.perf_counter() - started
+    return {
+        "model": str(model),
+        "data": list(paths),
+        "engine": engine.name,
+        "context": context,
+        **result.to_dict(),
+        "seconds": seconds,
+        "tokens_per_second": result.tokens / seconds,
+    }
