@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -352,20 +352,25 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code; every error a user can cause is one line on stderr."""
+    """Run the command line. Returns the exit code."""
+    return guarded(lambda: app(args=argv, prog_name="bitnet", standalone_mode=False))
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """Run a program of ours: log to stderr, and turn every error a user can cause into one line and an exit code."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("bitnet: %(message)s"))
     logging.getLogger("bitnet").addHandler(handler)
     logging.getLogger("bitnet").setLevel(logging.INFO)
     try:
-        code = app(args=argv, prog_name="bitnet", standalone_mode=False)
-        return int(code or 0)
+        return int(action() or 0)
     except typer.TyperException as error:
         show = getattr(error, "show", None)  # usage errors know how to print themselves
         show() if show else print(f"bitnet: error: {error}", file=sys.stderr)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _stopped()
+        print("bitnet: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error, but nothing may be flushed to it any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -375,6 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"bitnet: error: {describe(error)}", file=sys.stderr)
         return 2
+    finally:
+        logging.getLogger("bitnet").removeHandler(handler)
 
 
 def describe(error: BaseException) -> str:
@@ -385,11 +392,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, batch or context"
     return " ".join(str(error).split())
-
-
-def _stopped() -> int:
-    print("bitnet: interrupted", file=sys.stderr)
-    return 130
 
 
 if __name__ == "__main__":

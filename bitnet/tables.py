@@ -23,8 +23,8 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     """The result of `bitnet eval`."""
     return facts(
         {
-            "bits per byte": f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_error']:.4f}",
-            "perplexity": f"{report['perplexity']:.3f} ± {report['perplexity_error']:.3f} a token",
+            "bits per byte": f"{report['bits_per_byte']:.4f}{plus_minus(report['bits_per_byte_error'], 4)}",
+            "perplexity": f"{report['perplexity']:.3f}{plus_minus(report['perplexity_error'], 3)} a token",
             "loss": f"{report['loss']:.4f} nats a token",
             "text": f"{report['bytes']:,} bytes, {report['tokens']:,} tokens in windows of {report['context']}",
             "speed": f"{report['tokens_per_second']:,.0f} tokens/s ({report['engine']} engine)",
@@ -76,8 +76,7 @@ def zero_table(layers: list[dict[str, Any]]) -> Table:
     for kind in kinds:
         table.add_column(kind, justify="right")
     for index, block in blocks.items():
-        zeros = [_shaded(block[kind]["zero_fraction"]) for kind in kinds]
-        table.add_row(str(index), *zeros)
+        table.add_row(str(index), *(f"{block[kind]['zero_fraction']:.1%}" for kind in kinds))
         table.add_row("", *(Text(f"{block[kind]['scale']:.4f}", style="dim") for kind in kinds))
     return table
 
@@ -112,10 +111,9 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
     return [facts(rows), "", table, verdict]
 
 
-def _shaded(share: float) -> Text:
-    """A percentage with a bar of four cells, so that a layer out of line is seen at once."""
-    filled = round(4 * share)
-    return Text(f"{share:.1%} ") + Text("█" * filled, style="cyan") + Text("░" * (4 - filled), style="dim")
+def plus_minus(error: float | None, digits: int) -> str:
+    """A standard error behind its value; nothing where there is none."""
+    return "" if error is None else f" ± {error:.{digits}f}"
 
 
 def _short(value: Any) -> str:

@@ -417,7 +417,7 @@ def test_other_peoples_folders_are_left_alone(folder: Path, tmp_path: Path) -> N
         (tmp_path / name / "diary.txt").write_text("dear")
     (tmp_path / "file").write_text("dear")
     for name in ("out", "out2", "file"):
-        with pytest.raises(BitNetError, match="got a (file or )?folder with other"):
+        with pytest.raises(BitNetError, match=r"got a (file or )?folder with other"):
             prepare(config, tmp_path / name, tokenizer=None, vocab_size=300)
     assert (tmp_path / "out2.tmp" / "diary.txt").exists()
     (tmp_path / "empty").mkdir()

@@ -39,7 +39,7 @@ from bitnet.train.shards import (
     open_dataset,
     shard_name,
 )
-from bitnet.train.sources import CHUNK, STANDARD_INPUT
+from bitnet.train.sources import CHUNK, STANDARD_INPUT, find_sources
 
 # The rest of the trainer needs this module alone.
 __all__ = [
@@ -96,6 +96,20 @@ def prepare(
         where = error.filename or out
         raise BitNetError(f"{where}: {error.strerror}; check rights and free space, then prepare again") from error
     return open_dataset(out)
+
+
+def tokenize(paths: tuple[str, ...], tokenizer: Tokenizer, folder: Path, report: Report | None = None) -> TokenStream:
+    """All text behind `paths` as one stream of tokens, a document a file, written into an existing `folder`.
+
+    Raises BitNetError for missing, unreadable or empty text and for text the tokenizer cannot hold.
+    """
+    sources = find_sources(paths, folder / SPOOL)
+    if not sources:
+        raise BitNetError(f"data: got no text in {', '.join(paths)}, expected at least one file that is not empty")
+    corpus = Corpus(DataConfig(paths), sources, sources, text_split=False)
+    dtype = dtype_for(tokenizer.vocab_size)
+    split = _write_split(folder, corpus, "train", tokenizer, dtype, report)
+    return TokenStream(folder, split, dtype, tokenizer.vocab_size, tokenizer.bos_id)
 
 
 def _reuse(out: Path, made_from: str) -> TokenDataset:

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitnet.tables import plus_minus
+
 
 class Display:
     """Draws the progress of one run. `every` is the distance of plain lines in steps; `quiet` leaves warnings only."""
@@ -114,7 +116,7 @@ class Display:
         scope = "all" if row["val_whole"] else "part"
         self.note(
             f"step {row['step']}  validation ({scope}): loss {row['val_loss']:.4f}, "
-            f"{row['val_bits_per_byte']:.4f} ± {row['val_bits_per_byte_error']:.4f} bits/byte"
+            f"{row['val_bits_per_byte']:.4f}{plus_minus(row['val_bits_per_byte_error'], 4)} bits/byte"
         )
 
     def sample(self, text: str) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet.errors import BitNetError
+
 IGNORED = -100  # targets that are not scored, as in F.cross_entropy
 
 
@@ -18,13 +20,13 @@ class Evaluation:
     """The result over all scored tokens.
 
     bits_per_byte = nats / ln 2 / UTF-8 bytes: independent of the tokenizer, the figure to compare.
-    Standard errors treat windows as independent draws of text (a ratio estimate over windows).
+    Standard errors treat windows as independent draws of text (a ratio estimate over windows); None with one window.
     """
 
     bits_per_byte: float
-    bits_per_byte_error: float
+    bits_per_byte_error: float | None
     perplexity: float
-    perplexity_error: float
+    perplexity_error: float | None
     loss: float  # nats a token
     tokens: int
     bytes: int
@@ -71,24 +73,24 @@ def summarize(nats: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> Evalua
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(
         bits_per_byte=per_byte / math.log(2),
-        bits_per_byte_error=per_byte_error / math.log(2),
+        bits_per_byte_error=None if per_byte_error is None else per_byte_error / math.log(2),
         perplexity=perplexity,
-        perplexity_error=perplexity * loss_error,
+        perplexity_error=None if loss_error is None else perplexity * loss_error,
         loss=loss,
         tokens=int(tokens.sum()),
         bytes=int(sizes.sum()),
     )
 
 
-def _ratio(total: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+def _ratio(total: np.ndarray, weight: np.ndarray) -> tuple[float, float | None]:
     """sum(total) / sum(weight) and its standard error, linearised (Cochran 1977, chapter 6)."""
     used = weight > 0
     total, weight = total[used], weight[used]
     n = len(weight)
     if n == 0:
-        return math.nan, math.nan
+        raise BitNetError("evaluate: got no text to score, expected at least two tokens of it; name more text")
     ratio = float(total.sum() / weight.sum())
     if n == 1:
-        return ratio, math.nan
+        return ratio, None
     residual = total - ratio * weight
     return ratio, float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())

@@ -37,7 +37,7 @@ def score_text(
         total = min(len(stream) - 1, limit or len(stream))
         # About a quarter of a million logits rows of the vocabulary's width would not fit: keep to 64 MB of them.
         batch = max(1, min(32, 16_000_000 // (context * engine.config.vocab_size)))
-        windows = eval_windows(stream, context, batch_size=batch, bos_id=tokenizer.bos_id, limit_tokens=limit or None)
+        windows = eval_windows(stream, context, batch_size=batch, limit_tokens=limit or None)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("scoring", total=total)
             started = time.perf_counter()
