@@ -104,8 +104,10 @@ def read_save(folder: Path) -> Save:
             path = folder / Path(name).name
             if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
                 raise BitNetError(f"damaged save: {path} is not what its manifest says")
+        if folder.name != f"step-{manifest['step']:08d}":
+            raise BitNetError(f"damaged save: {folder} says that it is step {manifest['step']}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return Save(folder, int(manifest["step"]), dict(state))
+        return Save(folder, manifest["step"], dict(state))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, BitNetError):
             raise

@@ -40,6 +40,12 @@ def convert(model: M, linear: str = "ternary", exclude: Iterable[str] = HEADS) -
             f"convert: got a {type(model).__name__} without an nn.Linear to replace, expected at least one inside it "
             f"that is not excluded ({', '.join(patterns) or 'nothing'})"
         )
+    for module in model.modules():
+        # In evaluation these two read the weights of their linears without calling them: that would be the float model.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     return model
 
 

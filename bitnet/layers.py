@@ -47,7 +47,7 @@ class BitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] float. Returns [..., N]."""
         (y,) = quant.bit_linear(x, [self.weight], [self.quantized_weight()])
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # bf16 under autocast, as nn.Linear
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, linear={self.linear}"

@@ -114,13 +114,12 @@ def read_packed(path: str | Path) -> PackedModel:
             tensors = {name: file.get_tensor(name) for name in names}
         if _digest(metadata, tensors) != metadata["sha256"]:
             raise BitNetError(f"{path}: the content does not match its checksum: the file is damaged; pack it again")
+        spelling = tensors.pop(_TOKENIZER) if metadata["tokenizer"] != "none" else None
         _check_tensors(path, config, tensors)
-        tokenizer = None
-        if metadata["tokenizer"] != "none":
-            tokenizer = load_tokenizer(metadata["tokenizer"], tensors.pop(_TOKENIZER).numpy().tobytes())
+        tokenizer = None if spelling is None else load_tokenizer(metadata["tokenizer"], spelling.numpy().tobytes())
         _check_tokenizer(config, tokenizer)
         return PackedModel(config, tensors, tokenizer, json.loads(metadata["info"]))
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, BitNetError):
             raise
         raise BitNetError(
@@ -212,18 +211,25 @@ def _check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor
         if got.dtype == torch.uint8:
             k = config.intermediate_size if "down_proj" in name else config.hidden_size
             packing.check(got, k)
-        if name.endswith("_scale") and not (torch.isfinite(got).all() and (got > 0).all()):
-            raise BitNetError(f"{path}: tensor '{name}': got {got.tolist()}, expected a finite scale above 0")
+        if name.endswith("_scale"):
+            _check_scale(path, name, got)
         if got.dtype == torch.int8:
             scale = tensors.get(name.removesuffix("weight") + "scale")
             if scale is None or tuple(scale.shape) != (shape[0], 1) or scale.dtype != torch.float32:
                 raise BitNetError(
                     f"{path}: tensor '{name}' is int8, expected a float32 scale of [{shape[0]}, 1] with it"
                 )
+            _check_scale(path, name.removesuffix("weight") + "scale", scale)
     scales = {name.removesuffix("weight") + "scale" for name in expected if tensors[name].dtype == torch.int8}
-    extra = sorted(set(tensors) - set(expected) - scales - {_TOKENIZER})
+    extra = sorted(set(tensors) - set(expected) - scales)
     if extra:
         raise BitNetError(f"{path}: got unknown tensor '{extra[0]}', expected only those of the config")
+
+
+def _check_scale(path: Path, name: str, scale: Tensor) -> None:
+    wrong = scale[~(torch.isfinite(scale) & (scale > 0))]
+    if wrong.numel():
+        raise BitNetError(f"{path}: tensor '{name}': got {float(wrong[0])}, expected finite scales above 0")
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
@@ -259,5 +265,5 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

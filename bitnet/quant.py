@@ -76,7 +76,7 @@ class _BitLinear(torch.autograd.Function):
             dx = (merged @ codes.to(dtype)).to(ctx.x_dtype).view(ctx.x_shape)
         dw: list[Tensor | None] = [None] * len(dy)
         if any(ctx.needs_input_grad[4:]):
-            x = (q / inv_scale).to(dtype)
+            x = q.float().mul_(inv_scale.reciprocal()).to(dtype)
             merged = dy[0] if len(dy) == 1 else torch.cat(dy, dim=1)
             parts = (merged.T @ x).split(ctx.sizes)
             dw = [part.to(weight_dtype) for part, weight_dtype in zip(parts, ctx.weight_dtypes, strict=True)]

@@ -57,9 +57,12 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         keep[:, sampling.top_k :] = False
     probabilities = ordered.masked_fill(~keep, -torch.inf).softmax(dim=-1)
-    # A token stays while the tokens before it hold less than top_p.
-    keep &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
+    if sampling.top_p < 1:  # at 1 the rounding of the sum would cut the tail
+        # A token stays while the tokens before it hold less than top_p.
+        keep &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
     keep &= probabilities >= sampling.min_p * probabilities[:, :1]
     keep[:, 0] = True
-    ordered = (ordered / sampling.temperature).masked_fill(~keep, -torch.inf)
+    # Differences to the first, so that a tiny temperature (at least fp32's smallest) divides no large number.
+    ordered = (ordered - ordered[:, :1]) / max(sampling.temperature, torch.finfo(ordered.dtype).tiny)
+    ordered = ordered.masked_fill(~keep, -torch.inf)
     return torch.zeros_like(logits).scatter(-1, index, ordered.softmax(dim=-1))

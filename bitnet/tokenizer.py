@@ -199,7 +199,8 @@ class CharTokenizer(_TableTokenizer):
                 f"{self.vocab_size} characters of the training text; use the sentencepiece tokenizer, which "
                 "writes any text"
             )
-        return [int(id) for id in ids.tolist()]
+        result: list[int] = ids.tolist()
+        return result
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         return [self.encode(text) for text in texts]

@@ -168,7 +168,9 @@ def self_test(backend: Backend, device: torch.device) -> str | None:
                 ("codes", backend.codes_matmul(q.to(device), codes.to(device))),
                 ("packed", packed_matmul(q.to(device), weights)),
             ):
-                if got.dtype != torch.int32 or not torch.equal(got.cpu(), expected):
+                if got.dtype != expected.dtype or got.shape != expected.shape:
+                    return f"{name} product M{m}-N{n}-K{k}: got {got.dtype} {tuple(got.shape)}, expected int32 [M, N]"
+                if not torch.equal(got.cpu(), expected):
                     wrong = int((got.cpu() != expected).sum())
                     return f"{name} product M{m}-N{n}-K{k}: {wrong} of {m * n} sums differ from the reference"
     return None

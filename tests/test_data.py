@@ -439,7 +439,7 @@ def test_interrupted_prepare_leaves_nothing_behind(
 
     config = DataConfig((str(folder),))
     with monkeypatch.context() as patch:
-        patch.setattr(data_module.os, "fsync", stop)
+        patch.setattr("os.fsync", stop)
         patch.setattr(data_module, "sync", stop)
         patch.setattr(data_module, "SHARD_TOKENS", 1000)
         with pytest.raises(KeyboardInterrupt):
@@ -505,7 +505,7 @@ def test_full_disk_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_module.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(BitNetError, match="No space left on device; check rights and free space"):
         prepare(DataConfig((str(folder),)), tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["books"]
@@ -557,7 +557,7 @@ def test_memory_stays_bounded(newlines: bool, tmp_path: Path) -> None:
         assert sum(len(piece.text) for split in ("train", "val") for piece in corpus.pieces(split)) == size
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 16 * corpus_module.CHUNK  # StringIO alone takes four bytes a character
+    assert peak < 16 * sources_module.CHUNK  # StringIO alone takes four bytes a character
 
 
 # ---- damaged folders ---------------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ def test_altered_tokens_are_found(prepared: Path) -> None:
         dataset.train.read(0, 10)
 
 
-VALUES = [
+VALUES: list[object] = [
     None,
     True,
     -1,

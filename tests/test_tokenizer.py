@@ -4,6 +4,7 @@ import io
 import lzma
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def test_mutated_models_give_a_lossless_tokenizer_or_our_error(model: SentencePi
 
 
 def test_foreign_models_that_lose_text_are_refused() -> None:
-    lossy = {
+    lossy: dict[str, dict[str, Any]] = {
         "dummy prefix": {"add_dummy_prefix": True, "byte_fallback": True},
         "no bytes": {"add_dummy_prefix": False, "byte_fallback": False},
     }

@@ -1,0 +1,112 @@
+"""What being ternary costs: time per training step against the float twin, interleaved in one run.
+
+    python benchmarks/step_cost.py [--preset nano] [--batch-size 16] [--repeats 15] [--threads 2]
+
+Both twins have the same shape, data, optimiser and dtype; a round times one step of each, in alternating order, so
+that a change of the machine's load meets both. Reported: medians and quartiles of the step, of its parts, and of the
+ratio within each round. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import machine
+
+from bitnet.config import PRESETS, preset
+from bitnet.model import Transformer, parameters
+from bitnet.train.config import TrainConfig
+from bitnet.train.optim import Optimizer
+from bitnet.train.pretrain import next_token_loss
+
+PARTS = ("forward", "backward", "optimiser")
+
+
+class Twin:
+    """One contender: a model with its optimiser, and the times of its steps."""
+
+    def __init__(self, name: str, linear: str, batch_size: int, optimizer: str) -> None:
+        config = preset(name).replace(linear=linear)
+        self.linear, self.times = linear, []
+        self.model = Transformer(config)
+        self.model.init_weights(0)
+        self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, config.vocab_size, (batch_size, config.context + 1), generator=generator)
+        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:]
+
+    def step(self, dtype: str) -> list[float]:
+        """Seconds of the forward pass, the backward pass, and clipping with the update."""
+        self.optimizer.set_step(100)
+        marks = [time.perf_counter()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss = next_token_loss(self.model, self.inputs, self.targets)
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        marks.append(time.perf_counter())
+        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+
+
+def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int) -> dict[str, Any]:
+    """Time both twins for `repeats` rounds after three to warm up."""
+    twins = [Twin(name, linear, batch_size, optimizer) for linear in ("ternary", "plain")]
+    rounds: list[dict[str, list[float]]] = []
+    for i in range(repeats + 3):
+        order = twins if i % 2 else twins[::-1]
+        rounds.append({twin.linear: twin.step(dtype) for twin in order})
+    rounds = rounds[3:]
+    ratios = [sum(r["ternary"]) / sum(r["plain"]) for r in rounds]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    row: dict[str, Any] = {"preset": name, "dtype": dtype, "optimizer": optimizer, "batch_size": batch_size}
+    row |= {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
+    for linear in ("ternary", "plain"):
+        columns = list(zip(*(r[linear] for r in rounds), strict=True))
+        for part, values in zip(PARTS, columns, strict=True):
+            row[f"{linear}_{part}_ms"] = round(1e3 * statistics.median(values), 1)
+        row[f"{linear}_ms"] = round(1e3 * statistics.median([sum(r[linear]) for r in rounds]), 1)
+    row["tokens_per_second"] = round(batch_size * preset(name).context / row["ternary_ms"] * 1e3)
+    return row
+
+
+def main() -> None:
+    """Measure, print a table, then the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="nano", choices=list(PRESETS))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    before = machine.describe()
+    print(machine.line(before))
+    count = parameters(preset(options.preset)) / 1e6
+    print(f"{options.preset}: {count:.1f}M parameters, {options.batch_size} sequences, {options.optimizer}\n")
+    print("| dtype | ternary ms | plain ms | ratio (quartiles) | forward | backward | optimiser | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for dtype in ("fp32", "bf16"):
+        row = measure(options.preset, options.batch_size, dtype, options.optimizer, options.repeats)
+        rows.append(row)
+        parts = " | ".join(f"{row[f'ternary_{p}_ms']} / {row[f'plain_{p}_ms']}" for p in PARTS)
+        low, high = row["ratio_quartiles"]
+        print(
+            f"| {dtype} | {row['ternary_ms']} | {row['plain_ms']} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {parts} | {row['tokens_per_second']:,} |"
+        )
+    print(json.dumps({"benchmark": "step_cost", "machine": before, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()
