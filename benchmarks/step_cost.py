@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+import itertools
+
 import machine
 
 from bitnet.config import PRESETS, preset
@@ -55,7 +57,7 @@ class Twin:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         marks.append(time.perf_counter())
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(marks)]
 
 
 def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int) -> dict[str, Any]:

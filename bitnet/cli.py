@@ -159,6 +159,8 @@ def train(
         },
     }
     _set_threads(threads)
+    if quiet:
+        logging.getLogger("bitnet").setLevel(logging.WARNING)
     summary, code = run_training(preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet)
     if summary and as_json:
         _print_json(summary)
@@ -353,6 +355,7 @@ def _print_json(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    _state["debug"] = False
     return guarded(lambda: app(args=argv, prog_name="bitnet", standalone_mode=False))
 
 
@@ -365,14 +368,17 @@ def guarded(action: Callable[[], int | None]) -> int:
     try:
         return int(action() or 0)
     except typer.TyperException as error:
-        show = getattr(error, "show", None)  # usage errors know how to print themselves
-        show() if show else print(f"bitnet: error: {error}", file=sys.stderr)
+        if message := usage_error(error):
+            print(f"bitnet: error: {message}", file=sys.stderr)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         print("bitnet: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error, but nothing may be flushed to it any more.
+    except (BrokenPipeError, SystemExit) as error:
+        # typer leaves with code 1 when the reader of our output went away (`| head`). To us that is no error, but
+        # nothing may be flushed to it any more.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError) as error:  # BitNetError is a ValueError, as are the kernels' refusals
@@ -382,6 +388,14 @@ def guarded(action: Callable[[], int | None]) -> int:
         return 2
     finally:
         logging.getLogger("bitnet").removeHandler(handler)
+
+
+def usage_error(error: typer.TyperException) -> str:
+    """A mistake in the command line in one line. Empty where typer has shown the help instead."""
+    read = getattr(error, "format_message", None)
+    message = " ".join((read() if read else str(error)).split())
+    context = getattr(error, "ctx", None)
+    return f"{message} See: {context.command_path} -h" if message and context else message
 
 
 def describe(error: BaseException) -> str:

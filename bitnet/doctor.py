@@ -57,7 +57,10 @@ def _backend(backend: ops.Backend, device: torch.device) -> dict[str, Any]:
     reason = backend.why_not(device)
     if reason:
         return row | {"status": "unavailable", "reason": reason}
-    difference = ops.self_test(backend, device)
+    try:
+        difference = ops.self_test(backend, device)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        difference = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if difference:
         return row | {"status": "failed", "reason": difference}
     return row | {"status": "ok", "reason": "self-test: int32 sums equal the reference"}

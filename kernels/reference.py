@@ -70,7 +70,8 @@ def _sum(weight: Tensor) -> Tensor:
 def quantize_activations(x: Tensor) -> ActivationCodes:
     """Absmax quantisation to int8 per token (b1.58, section 2). x: [..., K] float; K >= 1."""
     x = x.float()
-    inv_scale = Q_MAX / x.abs().amax(dim=-1, keepdim=True).clamp_(min=EPS)
+    # The reciprocal first, then times 127: two fp32 roundings, which `127 / tensor` is in torch (and transformers) too.
+    inv_scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=EPS).reciprocal_() * Q_MAX
     # No clamp: |x| * (127 / max |x|) is at most 127 (1 + 2^-22), which rounds to 127.
     return ActivationCodes((x * inv_scale).round_().to(torch.int8), inv_scale)
 

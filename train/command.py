@@ -8,7 +8,7 @@ import torch
 
 from bitnet import schema
 from bitnet.errors import BitNetError
-from bitnet.train.config import RunConfig, default_config, read_config
+from bitnet.train.config import RunConfig, default_config, read_toml
 from bitnet.train.display import Display
 from bitnet.train.pretrain import Outcome, duration, pretrain
 from bitnet.train.run import Run
@@ -50,16 +50,26 @@ def run_training(
 
 def resolve(preset: str | None, config_file: Path | None, flags: Values, assignments: list[str], run: Run) -> RunConfig:
     """The configuration of a run from everything that has a say in it."""
+    named, values = read_toml(config_file) if config_file is not None else (None, {})
+    preset = preset or named
     if preset is not None:
         base = default_config(preset)
         if run.exists():  # a preset given again must not undo what was set when the run began
             base = run.config().override({"model": _shape(base)})
     else:
         base = run.config() if run.exists() else default_config()
-    if config_file is not None:
-        base = read_config(config_file, base)
-    given = {section: {k: v for k, v in values.items() if v is not None} for section, values in flags.items()}
-    return base.override(given).override(parse_assignments(assignments, base))
+    given = {section: {k: v for k, v in content.items() if v is not None} for section, content in flags.items()}
+    # In one go: settings that fit together only as a whole may come from several places.
+    return base.override(merge(values, given, parse_assignments(assignments, base)))
+
+
+def merge(*layers: Values) -> Values:
+    """Settings from weak to strong in one."""
+    merged: Values = {}
+    for layer in layers:
+        for section, content in layer.items():
+            merged[section] = {**merged.get(section, {}), **content}
+    return merged
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:

@@ -85,6 +85,13 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.context > self.model.context:
+            raise BitNetError(
+                f"train.context: got {self.train.context} (-c), expected at most the model's {self.model.context}; "
+                "raise model.max_position_embeddings as well"
+            )
+
     @property
     def context(self) -> int:
         """Tokens a training sequence."""
@@ -101,10 +108,7 @@ class RunConfig:
                 raise BitNetError(f"config: got unknown section [{name}], expected {', '.join(_SECTIONS)}")
         changed = {}
         for name, cls in _SECTIONS.items():
-            section = values.get(name, {})
-            if not isinstance(section, dict):
-                raise BitNetError(f"config: got '{name}' = {section!r}, expected a section [{name}]")
-            changed[name] = schema.from_values(cls, {**asdict(getattr(self, name)), **section}, name)
+            changed[name] = schema.from_values(cls, {**asdict(getattr(self, name)), **values.get(name, {})}, name)
         return replace(self, **changed)
 
     def differences(self, other: "RunConfig") -> list[tuple[str, Any, Any]]:
@@ -132,19 +136,27 @@ def default_config(name: str = "nano") -> RunConfig:
     return RunConfig(model=preset(name), train=TrainConfig(**_PRESET_TRAIN.get(name, {})))
 
 
-def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
-    """Read a TOML file over `base` (default: the preset named by a top-level `preset` key, or nano)."""
+def read_config(path: Path) -> RunConfig:
+    """A configuration from a TOML file; what it leaves out is its preset's, or nano's."""
+    name, values = read_toml(path)
+    return default_config(name or "nano").override(values)
+
+
+def read_toml(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The preset named by a top-level `preset` key, or None, and the sections of a TOML file. Raises BitNetError."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BitNetError(f"config: got no file '{path}', expected a TOML file; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise BitNetError(f"config: '{path}' cannot be read as TOML: {error}") from error
     name = values.pop("preset", None)
-    if name is not None and name not in PRESETS:
+    if name is not None and (not isinstance(name, str) or name not in PRESETS):
         raise BitNetError(f"config: got preset {name!r}, expected one of {', '.join(PRESETS)}")
-    start = default_config(name) if name else base or default_config()
-    return start.override(values)
+    for section, content in values.items():
+        if section not in _SECTIONS or not isinstance(content, dict):
+            raise BitNetError(f"config: '{path}': got '{section}', expected sections [{'], ['.join(_SECTIONS)}] only")
+    return name, values
 
 
 def _section(name: str, values: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitnet.tables import plus_minus
@@ -16,7 +17,7 @@ class Display:
     """Draws the progress of one run. `every` is the distance of plain lines in steps; `quiet` leaves warnings only."""
 
     def __init__(self, every: int = 50, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = console or Console(stderr=True, highlight=False, emoji=False, quiet=quiet, soft_wrap=True)
         self.every = every
         self._live: Progress | None = None
         self._task: TaskID | None = None
@@ -61,7 +62,7 @@ class Display:
     def announce(self, lines: dict[str, str]) -> None:
         """What is about to be trained, a line a subject."""
         for name, text in lines.items():
-            self.console.print(f"[bold]{name:>9}[/bold]  {text}", markup=True)
+            self.console.print(f"[bold]{name:>9}[/bold]  {escape(text)}", markup=True)
 
     # -- while it trains -----------------------------------------------------------------------------------------
 
@@ -122,6 +123,12 @@ class Display:
     def sample(self, text: str) -> None:
         """A text the model wrote."""
         self.note("sample: " + repr(text[:300]))
+
+    def warn(self, text: str) -> None:
+        """A note that is shown to those who asked for quiet, too."""
+        quiet, self.console.quiet = self.console.quiet, False
+        self.note(text)
+        self.console.quiet = quiet
 
     def note(self, text: str) -> None:
         """A line that stays on the screen, above the live one."""

@@ -67,6 +67,8 @@ def evaluate(
 
 def summarize(nats: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> Evaluation:
     """Join windows: nats, scored tokens and bytes of each, all of shape [windows]."""
+    scored = tokens > 0
+    nats, tokens, sizes = nats[scored], tokens[scored], sizes[scored]
     loss, loss_error = _ratio(nats, tokens)
     per_byte, per_byte_error = _ratio(nats, sizes)
     # A loss beyond 700 nats has no perplexity that a float can hold.
@@ -84,10 +86,8 @@ def summarize(nats: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> Evalua
 
 def _ratio(total: np.ndarray, weight: np.ndarray) -> tuple[float, float | None]:
     """sum(total) / sum(weight) and its standard error, linearised (Cochran 1977, chapter 6)."""
-    used = weight > 0
-    total, weight = total[used], weight[used]
     n = len(weight)
-    if n == 0:
+    if weight.sum() == 0:
         raise BitNetError("evaluate: got no text to score, expected at least two tokens of it; name more text")
     ratio = float(total.sum() / weight.sum())
     if n == 1:

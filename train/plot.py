@@ -46,7 +46,7 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
         ordered = sorted(losses + [row["val_loss"] for row in validation])
         top.set_ylim(ordered[0] - 0.1, ordered[int(0.97 * (len(ordered) - 1))] + 0.3)
     top.set_ylabel("loss (nats per token)")
-    top.set_title(title, loc="left", fontsize=11)
+    top.set_title(title, loc="left", fontsize=11, parse_math=False)  # a folder may be named "$x"
     top.legend(frameon=False)
     bottom.plot(steps, [row["lr"] for row in training], color="#555555", linewidth=1.2)
     bottom.set_ylabel("learning rate")

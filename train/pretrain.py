@@ -61,9 +61,11 @@ def pretrain(config: RunConfig, out: Path, device: torch.device, display: Displa
         processes = stack.enter_context(Processes(device))
         run = Run(out)
         if processes.first:
+            run.check(config)  # before the lock, which is a file in the folder
             stack.enter_context(run.lock())
-            run.start(config)
+            run.check(config)  # again: it may have become a run in between
             dataset = prepare_data(config, run, display)
+            run.write_config(config)
         processes.barrier()
         if not processes.first:
             dataset = open_dataset(run.data)
@@ -203,7 +205,8 @@ class Trainer:
         self.skipped += 1
         reason = f"loss {loss}, gradient norm {norm}"
         self._record({"step": self.step, "skipped": reason})
-        self.display.note(f"step {self.step} skipped: {reason}")
+        if self.processes.first:
+            self.display.warn(f"step {self.step} skipped: {reason}")
         if self.skipped >= self.settings.skip_limit:
             raise BitNetError(
                 f"training diverged: got {self.skipped} steps in a row without a finite gradient ({reason}), expected "

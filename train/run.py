@@ -28,6 +28,9 @@ _MAY_CHANGE = frozenset(
 )
 
 
+_BEFORE_CONFIG = frozenset({"lock", "data", "data.tmp"})
+
+
 class Run:
     """The folder of one run."""
 
@@ -43,16 +46,19 @@ class Run:
         """Whether a run was started here."""
         return self.config_file.is_file()
 
-    def start(self, config: RunConfig) -> None:
-        """Create the folder, or check that an existing run was started with this config.
-
-        Raises BitNetError when the folder holds something else or a run with other settings.
-        """
+    def check(self, config: RunConfig) -> None:
+        """Raise BitNetError when the folder holds something else or a run with other settings. Writes nothing."""
         if self.exists():
             self._check_same(config)
-        elif self.path.is_dir() and any(p.name != "lock" for p in self.path.iterdir()):
-            raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
-        self.path.mkdir(parents=True, exist_ok=True)
+        elif self.path.is_dir():
+            # A start that failed or was killed while it prepared the data leaves these behind.
+            if any(p.name not in _BEFORE_CONFIG for p in self.path.iterdir()):
+                raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
+        elif self.path.exists():
+            raise BitNetError(f"train: got a file at '{self.path}', expected a folder or nothing; change --out")
+
+    def write_config(self, config: RunConfig) -> None:
+        """Make the folder a run, once its data is there: settings that led nowhere do not bind the next try."""
         with replacing(self.config_file) as work:
             work.write_text(config.to_toml(), encoding="utf-8")
 

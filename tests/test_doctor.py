@@ -1,0 +1,135 @@
+"""`bitnet doctor`: what it says of a healthy machine, and that it sees a broken backend."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet.cli import main
+from bitnet.doctor import examine
+from bitnet.kernels import ops, reference
+
+CPU = torch.device("cpu")
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
+    """Put a changed copy of the reference first. Returns its name."""
+    broken = dataclasses.replace(ops.REFERENCE, name="planted", why_not=lambda device: None, **changes)
+    monkeypatch.setattr(ops, "BACKENDS", (broken, *ops.BACKENDS))
+    return broken.name
+
+
+def test_a_healthy_machine(capsys: Captured) -> None:
+    assert main(["doctor", "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert captured.err == ""
+    assert report["healthy"] is True
+    assert report["problem"] is None
+    assert report["python"] == platform.python_version()
+    for package in ("torch", "numpy", "sentencepiece", "safetensors", "typer", "rich", "einops"):
+        assert report["packages"][package] == version(package)
+    assert report["cpu"]["cores"] == os.cpu_count()
+    assert len(report["devices"]) == 1 + torch.cuda.device_count()
+    on_cpu = [row for row in report["backends"] if row["device"] == "cpu"]
+    assert [row["backend"] for row in on_cpu] == [backend.name for backend in ops.BACKENDS]
+    for row, backend in zip(on_cpu, ops.BACKENDS, strict=True):
+        assert row["status"] == ("unavailable" if backend.why_not(CPU) else "ok")
+        assert row["reason"]
+    assert report["selected"]["cpu"] == next(row["backend"] for row in on_cpu if row["status"] == "ok")
+
+
+def test_the_same_as_a_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "everything works" in out
+    assert f"torch {torch.__version__}" in out or f"torch {version('torch')}" in out
+    assert all(backend.name in out for backend in ops.BACKENDS)
+    assert out.count("in use") - out.count("threads in use") == 1 + torch.cuda.device_count()  # one a device
+
+
+def off_by_one(q: Tensor, codes: Tensor) -> Tensor:
+    acc = reference.matmul(q, codes)
+    acc[-1, -1] += 1  # one sum, the last one
+    return acc
+
+
+def zeros(q: Tensor, codes: Tensor) -> Tensor:
+    """The silent failure of a kernel that does not know a shape."""
+    return torch.zeros(q.shape[0], codes.shape[0], dtype=torch.int32)
+
+
+def as_float(q: Tensor, codes: Tensor) -> Tensor:
+    return reference.matmul(q, codes).float()
+
+
+def failing(q: Tensor, codes: Tensor) -> Tensor:
+    raise RuntimeError("illegal\ninstruction")
+
+
+def too_narrow(q: Tensor, codes: Tensor) -> Tensor:
+    """Sums in int16: right for short rows, wrong beyond 32,767 / 127."""
+    return reference.matmul(q, codes).to(torch.int16).to(torch.int32)
+
+
+@pytest.mark.parametrize("product", [off_by_one, zeros, as_float, failing, too_narrow])
+def test_a_broken_training_product_is_seen(
+    product: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    name = plant(monkeypatch, codes_matmul=product)
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    failed = [row["backend"] for row in report["backends"] if row["status"] == "failed"]
+    assert failed == [name] * len(report["devices"])
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert name in out
+    assert "do not trust" in out
+
+
+def test_a_broken_packed_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = plant(monkeypatch, packed_matmul=lambda q, packed: reference.packed_matmul(q, packed) * -1)
+    report = examine()
+    assert not report["healthy"]
+    row = next(row for row in report["backends"] if row["status"] == "failed")
+    assert row["backend"] == name
+    assert "packed product" in row["reason"]
+
+
+def test_a_backend_that_cannot_run_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    lame = dataclasses.replace(ops.REFERENCE, name="lame", why_not=lambda device: "no such chip")
+    monkeypatch.setattr(ops, "BACKENDS", (lame, *ops.BACKENDS))
+    report = examine()
+    assert report["healthy"]
+    row = report["backends"][0]
+    assert (row["backend"], row["status"], row["reason"]) == ("lame", "unavailable", "no such chip")
+    assert report["selected"]["cpu"] != "lame"
+
+
+def test_a_forced_backend_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.ENVIRONMENT, "reference")
+    assert examine()["selected"]["cpu"] == "reference"
+
+
+def test_an_unknown_forced_backend_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setenv(ops.ENVIRONMENT, "abacus")
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert "abacus" in report["problem"]
+    assert all(backend.name in report["problem"] for backend in ops.BACKENDS)
+    assert main(["doctor"]) == 1
+    assert "abacus" in capsys.readouterr().out
