@@ -68,7 +68,7 @@ def write_save(
     shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older save
     work.rename(final)
     sync(saves)
-    for old in _folders(saves)[max(keep, 1) :]:
+    for old in folders(saves)[max(keep, 1) :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -78,15 +78,15 @@ def latest_save(saves: Path) -> Save | None:
 
     Raises BitNetError when there are saves and every one of them is damaged.
     """
-    folders = _folders(saves)
-    for folder in folders:
+    found = folders(saves)
+    for folder in found:
         try:
             return read_save(folder)
         except BitNetError as error:
             _log.warning("%s; trying the save before it", error)
-    if folders:
+    if found:
         raise BitNetError(
-            f"{saves}: got {len(folders)} damaged saves, expected at least one whole; train into a new folder (--out)"
+            f"{saves}: got {len(found)} damaged saves, expected at least one whole; train into a new folder (--out)"
         )
     return None
 
@@ -147,7 +147,7 @@ def replacing(path: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def _folders(saves: Path) -> list[Path]:
+def folders(saves: Path) -> list[Path]:
     """Finished saves, newest first."""
     if not saves.is_dir():
         return []

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -38,6 +38,15 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny products: two threads wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
@@ -67,14 +76,14 @@ def check(backend: Backend, q: Tensor, codes: Tensor) -> None:
 
 
 @pytest.mark.parametrize("chunk", range(4))
-def test_random_shapes(backend: Backend, chunk: int, rng: torch.Generator) -> None:
+def test_random_shapes(backend: Backend, chunk: int, rng: torch.Generator, one_thread: None) -> None:
     sizes = torch.rand(SHAPES_EACH // 4, 3, generator=rng).pow(2)  # more small ones than large ones
     for m, n, k in (1 + sizes * torch.tensor([11, 60, 260])).int().tolist():
         check(backend, *draw(m, n, k, rng))
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_extremes(backend: Backend, extreme: str) -> None:
+def test_extremes(backend: Backend, extreme: str, one_thread: None) -> None:
     for m in (1, 3, 17):
         for n in (1, 2, 31, 101):
             for k in (1, 3, 4, 63, 64, 65, 100, 255, 256, 1021):

@@ -1,4 +1,4 @@
-"""BitLinear, forward and backward, against fp64: the integer formula, and autograd of straight-through fake quantisation.
+"""BitLinear, forward and backward, against fp64: the integer formula, and autograd of straight-through quantisation.
 
 Rounding bounds: U = 2^-24 is fp32's unit roundoff and V = 2^-8 is bf16's. A sum of n products in fp32 is off by at most
 (n + 1) U times the sum of their magnitudes; second-order terms are covered by doubling U where n is large.
@@ -49,6 +49,7 @@ def leaf(t: Tensor) -> Tensor:
 
 
 def assert_within(got: Tensor, expected: Tensor, bound: Tensor, what: str = "") -> None:
+    got, expected = got.detach(), expected.detach()
     error = (got.double() - expected).abs()
     worst = int((error - bound).argmax())
     was, wanted, slack = (float(t.flatten()[worst]) for t in (got, expected, bound))
@@ -64,7 +65,7 @@ def tiny(t: Tensor) -> Tensor:
 def test_forward(batch: tuple[int, ...], n: int, k: int, linear: str, rng: torch.Generator) -> None:
     layer = BitLinear(k, n, bias=False, linear=linear)
     x = torch.randn(*batch, k, generator=rng)
-    y = layer(x)
+    y = layer(x).detach()
     assert y.shape == (*batch, n)
     assert y.dtype == torch.float32
     q, inv_scale = reference.quantize_activations(x)
@@ -93,12 +94,12 @@ def test_gradients(batch: tuple[int, ...], sizes: tuple[int, ...], linear: str, 
     assert_within(x.grad, x64.grad, tiny((n + 3) * U * spread), "dx")  # dy * s, then a sum of n
     for w, w64, dy in zip(weights, weights64, dys):
         spread = dy.reshape(rows, -1).double().abs().T @ dequantised(x.detach()).reshape(rows, k).abs()
-        assert_within(w.grad, w64.grad, tiny((rows + 3) * U * spread), "dw")  # q / inv_x, then a sum of rows
+        assert_within(w.grad, w64.grad, tiny((rows + 4) * U * spread), "dw")  # q * (1 / inv_x), then a sum of rows
 
 
 @pytest.mark.parametrize("linear", LINEARS)
 def test_gradients_in_fp64(linear: str, rng: torch.Generator) -> None:
-    """Nothing but q / inv_x is rounded to fp32: a formula that is off by 1e-6 anywhere else shows here."""
+    """Nothing but q * (1 / inv_x), two roundings, is fp32: a formula that is off by 1e-6 anywhere else shows here."""
     x, weight = leaf(torch.randn(6, 20, generator=rng).double()), leaf(torch.randn(9, 20, generator=rng).double())
     dy = torch.randn(6, 9, generator=rng).double()
     (y,) = quant.bit_linear(x, [weight], [quant.quantize_weight(weight, linear)])
@@ -107,7 +108,7 @@ def test_gradients_in_fp64(linear: str, rng: torch.Generator) -> None:
     x64, w64 = leaf(x), leaf(weight)
     straight_through(x64, w64, linear).backward(dy)
     torch.testing.assert_close(x.grad, x64.grad, rtol=1e-12, atol=1e-13)
-    assert_within(weight.grad, w64.grad, 1.01 * U * (dy.abs().T @ dequantised(x.detach()).abs()) + 1e-13)
+    assert_within(weight.grad, w64.grad, 2.01 * U * (dy.abs().T @ dequantised(x.detach()).abs()) + 1e-13)
 
 
 def test_no_clipping_and_no_gradient_through_the_scale(rng: torch.Generator) -> None:
@@ -309,6 +310,7 @@ def test_training_finds_a_ternary_teacher(rng: torch.Generator) -> None:
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's compiler uses it itself
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_layer_gives_the_same(rng: torch.Generator) -> None:
     layer, x = BitLinear(20, 6, bias=False), leaf(torch.randn(3, 20, generator=rng))

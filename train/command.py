@@ -41,6 +41,7 @@ def run_training(
         return None, 128 + outcome.signal
     if not first:
         return None, 0
+    display.sample(outcome.sample)
     if outcome.tokens_per_second:
         display.note(f"{duration(outcome.seconds)}, {outcome.tokens_per_second:,.0f} tokens/s; next: {_next(folder)}")
     else:

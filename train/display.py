@@ -1,6 +1,5 @@
 """What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else. All on stderr."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,8 +58,11 @@ class Display:
             self._bar.stop()
         self._bar, self._stage = None, None
 
-    def announce(self, lines: dict[str, str]) -> None:
-        """What is about to be trained, a line a subject."""
+    def announce(self, lines: dict[str, str], config: str) -> None:
+        """What is about to be trained: every setting, then a line a subject. config: TOML."""
+        for section in config.strip().split("\n\n"):
+            name, *settings = section.splitlines()
+            self.console.print(f"{name} " + ", ".join(settings), markup=False, style="dim")
         for name, text in lines.items():
             self.console.print(f"[bold]{name:>9}[/bold]  {escape(text)}", markup=True)
 
@@ -122,7 +124,8 @@ class Display:
 
     def sample(self, text: str) -> None:
         """A text the model wrote."""
-        self.note("sample: " + repr(text[:300]))
+        lines = text.strip("\n").splitlines()[:12]
+        self.note("\n".join(["it writes:", *(f"  | {line}" for line in lines)]))
 
     def warn(self, text: str) -> None:
         """A note that is shown to those who asked for quiet, too."""
@@ -133,8 +136,3 @@ class Display:
     def note(self, text: str) -> None:
         """A line that stays on the screen, above the live one."""
         self.console.print(text, markup=False)
-
-
-def terminal_width() -> int:
-    """Columns of the terminal, for tables."""
-    return Console(file=sys.stdout).width

@@ -108,6 +108,7 @@ class Trainer:
         self.telemetry = Telemetry(self.model)
         self.trackers = make_trackers(self.settings, run.path) if processes.first else []
         self.token_bytes = dataset.tokenizer.byte_lengths()
+        self.prompt = dataset.tokenizer.encode(self.settings.sample_prompt)  # refused now, not after the last step
         # Live figure only: a token stands for this many bytes on average. Validation counts bytes exactly.
         self.bits_per_nat = len(dataset.train) / max(1, dataset.train.text_bytes) / math.log(2)
         compiled = cast(nn.Module, torch.compile(self.model)) if self.settings.compile else self.model
@@ -208,9 +209,11 @@ class Trainer:
         if self.processes.first:
             self.display.warn(f"step {self.step} skipped: {reason}")
         if self.skipped >= self.settings.skip_limit:
+            saves = checkpoint.folders(self.run.saves)
             raise BitNetError(
                 f"training diverged: got {self.skipped} steps in a row without a finite gradient ({reason}), expected "
-                f"none; the last good save is in {self.run.saves}: lower train.lr and go on in a new folder"
+                f"none; the last good save is {saves[0] if saves else 'none yet'}: lower train.lr and train in a new "
+                "folder (--out)"
             )
 
     # -- looking at the model ------------------------------------------------------------------------------------
@@ -246,9 +249,8 @@ class Trainer:
         if not self.processes.first:
             return ""
         tokenizer = self.dataset.tokenizer
-        prompt = tokenizer.encode(self.settings.sample_prompt)
         start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
-        ids = start + prompt or [0]
+        ids = start + self.prompt or [0]
         with keep_codes(self.model):
             engine = TorchEngine(self.model)
             new = list(stream(engine, ids, length, Sampling(seed=self.settings.seed), stop=start))
@@ -295,7 +297,7 @@ class Trainer:
             f"{flops_per_token(model, self.config.context, training=True) * per_step / seconds / 1e9:.0f} GFLOP/s",
             "run": str(self.run.path) + (f", resumed at step {self.step}" if self.resumed else ""),
         }
-        self.display.announce(lines)
+        self.display.announce(lines, self.config.to_toml())
 
     def _seconds_a_step(self) -> float:
         """Time a step's forward and backward pass on the first batch; nothing of the state changes."""
