@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bitnet.config import PRESETS, ModelConfig
-    from bitnet.convert import convert
+    from bitnet.conversion import convert
     from bitnet.errors import BitNetError
     from bitnet.layers import BitLinear
     from bitnet.model import Transformer
@@ -27,7 +27,7 @@ __all__ = ["PRESETS", "BitLinear", "BitNetError", "ModelConfig", "Transformer", 
 _HOMES = {
     "PRESETS": "config",
     "ModelConfig": "config",
-    "convert": "convert",
+    "convert": "conversion",  # not convert.py: the module would take the place of the function
     "BitNetError": "errors",
     "BitLinear": "layers",
     "Transformer": "model",

@@ -6,7 +6,7 @@ Codes and scales come from kernels/reference.py, which test_reference.py holds a
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,6 +20,14 @@ from bitnet.layers import BitLinear, keep_codes
 U, V = 2.0**-24, 2.0**-8
 LINEARS = ("ternary", "binary")
 SHAPES = [((1,), 1, 1), ((1, 63), 7, 63), ((3, 5), 31, 100), ((2, 3, 4), 2, 129), ((), 5, 6)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
+    yield
+    torch.set_num_threads(before)
 
 
 def quantizer(linear: str) -> Callable[[Tensor], reference.WeightCodes]:
@@ -310,7 +318,7 @@ def test_training_finds_a_ternary_teacher(rng: torch.Generator) -> None:
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's compiler uses it itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of parts of its own
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_layer_gives_the_same(rng: torch.Generator) -> None:
     layer, x = BitLinear(20, 6, bias=False), leaf(torch.randn(3, 20, generator=rng))

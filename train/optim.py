@@ -33,7 +33,8 @@ class Optimizer:
         matrix_group = {"params": matrices, "peak": config.lr, "decays": True}
         self._optimizers: list[torch.optim.Optimizer] = [adamw]
         if config.optimizer == "muon":
-            self._optimizers.append(torch.optim.Muon([matrix_group], momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+            muon = torch.optim.Muon([matrix_group], momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+            self._optimizers.append(muon)
         else:
             adamw.add_param_group(matrix_group)
 
