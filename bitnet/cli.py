@@ -395,7 +395,7 @@ def usage_error(error: typer.TyperException) -> str:
     read = getattr(error, "format_message", None)
     message = " ".join((read() if read else str(error)).split())
     context = getattr(error, "ctx", None)
-    return f"{message} See: {context.command_path} -h" if message and context else message
+    return f"{message.rstrip('.')}; see: {context.command_path} -h" if message and context else message
 
 
 def describe(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,47 @@ import pytest
 import torch
 
 from bitnet.checkpoint import latest_save
+from bitnet.cli import main
 from bitnet.train.distributed import Processes
 
+MODEL = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
 SETTINGS = [
-    "--linear", "plain", "--dtype", "fp32", "--tokenizer", "char", "--steps", "5", "--optimizer", "adamw", "--lr", "0.001",
-    "--set", "train.table_lr=0.001", "--set", "model.hidden_size=32", "--set", "model.intermediate_size=44",
-    "--set", "model.num_hidden_layers=1", "--set", "model.num_attention_heads=2", "--set", "model.num_key_value_heads=1",
-    "--set", "model.max_position_embeddings=16", "--set", "data.val_fraction=0.1", "--set", "train.eval_every=2",
-]  # fmt: skip
+    *"--linear plain --dtype fp32 --tokenizer char --steps 5 --optimizer adamw --lr 0.001 --json".split(),
+    *"--set train.table_lr=0.001 --set train.eval_every=2 --set data.val_fraction=0.1".split(),
+    *[part for key in MODEL.split() for part in ("--set", f"model.{key}")],
+    *"--set model.max_position_embeddings=16".split(),
+]
 
 
-def run(launcher: list[str], out: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    corpus = out.parent / "toy.txt"
-    args = ["train", "--data", str(corpus), "--out", str(out), *SETTINGS, *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, *args], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+def arguments(out: Path, *settings: str) -> list[str]:
+    return ["train", "--data", str(out.parent / "toy.txt"), "--out", str(out), *SETTINGS, *settings]
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
     text = "".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(900))
     (tmp_path / "toy.txt").write_text(text)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bitnet.cli"]
-    two = run(torchrun, tmp_path / "two", "--batch-size", "2", "--set", "train.accumulate=2", "--json")
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m bitnet.cli".split()
+    two = subprocess.run(
+        [sys.executable, *torchrun, *arguments(tmp_path / "two", "--batch-size", "2", "--set", "train.accumulate=2")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
     assert two.returncode == 0, two.stderr
-    one = run(["-m", "bitnet.cli"], tmp_path / "one", "--batch-size", "8", "--json")
-    assert one.returncode == 0, one.stderr
+    assert main(arguments(tmp_path / "one", "--batch-size", "8", "--threads", "1")) == 0
 
     wanted, got = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row["step"] for row in got] == [row["step"] for row in wanted]

@@ -268,6 +268,8 @@ def test_int8_embedding(variant: str, seed: int, tmp_path: Path) -> None:
     for name in tables:
         assert tensors[name].dtype == torch.int8
         assert tensors[name.removesuffix("weight") + "scale"].shape == (61, 1)
+        values = engine.model.get_submodule(name.removesuffix(".weight")).values()
+        assert torch.equal(values, state[name])  # not rounded to bf16 on top
         rows = model.state_dict()[name].bfloat16().double()
         step = rows.abs().amax(dim=1, keepdim=True) / 127
         # Half a step, and four fp32 roundings on numbers of up to 127 steps.
