@@ -39,14 +39,14 @@ MODEL = ModelConfig(
     num_key_value_heads=4,
     max_position_embeddings=64,
 )
-# Each twin at the best of the same small sweep; everything else is shared.
-RECIPES = {"plain": {"lr": 0.01}, "ternary": {"lr": 0.01}}
+# Each twin at the best of the same small sweep (benchmarks/results/LOG.md); everything else is shared.
+RECIPES = {"plain": {"lr": 0.006}, "ternary": {"lr": 0.006}}
 
 
-def train_one(text: Path, linear: str, seed: int, folder: Path) -> dict[str, Any]:
+def train_one(text: Path, linear: str, seed: int, folder: Path, act: str = "relu2") -> dict[str, Any]:
     """Train one model, pack it and score both. Returns its figures."""
     config = RunConfig(
-        model=MODEL.replace(linear=linear),
+        model=MODEL.replace(linear=linear, hidden_act=act),
         tokenizer=TokenizerConfig(kind="char"),
         data=DataConfig(paths=(str(text),), val_fraction=0.1),
         train=TrainConfig(
@@ -71,14 +71,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="tiny-shakespeare's input.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--act", default="relu2", choices=["relu2", "silu"], help="gate of the feed-forward")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     here = machine.describe()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for seed in options.seeds:
             for linear in ("plain", "ternary"):
-                rows.append(train_one(options.text, linear, seed, options.out or Path(temporary)))
+                rows.append(train_one(options.text, linear, seed, options.out or Path(temporary), options.act))
                 print(rows[-1], file=sys.stderr)
     print(machine.line(here))
     print("\n| seed | float | ternary | gap | ternary, packed file |\n|---|---|---|---|---|")
@@ -91,7 +94,7 @@ def main() -> None:
         )
     means = {kind: statistics.mean(r["loss"] for r in rows if r["linear"] == kind) for kind in RECIPES}
     print(f"| mean | {means['plain']:.4f} | {means['ternary']:.4f} | {statistics.mean(gaps):.4f} | |")
-    summary = {"mean_loss": means, "mean_gap": statistics.mean(gaps), "recipes": RECIPES}
+    summary = {"act": options.act, "mean_loss": means, "mean_gap": statistics.mean(gaps), "recipes": RECIPES}
     print(json.dumps({"benchmark": "shakespeare", "machine": here, **summary, "results": rows}))
 
 

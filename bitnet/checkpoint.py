@@ -7,6 +7,7 @@ is renamed and its parent synced. A kill at any moment leaves the saves before i
 a damaged newest save is passed over, with a warning, for the one before. Nothing is ever pickled.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -54,8 +55,26 @@ def write_save(
     final = saves / f"step-{step:08d}"
     work = final.with_name(final.name + ".tmp")
     saves.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    sync(saves.parent)
+    for leftover in saves.glob("step-*.tmp"):  # of a run that was killed while it saved or dropped a save
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        work.mkdir()
+        _write_files(work, step, groups, state)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # half a save on a full disk would keep it full
+        raise
+    _drop(final)  # the same step again, after a resume from an older save
+    work.rename(final)
+    sync(saves)
+    # A save of a later step was passed over as damaged when this run resumed: it is not one of the `keep`.
+    newest_first = folders(saves)
+    for old in newest_first[newest_first.index(final) + max(keep, 1) :]:
+        _drop(old)
+    return final
+
+
+def _write_files(work: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     for group, tensors in groups.items():
         write_tensors(work / f"{group}.safetensors", tensors, {})
     (work / "state.json").write_text(json.dumps(dict(state), indent=1))
@@ -65,12 +84,12 @@ def write_save(
     for name in ("state.json", "manifest.json"):
         sync(work / name)
     sync(work)
-    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older save
-    work.rename(final)
-    sync(saves)
-    for old in folders(saves)[max(keep, 1) :]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def _drop(folder: Path) -> None:
+    """Remove a save, if it is there; a kill in between leaves a .tmp and never half a save."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")), ignore_errors=True)
 
 
 def latest_save(saves: Path) -> Save | None:
@@ -84,6 +103,8 @@ def latest_save(saves: Path) -> Save | None:
             return read_save(folder)
         except BitNetError as error:
             _log.warning("%s; trying the save before it", error)
+    if found != folders(saves):
+        return latest_save(saves)  # the run went on while we read and dropped what we looked at
     if found:
         raise BitNetError(
             f"{saves}: got {len(found)} damaged saves, expected at least one whole; train into a new folder (--out)"
@@ -116,9 +137,11 @@ def read_save(folder: Path) -> Save:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file, readable by everybody the umask allows, and sync it."""
-    safetensors.torch.save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, dict(metadata)
-    )
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(on_cpu, path, dict(metadata))
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors creates files as 0600 and does not sync them

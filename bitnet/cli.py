@@ -28,6 +28,16 @@ class _Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, spread_lists(args))
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would leave without a word
+            raise _InterruptedError from None
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C, on its way through typer."""
+
 
 class _App(TyperGroup):
     """Verbs in the order a newcomer meets them, not in the alphabet's."""
@@ -46,7 +56,8 @@ def spread_lists(args: Sequence[str]) -> list[str]:
             result.append(option)
         result.append(arg)
         if not is_value:
-            option = arg if arg in _LISTS else None
+            option = arg.partition("=")[0]
+            option = option if option in _LISTS else None
     return result
 
 
@@ -103,9 +114,13 @@ def train(
         list[str] | None,
         typer.Option(metavar="PATH...", help="Files, folders, globs or - (stdin). Default: Python's own library."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; an existing run goes on.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and data order.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; an existing run goes on. Default: runs/PRESET-LINEAR.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. Default: 600.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of weights and data order. Default: 0.", show_default=False)
+    ] = None,
     linear: Annotated[
         str | None, typer.Option(help=f"{', '.join(LINEARS)} (the float twin). Default: ternary.", show_default=False)
     ] = None,
@@ -116,17 +131,22 @@ def train(
     val_data: Annotated[
         list[str] | None, typer.Option(metavar="PATH...", help="Validate on these; default: a part of --data.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="sentencepiece or char.", show_default=False)] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="sentencepiece or char. Default: sentencepiece.", show_default=False)
+    ] = None,
     documents: Annotated[
         str | None, typer.Option(help="What a document is: file, line, paragraph.", show_default=False)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a micro-batch.", show_default=False)] = None,
-    context: Annotated[
-        int | None, typer.Option("-c", "--context", help="Tokens a sequence.", show_default=False)
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a micro-batch. Default: 16.", show_default=False)
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=False)] = None,
-    optimizer: Annotated[str | None, typer.Option(help="muon or adamw.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.", show_default=False)] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("-c", "--context", help="Tokens a sequence. Default: the preset's.", show_default=False),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 0.006.", show_default=False)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="muon or adamw. Default: muon.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32 or bf16. Default: auto.", show_default=False)] = None,
     compile: Annotated[  # noqa: A002 - the flag's name
         bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.", show_default=False)
     ] = None,
@@ -371,7 +391,7 @@ def guarded(action: Callable[[], int | None]) -> int:
         if message := usage_error(error):
             print(f"bitnet: error: {message}", file=sys.stderr)
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, _InterruptedError):
         print("bitnet: interrupted", file=sys.stderr)
         return 130
     except (BrokenPipeError, SystemExit) as error:
@@ -381,8 +401,10 @@ def guarded(action: Callable[[], int | None]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError) as error:  # BitNetError is a ValueError, as are the kernels' refusals
-        if _state["debug"]:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        # BitNetError is a ValueError, as are the kernels' refusals. Of torch's RuntimeErrors only a lack of memory is
+        # the user's; another one is a mistake of ours and wants its traceback.
+        if _state["debug"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
             raise
         print(f"bitnet: error: {describe(error)}", file=sys.stderr)
         return 2
@@ -398,12 +420,18 @@ def usage_error(error: typer.TyperException) -> str:
     return f"{message.rstrip('.')}; see: {context.command_path} -h" if message and context else message
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's or torch's way to say that memory ran out."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
+
+
 def describe(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and not isinstance(error, BitNetError):
         where = f"'{error.filename}': " if error.filename else ""
         return f"{where}{error.strerror or error}; nothing saved before is lost"
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "out of memory; use a smaller model, batch or context"
     return " ".join(str(error).split())
 

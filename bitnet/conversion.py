@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 HEADS = ("lm_head", "head", "output", "classifier", "score", "embed_out", "unembed")
 
 
-def convert(model: M, linear: str = "ternary", exclude: Iterable[str] = HEADS) -> M:
+def convert(model: M, linear: str = "ternary", exclude: str | Iterable[str] = HEADS) -> M:
     """Replace every nn.Linear in `model` by a BitLinear that shares its parameters, in place. Returns `model`.
 
     linear: "ternary" or "binary". exclude: patterns for the last part of a layer's name or for all of it
@@ -23,7 +23,7 @@ def convert(model: M, linear: str = "ternary", exclude: Iterable[str] = HEADS) -
     (their owners often read the weight without calling the layer) stay as they are.
     Raises BitNetError when there is nothing to replace.
     """
-    patterns = tuple(exclude)
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     replaced: dict[nn.Linear, BitLinear] = {}  # a layer that is used twice stays one layer
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -179,8 +179,8 @@ def stream(
         if session is not None and session.position < session.limit:
             logits = session.decode(torch.tensor(history[-1:]))
         else:
+            kept = history if len(history) <= limit and session is None else history[-max(1, limit // 2) :]
             session = engine.session(1, limit)
-            kept = history if len(history) < limit else history[-max(1, limit // 2) :]
             logits = session.prefill(torch.tensor([kept]))
         token = int(sampler.draw(logits))
         if token in stop:

@@ -1,5 +1,6 @@
 """Text in, text out, around an engine: what `bitnet generate` does."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from bitnet.errors import BitNetError
 from bitnet.packed import load
 from bitnet.sampling import Sampling
 from bitnet.tokenizer import Tokenizer
+
+_log = logging.getLogger("bitnet")
 
 
 def write_text(
@@ -38,6 +41,8 @@ def write_text(
     if limit > engine.config.context:
         raise BitNetError(f"context: got {limit} (-c), expected at most the model's {engine.config.context}")
     ids = prompt_ids(tokenizer, prompt)
+    if len(ids) > limit:
+        _log.warning("the prompt has %d tokens and the context holds %d: only its end is read", len(ids), limit)
     stop = () if ignore_eos else [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     decoder = tokenizer.stream()
     new: list[int] = []
@@ -65,7 +70,7 @@ def write_text(
         "ids": new,
         "prompt_tokens": len(ids),
         "tokens": len(new),
-        "prompt_tokens_per_second": len(ids) / (first - started) if first > started else 0.0,
+        "prompt_tokens_per_second": min(len(ids), limit) / (first - started) if first > started else 0.0,
         "tokens_per_second": decoded / (ended - first) if decoded > 0 else 0.0,
         "seed": sampling.seed,
         "stopped": len(new) < max_new_tokens,

@@ -1,11 +1,11 @@
-"""What is inside a packed file or a run: sizes, bits per weight, zeros per layer."""
+"""What is inside a packed file: sizes, bits per weight, zeros per layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitnet.kernels import packing
-from bitnet.model import float16_bytes, linear_parameters, parameters
+from bitnet.model import float16_bytes, in_features, kv_cache_bytes, linear_parameters, parameters
 from bitnet.packed import PackedModel, read_packed
 
 
@@ -26,7 +26,7 @@ def projections(packed: PackedModel) -> list[Projection]:
         if not name.endswith(".weight_scale"):
             continue
         layer = name.removesuffix(".weight_scale")
-        k = packed.config.intermediate_size if layer.endswith("down_proj") else packed.config.hidden_size
+        k = in_features(packed.config, layer)
         codes = packing.unpack(packed.tensors[f"{layer}.weight"], k)
         rows.append(Projection(layer, (codes.shape[0], k), float((codes == 0).float().mean()), float(scale)))
     return sorted(rows, key=lambda row: _order(row.name))
@@ -55,6 +55,7 @@ def inspect_packed(path: Path) -> dict[str, Any]:
         "bits_per_weight": 8 * body / weights,
         "bits_per_parameter": 8 * size / parameters(packed.config),
         "zero_fraction": sum(r.zeros * r.shape[0] * r.shape[1] for r in rows) / weights if rows else None,
+        "kv_cache_bytes": kv_cache_bytes(packed.config, packed.config.context),
         "tokenizer": packed.tokenizer.kind if packed.tokenizer else None,
         "training": packed.info,
         "layers": [{"name": r.name, "shape": list(r.shape), "zero_fraction": r.zeros, "scale": r.scale} for r in rows],

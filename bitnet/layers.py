@@ -61,14 +61,16 @@ class keep_codes:  # noqa: N801 - a context manager, used like a function
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+        self._before: list[WeightCodes | None] = []
 
     def __enter__(self) -> None:
+        self._before = [layer._kept_codes for layer in self._layers]
         for layer in self._layers:
-            layer._kept_codes = quant.quantize_weight(layer.weight, layer.linear)
+            layer._kept_codes = layer.quantized_weight()
 
     def __exit__(self, *exc: object) -> None:
-        for layer in self._layers:
-            layer._kept_codes = None
+        for layer, before in zip(self._layers, self._before, strict=True):
+            layer._kept_codes = before
 
 
 class PackedLinear(nn.Module):

@@ -100,6 +100,11 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids))
 
 
+def in_features(config: ModelConfig, name: str) -> int:
+    """K of a projection, by its parameter's name: down_proj reads the ffn, all others the residual stream."""
+    return config.intermediate_size if "down_proj" in name else config.hidden_size
+
+
 def linear_parameters(config: ModelConfig) -> int:
     """Weights in the seven projections of all blocks: the ones that are ternary."""
     d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim

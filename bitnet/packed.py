@@ -29,7 +29,7 @@ from bitnet.engine import TorchEngine
 from bitnet.errors import BitNetError
 from bitnet.kernels import packing, reference
 from bitnet.layers import BitLinear, PackedLinear, Table
-from bitnet.model import Transformer
+from bitnet.model import Transformer, in_features
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT, VERSION = "bitnet-packed", 1
@@ -209,8 +209,7 @@ def _check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor
                 f"expected {allowed} {list(shape)}"
             )
         if got.dtype == torch.uint8:
-            k = config.intermediate_size if "down_proj" in name else config.hidden_size
-            packing.check(got, k)
+            packing.check(got, in_features(config, name))
         if name.endswith("_scale"):
             _check_scale(path, name, got)
         if got.dtype == torch.int8:

@@ -1,5 +1,6 @@
 """Checks shared by every config dataclass: types, allowed values, unknown keys; all errors are BitNetError."""
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_origin
@@ -7,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from bitnet.errors import BitNetError
 
 T = TypeVar("T")
+_FLOAT_LIMIT = 2**1023  # whole numbers below it are floats too; float() of a larger one overflows
 
 
 def check_types(config: Any, section: str) -> None:
@@ -43,14 +45,15 @@ def from_values(cls: type[T], values: dict[str, Any], section: str) -> T:
     known = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            allowed = ", ".join(sorted(known))
-            raise BitNetError(f"{section}: got unknown key '{name}', expected one of {allowed}; remove or rename it")
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(sorted(known))}"
+            raise BitNetError(f"{section}: got unknown key '{name}'; {hint}")
     return cls(**{name: _convert(value, known[name]) for name, value in values.items()})
 
 
 def _convert(value: Any, expected: Any) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < _FLOAT_LIMIT else value  # too large: the field's type check refuses it
     if get_origin(expected) is tuple and isinstance(value, list):
         return tuple(_convert(element, get_args(expected)[0]) for element in value)
     return value
@@ -60,7 +63,8 @@ def _is_a(value: Any, expected: Any) -> bool:
     if get_origin(expected) is tuple:
         return isinstance(value, tuple) and all(_is_a(element, get_args(expected)[0]) for element in value)
     if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FLOAT_LIMIT
+        return whole or isinstance(value, float)
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, expected)

@@ -53,6 +53,7 @@ def inspection_tables(report: dict[str, Any]) -> list[RenderableType]:
         f"({report['float16_bytes']:,})",
         "projections": f"{report['projection_bytes']:,} bytes, {report['bits_per_weight']:.3f} bits a weight",
         "tables": f"{report['table_bytes']:,} bytes of embedding and head",
+        "KV cache": f"{report['kv_cache_bytes'] / 1e6:.1f} MB for one full context, in fp32",
         "training": ", ".join(f"{key.replace('_', ' ')} {_short(v)}" for key, v in report["training"].items())
         or "unknown",
     }

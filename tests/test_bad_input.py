@@ -345,7 +345,7 @@ def test_standard_input_that_is_empty(place: Path, capsys: Captured, monkeypatch
 # ---- settings ----------------------------------------------------------------------------------------------
 
 BAD_SETTINGS = {
-    "unknown key": (["--set", "train.rate=1"], ["rate", "table_lr"]),
+    "unknown key": (["--set", "train.rate=1"], ["rate"]),
     "unknown section": (["--set", "trainer.lr=1"], ["trainer"]),
     "no value": (["--set", "train.lr"], ["train.lr", "section.key=value"]),
     "not a number": (["--set", "train.lr=fast"], ["train.lr", "fast"]),
@@ -453,7 +453,7 @@ def test_a_run_whose_config_was_broken(place: Path, capsys: Captured) -> None:
 def test_a_run_whose_shape_was_changed(place: Path, capsys: Captured) -> None:
     config = place / "run" / "config.toml"
     config.write_text(config.read_text().replace("intermediate_size = 44", "intermediate_size = 48"))
-    said(refused(capsys, "pack", place / "run", "-o", place / "new.safetensors"), "do not fit")
+    said(refused(capsys, "train", "-q", "--out", place / "run", "--steps", "3"), "do not fit")
 
 
 # ---- usage -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_counts(name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps", "initializer_range"])
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e13, True, "1", None], ids=str)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e13, 10**400, True, "1", None], ids=str)
 def test_numbers(name: str, value: object) -> None:
     with pytest.raises(BitNetError, match=rf"model\.{name}: got .*, expected "):
         ModelConfig(**{name: value})
@@ -67,8 +67,10 @@ def test_combinations(values: dict[str, int], message: str) -> None:
 
 
 def test_unknown_keys_and_shapes() -> None:
-    with pytest.raises(BitNetError, match=r"model: got unknown key 'hidden', expected one of .*hidden_size.*rename"):
-        ModelConfig.from_dict({"hidden": 3})
+    with pytest.raises(BitNetError, match=r"model: got unknown key 'hiden_size'.* 'hidden_size'"):
+        ModelConfig.from_dict({"hiden_size": 3})
+    with pytest.raises(BitNetError, match=r"model: got unknown key 'wings'.*expected one of .*hidden_size.*vocab_size"):
+        ModelConfig.from_dict({"wings": 3})
     for wrong in ([], "x", None, 3):
         with pytest.raises(BitNetError, match="expected a table"):
             ModelConfig.from_dict(wrong)  # type: ignore[arg-type]

@@ -93,13 +93,15 @@ AWKWARD = ["[red]", "[/red]", "[/]", "a [bold]b[/bold] [[c]]", "runs/[x]", "\\[y
 def test_text_is_never_markup(text: str, terminal: bool) -> None:
     target, file = console(terminal=terminal)
     display = Display(1, console=target)
-    display.announce({"run": text})
+    display.announce({"run": text}, f'[data]\npaths = ["{text}"]\n\n[train]\nsteps = 3\n')
     with display.live(9, 0):
         display.note(text)
         display.warn(text)
         display.sample(text)
     shown = plain(file.getvalue())
     assert f"run  {text}" in shown
+    assert f'[data] paths = ["{text}"]' in shown
+    assert "[train] steps = 3" in shown
     assert repr(text) in shown
     assert shown.count(text) >= 3 + (repr(text)[1:-1] == text)
 

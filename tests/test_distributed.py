@@ -71,7 +71,7 @@ def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
     # One product on stdout and one file of everything: only the first process writes.
     assert json.loads(two.stdout)["steps"] == 5
     assert "2 processes" in two.stderr
-    assert two.stderr.count("GFLOP/s") == 1
+    assert two.stderr.count("estimate") == 1
     assert (tmp_path / "two" / "samples.txt").read_text().count("--- step 5") == 1
     save = latest_save(tmp_path / "two" / "saves")
     assert save is not None

@@ -193,7 +193,7 @@ def test_masters_that_move_are_seen(seed: int) -> None:
 # ---- past the context --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 8, 9])
 def test_sliding_goes_on_from_the_last_half(limit: int, engine: TorchEngine) -> None:
     """Whatever the limit: n tokens come, and each is the argmax over what the window holds (rebuilt by hand)."""
     prompt = [5, 9, 2, 7]
@@ -201,8 +201,12 @@ def test_sliding_goes_on_from_the_last_half(limit: int, engine: TorchEngine) -> 
     assert len(got) == 20
     history, window = list(prompt), []
     for token in got:
-        if not window or len(window) >= limit:
-            window = history[:] if len(history) < limit else history[-max(1, limit // 2) :]
+        if not window and len(history) <= limit:
+            window = history[:]
+            session = engine.session(1, limit)
+            logits = session.prefill(torch.tensor([window]))
+        elif not window or len(window) >= limit:
+            window = history[-max(1, limit // 2) :]
             session = engine.session(1, limit)
             logits = session.prefill(torch.tensor([window]))
         else:

@@ -21,12 +21,14 @@ from torch import Tensor
 from bitnet.checkpoint import latest_save
 from bitnet.errors import BitNetError
 from bitnet.layers import BitLinear
+from bitnet.train import precision
 from bitnet.train import pretrain as loop
 from bitnet.train.config import RunConfig, read_config
 from bitnet.train.data import Sampler, open_dataset
 from bitnet.train.display import Display
 from bitnet.train.distributed import Processes
 from bitnet.train.optim import Optimizer
+from bitnet.train.overview import duration
 from bitnet.train.plot import plot_run
 from bitnet.train.run import Run
 
@@ -63,10 +65,10 @@ def pictures() -> None:
 
 
 def toy_text() -> str:
-    """Words in a fixed cycle of random length with random digits between: much to learn, and never all of it."""
-    words = ["".join(random.choices("abcdefgh", k=random.randint(2, 5))) for _ in range(6)]
+    """Words in a fixed cycle, random digits between: much to learn, never all of it, and too long to learn by heart."""
+    words = ["".join(random.choices("abcdefgh", k=random.randint(3, 5))) for _ in range(6)]
     words.append("abcdefgh")  # every letter occurs
-    return "".join(f"{words[i % 7]}{random.randint(0, 3)}{' ' if i % 5 else chr(10)}" for i in range(900))
+    return "".join(f"{words[i % 7]}{random.randint(0, 3)}{' ' if i % 5 else chr(10)}" for i in range(3000))
 
 
 @pytest.fixture
@@ -194,6 +196,8 @@ class Poison:
                 return value
             if way in ("nan loss", "inf loss"):
                 return value * float(way.split(maxsplit=1)[0])
+            if way == "nan loss alone":  # the gradients stay finite
+                return value + math.nan
             if way == "inf gradient":
                 value.register_hook(lambda grad: grad * math.inf)
             else:
@@ -232,7 +236,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("way", ["nan loss", "inf loss", "inf gradient", "one nan gradient"])
+@pytest.mark.parametrize("way", ["nan loss", "nan loss alone", "inf loss", "inf gradient", "one nan gradient"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_that_is_not_finite_changes_nothing(
     way: str,
@@ -293,7 +297,7 @@ def test_the_count_of_bad_steps_survives_a_resume(
 
 def test_diverging_before_the_first_save(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Poison(monkeypatch, "nan loss", set(range(1, 30)))
-    with pytest.raises(BitNetError, match="none yet"):
+    with pytest.raises(BitNetError, match="no save yet"):
         train(configured(corpus, steps=20), tmp_path / "run")
 
 
@@ -437,7 +441,7 @@ def test_batches_of_a_run_do_not_repeat(corpus: Path, tmp_path: Path, monkeypatc
 
     config = configured(corpus, batch_size=5, accumulate=3, steps=4)
     monkeypatch.setattr(loop, "next_token_loss", spy)
-    monkeypatch.setattr(loop.Trainer, "_seconds_a_step", lambda self: 1.0)
+    monkeypatch.setattr(loop.Trainer, "_estimate", lambda self: "soon")
     train(config, tmp_path / "run")
     data = open_dataset(tmp_path / "run" / "data")
     wanted, _ = Sampler(data.train, 16, config.train.seed).windows(0, 5 * 3 * 4)
@@ -460,11 +464,11 @@ def test_bf16_keeps_fp32_masters(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_resolve_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop.resolve_dtype("fp32", CPU) == "fp32"
-    assert loop.resolve_dtype("bf16", CPU) == "bf16"
+    assert precision.resolve_dtype("fp32", CPU) == "fp32"
+    assert precision.resolve_dtype("bf16", CPU) == "bf16"
     for has, wanted in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(loop, "has_bf16_cpu", lambda has=has: has)
-        assert loop.resolve_dtype("auto", CPU) == wanted
+        monkeypatch.setattr(precision, "_has_bf16_cpu", lambda has=has: has)
+        assert precision.resolve_dtype("auto", CPU) == wanted
 
 
 def test_a_prompt_the_tokenizer_cannot_hold_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:
@@ -485,7 +489,7 @@ def test_a_prompt_the_tokenizer_cannot_hold_is_refused_before_training(corpus: P
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert loop.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 # ---- pictures and trackers ---------------------------------------------------------------------------------
@@ -540,10 +544,14 @@ def test_without_matplotlib_the_run_is_fine(
 
 def test_a_tracker_gets_the_rows_of_the_metrics(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int, dict[str, float]]] = []
+    ended: list[bool] = []
 
     class FakeRun:
         def log(self, numbers: dict[str, float], step: int) -> None:
             logged.append((step, numbers))
+
+        def finish(self) -> None:
+            ended.append(True)
 
     fake = ModuleType("wandb")
     fake.init = lambda **settings: FakeRun()
@@ -554,6 +562,7 @@ def test_a_tracker_gets_the_rows_of_the_metrics(corpus: Path, tmp_path: Path, mo
     losses: Callable[[Any], list[float]] = lambda pairs: [n["loss"] for _, n in pairs if "loss" in n]  # noqa: E731
     assert losses(logged) == [row["loss"] for row in rows if "loss" in row]
     assert any("zeros/0.self_attn.q_proj" in numbers for _, numbers in logged)
+    assert ended == [True]
 
 
 def test_a_missing_tracker_stops_the_run_before_it_starts(

@@ -139,18 +139,16 @@ def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch, tmp_path
         def add_scalar(self, key: str, value: float, step: int) -> None:
             seen.append((step, key, value))
 
-        def flush(self) -> None:
-            pass
-
         def close(self) -> None:
-            pass
+            folders.append("closed")
 
     fake = module("torch.utils.tensorboard", SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     (tracker,) = make_trackers(TrainConfig(tensorboard=True), tmp_path)
     for row in ROWS:
         tracker.log(row)
-    assert folders == [str(tmp_path / "tensorboard")]
+    tracker.close()  # or the last two minutes would never reach the disk
+    assert folders == [str(tmp_path / "tensorboard"), "closed"]
     assert len(seen) == len(NUMBERS)
     assert set(seen) == NUMBERS
 
@@ -163,6 +161,9 @@ def test_wandb_gets_every_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         def log(self, numbers: dict[str, float], step: int) -> None:
             seen.extend((step, key, value) for key, value in numbers.items())
 
+        def finish(self) -> None:
+            asked.append({"finished": True})
+
     def init(**settings: Any) -> FakeRun:
         asked.append(settings)
         return FakeRun()
@@ -171,6 +172,8 @@ def test_wandb_gets_every_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tracker,) = make_trackers(TrainConfig(wandb=True), tmp_path / "my run")
     for row in ROWS:
         tracker.log(row)
+    tracker.close()
+    assert asked[1:] == [{"finished": True}]
     assert asked[0]["name"] == "my run"
     assert asked[0]["resume"] == "allow"  # the same run goes on after a resume
     assert len(seen) == len(NUMBERS)

@@ -10,7 +10,8 @@ from bitnet import schema
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig, default_config, read_toml
 from bitnet.train.display import Display
-from bitnet.train.pretrain import Outcome, duration, pretrain
+from bitnet.train.overview import duration
+from bitnet.train.pretrain import Outcome, pretrain
 from bitnet.train.run import Run
 
 Values = dict[str, dict[str, Any]]
@@ -31,7 +32,7 @@ def run_training(
     Settings, from weak to strong: the run that is in `out` already, or the preset; the TOML file; flags and
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
     """
-    folder = out or Path("runs") / f"{preset or 'nano'}-{flags['model'].get('linear') or 'ternary'}"
+    folder = out or _default_folder(preset, config_file, flags, assignments)
     config = resolve(preset, config_file, flags, assignments, Run(folder))
     first = os.environ.get("RANK", "0") == "0"
     display = Display(config.train.report_every, quiet=quiet or not first)
@@ -42,7 +43,7 @@ def run_training(
     if not first:
         return None, 0
     display.sample(outcome.sample)
-    if outcome.tokens_per_second:
+    if outcome.trained:
         display.note(f"{duration(outcome.seconds)}, {outcome.tokens_per_second:,.0f} tokens/s; next: {_next(folder)}")
     else:
         display.note(f"all {outcome.step} steps were done already; --steps with a larger number trains on")
@@ -102,6 +103,13 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
         "sample": outcome.sample,
         "pictures": outcome.pictures,
     }
+
+
+def _default_folder(preset: str | None, config_file: Path | None, flags: Values, assignments: list[str]) -> Path:
+    """runs/PRESET-LINEAR, wherever the two were named."""
+    parent = Path("runs")
+    named = preset or (read_toml(config_file)[0] if config_file is not None else None) or "nano"
+    return parent / f"{named}-{resolve(preset, config_file, flags, assignments, Run(parent / named)).model.linear}"
 
 
 def _next(folder: Path) -> str:

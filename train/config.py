@@ -36,7 +36,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches a step
     context: int = 0  # tokens a sequence; 0 is the model's context
     optimizer: str = "muon"  # for the matrices of the blocks; "adamw" for everything
-    lr: float = 0.01  # of the matrices; with "adamw" 3e-3 is a good start
+    lr: float = 0.006  # of the matrices; with "adamw" 3e-3 is a good start
     table_lr: float = 0.006  # of embedding, head and gains
     schedule: str = "linear"
     warmup: float = 0.05  # share of the steps
@@ -69,7 +69,8 @@ class TrainConfig:
         schema.check_choice(self, "train", "schedule", SCHEDULES)
         schema.check_choice(self, "train", "dtype", DTYPES)
         check(self, "train", ("steps", "batch_size", "accumulate", "save_every", "report_every", "skip_limit"), 1)
-        check(self, "train", ("context", "eval_every", "sample_every", "seed"), 0)
+        check(self, "train", ("context", "eval_every", "sample_every"), 0)
+        check(self, "train", ("seed",), 0, 2**63 - 1)  # what torch's generators take
         check(self, "train", ("eval_tokens", "keep"), 2)
         check(self, "train", ("warmup", "decay", "second_stage_lr", "min_lr"), 0.0, 1.0)
         check(self, "train", ("lr", "table_lr", "clip"), 1e-12, 1e6)
@@ -128,13 +129,10 @@ _SECTIONS: dict[str, Any] = {
     "train": TrainConfig,
 }
 
-# What training settings suit a preset, found on real text (benchmarks/results); the rest are the defaults.
-_PRESET_TRAIN: dict[str, dict[str, Any]] = {}
-
 
 def default_config(name: str = "nano") -> RunConfig:
-    """The preset's model with the training settings that suit it. Raises BitNetError for an unknown preset."""
-    return RunConfig(model=preset(name), train=TrainConfig(**_PRESET_TRAIN.get(name, {})))
+    """The preset's model with the default settings of everything else. Raises BitNetError for an unknown preset."""
+    return RunConfig(model=preset(name))
 
 
 def read_config(path: Path) -> RunConfig:

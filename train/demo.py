@@ -19,7 +19,7 @@ from bitnet.tables import facts
 from bitnet.train.command import run_training
 from bitnet.train.data import eval_windows, open_dataset
 from bitnet.train.evaluate import Evaluation, evaluate
-from bitnet.train.pretrain import duration
+from bitnet.train.overview import duration
 from bitnet.train.run import Run
 
 OUT = Path("runs/demo")

@@ -58,9 +58,9 @@ class Display:
             self._bar.stop()
         self._bar, self._stage = None, None
 
-    def announce(self, lines: dict[str, str], config: str) -> None:
+    def announce(self, lines: dict[str, str], config: str = "") -> None:
         """What is about to be trained: every setting, then a line a subject. config: TOML."""
-        for section in config.strip().split("\n\n"):
+        for section in filter(None, config.strip().split("\n\n")):
             name, *settings = section.splitlines()
             self.console.print(f"{name} " + ", ".join(settings), markup=False, style="dim")
         for name, text in lines.items():

@@ -1,12 +1,16 @@
 """One process or many: the few things the loop needs to know of its fellows, on torch.distributed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from bitnet.errors import BitNetError
 
 
 class Processes:
@@ -18,18 +22,34 @@ class Processes:
         self.first = self.rank == 0  # the one that writes, prints and validates
         self.device = device
         if device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if self.size > 1:
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
 
     def __enter__(self) -> "Processes":
         if self.size > 1:
-            # An hour: the others wait here while the first one tokenises the corpus.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+            # A day: the others wait while the first one tokenises the corpus and validates.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+    @contextmanager
+    def others_stop_on_failure(self) -> Iterator[None]:
+        """For the first process: the others, which are in `wait_for_first`, learn how the block ended."""
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self.largest(int(failed))
+
+    def wait_for_first(self) -> None:
+        """For the others: wait until the first process has done its part. Raises BitNetError if it failed."""
+        if self.largest(0):
+            raise BitNetError("train: the first process failed; its message says why")
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over all processes."""

@@ -7,11 +7,15 @@ RUN/saves/step-N/    weights, optimiser, state        RUN/samples.txt      what 
 
 import fcntl
 import json
+import math
 import os
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from bitnet.checkpoint import Save, latest_save, replacing
+from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.model import Transformer
 from bitnet.tokenizer import Tokenizer
@@ -28,7 +32,8 @@ _MAY_CHANGE = frozenset(
 )
 
 
-_BEFORE_CONFIG = frozenset({"lock", "data", "data.tmp"})
+# What a start that failed, or was killed before its first step, leaves behind.
+_BEFORE_CONFIG = frozenset({"lock", "data", "data.tmp", "tensorboard", "wandb"})
 
 
 class Run:
@@ -51,14 +56,13 @@ class Run:
         if self.exists():
             self._check_same(config)
         elif self.path.is_dir():
-            # A start that failed or was killed while it prepared the data leaves these behind.
             if any(p.name not in _BEFORE_CONFIG for p in self.path.iterdir()):
                 raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
         elif self.path.exists():
             raise BitNetError(f"train: got a file at '{self.path}', expected a folder or nothing; change --out")
 
     def write_config(self, config: RunConfig) -> None:
-        """Make the folder a run, once its data is there: settings that led nowhere do not bind the next try."""
+        """Make the folder a run, once all is ready to train: settings that led nowhere do not bind the next try."""
         with replacing(self.config_file) as work:
             work.write_text(config.to_toml(), encoding="utf-8")
 
@@ -106,11 +110,11 @@ class Run:
 
     def load(self) -> tuple[Transformer, Save]:
         """The model of the newest whole save, in fp32. Raises BitNetError when there is none."""
-        config = self.config()
+        self.config()  # is there a run at all?
         save = latest_save(self.saves)
         if save is None:
             raise BitNetError(f"run: got no save in '{self.path}' yet, expected at least one; let it train on")
-        model = Transformer(config.model.replace(vocab_size=int(save.state["vocab_size"])))
+        model = empty_model(ModelConfig.from_dict(save.state["model"]))
         load_parameters(model, save)
         return model, save
 
@@ -135,7 +139,19 @@ class Run:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one row."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_finite(row)) + "\n")
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A model on the CPU whose weights are yet to be written: torch's own initialisation is skipped."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return model.to_empty(device="cpu")
 
 
 def load_parameters(model: Transformer, save: Save) -> None:

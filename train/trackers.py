@@ -13,6 +13,9 @@ class Tracker(Protocol):
     def log(self, row: dict[str, Any]) -> None:
         """Pass on the numbers of one row."""
 
+    def close(self) -> None:
+        """Write what is still in memory."""
+
 
 class TensorBoard:
     """Event files in RUN/tensorboard."""
@@ -31,6 +34,10 @@ class TensorBoard:
         for key, value in _numbers(row).items():
             self._writer.add_scalar(key, value, row["step"])
 
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()
+
 
 class WeightsAndBiases:
     """A run of the project "bitnet", named like the folder."""
@@ -45,6 +52,10 @@ class WeightsAndBiases:
     def log(self, row: dict[str, Any]) -> None:
         """Send each number."""
         self._run.log(_numbers(row), step=row["step"])
+
+    def close(self) -> None:
+        """Send what is still in memory."""
+        self._run.finish()
 
 
 def make_trackers(config: TrainConfig, folder: Path) -> list[Tracker]:
