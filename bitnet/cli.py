@@ -270,6 +270,9 @@ def evaluate(
     data: Annotated[list[str], typer.Option(metavar="PATH...", help="Files, folders, globs or - (stdin).")],
     context: Context = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="Score only the first N tokens; 0: all.")] = 0,
+    documents: Annotated[
+        str, typer.Option(help="What a document is: file, line, paragraph; best as in training.")
+    ] = "file",
     threads: Threads = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -279,7 +282,7 @@ def evaluate(
     from bitnet.train.scoring import score_text
 
     _set_threads(threads)
-    report = score_text(model, data, pick_device(device), context=context, limit=tokens)
+    report = score_text(model, data, pick_device(device), context=context, limit=tokens, documents=documents)
     if as_json:
         _print_json(report)
         return

@@ -143,7 +143,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         ends = [0]
         for text in texts:
             _check_unicode(text)
-            blocks.extend(_cut_after_newlines(text, BLOCK_CHARS))
+            blocks.extend(_blocks(text, BLOCK_CHARS))
             ends.append(len(blocks))
         ids = self._encode_blocks(blocks, threads)
         return [list(chain.from_iterable(ids[start:end])) for start, end in pairwise(ends)]
@@ -194,8 +194,9 @@ class CharTokenizer(_TableTokenizer):
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
+            after = f" after {text[max(0, position - 20) : position]!a}" if position else ""
             raise BitNetError(
-                f"got the character {text[position]!a} at position {position}, expected one of the "
+                f"got the character {text[position]!a} at position {position}{after}, expected one of the "
                 f"{self.vocab_size} characters of the training text; use the sentencepiece tokenizer, which "
                 "writes any text"
             )
@@ -295,7 +296,7 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _cut_after_newlines(text: str, size: int, limit: int | None = None) -> Iterator[str]:
+def _blocks(text: str, size: int, limit: int | None = None) -> Iterator[str]:
     """Pieces of at least `size` characters, the last one apart, cut after a newline or else at `limit`."""
     start = 0
     while start < len(text):
@@ -313,7 +314,7 @@ def _sample_blocks(texts: Iterable[str], sample_bytes: int, seed: int) -> list[s
     held = index = 0
     for text in texts:
         _check_unicode(text)
-        for block in _cut_after_newlines(text, SAMPLE_CHARS, limit=4 * SAMPLE_CHARS):
+        for block in _blocks(text, SAMPLE_CHARS, limit=4 * SAMPLE_CHARS):
             size = len(block.encode())
             heapq.heappush(heap, (-draw(), index, size, block))
             held += size

@@ -335,6 +335,8 @@ def test_a_corpus_shorter_than_the_context(place: Path, capsys: Captured) -> Non
     (place / "short.txt").write_text("fade fade fade fade")
     args = train_args(place, "--tokenizer", "char", "--set", "data.val_fraction=0.3", data=place / "short.txt")
     said(refused(capsys, *args), "17", "context")
+    (place / "short.txt").write_text("fade fade fade fade " * 9)  # more of it, and the same command works
+    assert main([str(arg) for arg in args]) == 0
 
 
 def test_standard_input_that_is_empty(place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

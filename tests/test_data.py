@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -25,7 +26,18 @@ from bitnet.train import corpus as corpus_module
 from bitnet.train import data as data_module
 from bitnet.train import sources as sources_module
 from bitnet.train.corpus import Corpus, DataConfig, cut_after_newlines, open_corpus, split_files
-from bitnet.train.data import IGNORED, Sampler, TokenDataset, eval_windows, open_dataset, prepare
+from bitnet.train.data import (
+    Sampler,
+    TokenDataset,
+    batch_for,
+    check_lengths,
+    eval_windows,
+    open_dataset,
+    open_tokenizer,
+    prepare,
+    tokenize,
+)
+from bitnet.train.evaluate import IGNORED
 from bitnet.train.shards import Shard, Split, TokenStream
 from bitnet.train.sources import Source, standard_library
 
@@ -68,7 +80,7 @@ def text_of(corpus: Corpus, split: str) -> str:
 
 def documents_of(corpus: Corpus, split: str) -> list[str]:
     documents: list[str] = []
-    for begins, text in corpus.pieces(split):
+    for begins, text, _ in corpus.pieces(split):
         if begins:
             documents.append(text)
         else:
@@ -127,6 +139,33 @@ def test_what_a_folder_leaves_out(folder: Path, tmp_path: Path, caplog: pytest.L
     (folder / "text.bin").write_text("text\n")
     named = corpus_of(DataConfig((str(folder / ".hidden.txt"), str(folder / "text.bin"))), tmp_path)
     assert len(named.sources) == 2
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.xz", ".TAR"])
+def test_archives_are_no_text(suffix: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    archive = folder / ("more" + suffix)
+    archive.write_text("text between tar's headers\n")
+    with caplog.at_level("INFO", logger="bitnet"):
+        assert len(corpus_of(DataConfig((str(folder),)), tmp_path).sources) == 20
+    assert "skipped 0 hidden and 1 binary files" in caplog.text
+    for name in (archive, folder / "more*"):
+        with pytest.raises(BitNetError, match=r"got the archive .* unpack it"):
+            corpus_of(DataConfig((str(name),)), tmp_path)
+
+
+def test_linked_folders_are_read_once(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "below").mkdir(parents=True)
+    (outside / "below" / "linked.txt").write_text("linked\n")
+    (outside / "back").symlink_to(folder)  # a circle
+    (outside / "self").symlink_to(outside)
+    (folder / "part0" / "up").symlink_to(folder)
+    (folder / "part1" / "near").symlink_to(folder / "part2")
+    (folder / "part1" / "far").symlink_to(outside)
+    (folder / "zfar").symlink_to(outside)
+    corpus = corpus_of(DataConfig((str(folder),)), tmp_path)
+    assert len(corpus.sources) == 21
+    assert "books/zfar/below/linked.txt" in {source.name for source in corpus.sources}
 
 
 @pytest.mark.parametrize("name", ["no-such-file", "no-such*.txt", "no/such/folder/**"])
@@ -209,14 +248,21 @@ def test_default_corpus_is_the_standard_library(tmp_path: Path) -> None:
 )
 def test_split_by_file(sizes: list[int], fraction: float, order: random.Random) -> None:
     files = tuple(Source(Path(f"{i}"), f"{i}", size, str(i)) for i, size in enumerate(sizes))
-    train, val = split_files(files, fraction)
+    target = fraction * sum(sizes)
+    whole = split_files(files, fraction)
+    shuffled = split_files(tuple(order.sample(files, len(files))), fraction)
+    if whole is None or shuffled is None:
+        assert whole is shuffled
+        assert fraction > 0.5 or max(sizes) > target  # small files always add up
+        return
+    train, val = whole
     assert train
     assert val
     assert sorted([*train, *val], key=lambda s: int(s.name)) == list(files)
-    target = fraction * sum(sizes)
-    assert abs(sum(s.size for s in val) - target) <= max(sizes)
-    shuffled = order.sample(files, len(files))
-    assert set(split_files(tuple(shuffled), fraction)[1]) == set(val)
+    held = sum(s.size for s in val)
+    assert abs(held - target) <= max(sizes)
+    assert target / 3 <= held <= target * 3
+    assert set(shuffled[1]) == set(val)
 
 
 def test_files_split_whole_and_complete(folder: Path, tmp_path: Path) -> None:
@@ -238,6 +284,21 @@ def test_a_single_file_is_cut_at_the_exact_character(fraction: float, tmp_path: 
     assert text_of(corpus, "train") == text[:cut]
     assert text_of(corpus, "val") == text[cut:]
     assert [len(documents_of(corpus, split)) for split in ("train", "val")] == [1, 1]
+
+
+@pytest.mark.parametrize("sizes", [(3000, 3000), (9000, 10), (5000, 4000, 6000)], ids=str)
+def test_few_files_are_cut_at_their_ends(
+    sizes: tuple[int, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [some_text(1000)[:size] for size in sizes]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, newline="")
+    with caplog.at_level("INFO", logger="bitnet"):
+        corpus = corpus_of(DataConfig((str(tmp_path / "*.txt"),), val_fraction=0.02), tmp_path)
+    assert documents_of(corpus, "train") == [text[: int(len(text) * 0.98)] for text in texts]
+    assert documents_of(corpus, "val") == [text[int(len(text) * 0.98) :] for text in texts]
+    assert "the end of each of them is for validation" in caplog.text
+    assert 0.015 < len(text_of(corpus, "val")) / sum(sizes) < 0.025
 
 
 def test_val_paths_hold_back(folder: Path, tmp_path: Path) -> None:
@@ -354,13 +415,34 @@ def test_character_split_is_that_of_nanogpt(tmp_path: Path) -> None:
     assert dataset.tokenizer.vocab_size == len(set(text))
 
 
-def test_the_tokenizer_never_sees_validation(tmp_path: Path) -> None:
+def test_what_the_tokenizer_learns_from(tmp_path: Path) -> None:
+    """Pieces from the training text alone; characters from all text, so that a rare one stops nothing."""
     (tmp_path / "train.txt").write_text("abc\n" * 100)
     (tmp_path / "val.txt").write_text("abd\n" * 100)
     config = DataConfig((str(tmp_path / "train.txt"),), val_paths=(str(tmp_path / "val.txt"),))
-    with pytest.raises(BitNetError, match="val split: got the character 'd' at position 2"):
-        prepare(config, tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.txt", "val.txt"]
+    pieces = prepare(config, tmp_path / "pieces", tokenizer=None, vocab_size=265).tokenizer
+    assert pieces.to_bytes() == train_sentencepiece(["abc\n" * 100], 265).to_bytes()
+    characters = prepare(config, tmp_path / "characters", tokenizer=None, kind="char", vocab_size=0).tokenizer
+    assert isinstance(characters, CharTokenizer)
+    assert characters.characters == "\nabcd"
+
+
+def test_an_unknown_character_names_its_file(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("aa" + name + "\n")
+    with pytest.raises(BitNetError, match=r"c\.txt: got the character 'c' at position 2 after 'aa', expected one of"):
+        tokenize((str(tmp_path / "*.txt"),), CharTokenizer("ab\n"), tmp_path)
+    with pytest.raises(BitNetError, match=r"b\.txt: got the character 'b'"):
+        prepare(DataConfig((str(tmp_path / "b.txt"),)), tmp_path / "out", tokenizer=CharTokenizer("a"), vocab_size=0)
+    assert sorted(path.name for path in tmp_path.glob("out*")) == []
+
+
+@pytest.mark.parametrize(("documents", "count"), [("file", 1), ("line", 3), ("paragraph", 2)])
+def test_tokenize_by_document(documents: str, count: int, tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    stream = tokenize((str(tmp_path / "a.txt"),), tokenizer, tmp_path, documents=documents)
+    assert stream.documents == count
+    assert tokens(stream).count(1) == count
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
@@ -370,7 +452,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(text[::-1], newline="")
     big = CharTokenizer(characters)
     assert big.vocab_size > 1 << 16
-    paths = DataConfig((str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
+    paths = DataConfig((str(tmp_path / "a.txt"), str(tmp_path / "b.txt")), val_fraction=0.5)
     dataset = prepare(paths, tmp_path / "out", tokenizer=big, vocab_size=0)
     assert dataset.manifest.dtype == "uint32"
     assert sorted(tokens(dataset.train)) == list(range(big.vocab_size))
@@ -385,7 +467,9 @@ def test_same_text_same_bytes(folder: Path, tmp_path: Path) -> None:
     }
 
 
-def test_prepared_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = DataConfig((str(folder),))
     out = folder / "prepared"  # inside the corpus: must not become part of it
     first = prepare(config, out, tokenizer=None, vocab_size=300)
@@ -393,6 +477,7 @@ def test_prepared_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(data_module, "_write", lambda *_: pytest.fail("prepared again"))
         again = prepare(config, out, tokenizer=None, vocab_size=300)
     assert again.fingerprint == first.fingerprint
+    assert not caplog.records  # unchanged: no warning
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     changes: list[Callable[[], TokenDataset]] = [
         lambda: prepare(config, out, tokenizer=None, vocab_size=301),
@@ -401,13 +486,64 @@ def test_prepared_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         lambda: prepare(DataConfig((str(folder),), val_fraction=0.1), out, tokenizer=None, vocab_size=300),
     ]
     for change in changes:
-        with pytest.raises(BitNetError, match="made from other text or settings"):
+        with pytest.raises(BitNetError, match=r"with other data or tokenizer settings, .* another folder \(--out\)"):
             change()
-    path = next(folder.rglob("*.txt"))
-    path.write_text(contents(path) + "more\n")
-    with pytest.raises(BitNetError, match="made from other text or settings"):
-        prepare(config, out, tokenizer=None, vocab_size=300)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["none", "added", "touched", "emptied", "moved", "deleted", "other folder"])
+def test_prepared_data_needs_its_text_no_more(
+    change: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = lambda: prepare(DataConfig(("books",)), tmp_path / "out", tokenizer=None, vocab_size=300)  # noqa: E731
+    first = run()
+    path = folder / "part1" / "01.txt"
+    (tmp_path / "elsewhere").mkdir()
+    match change:
+        case "added":
+            path.write_text(contents(path) + "more\n")
+        case "touched":
+            os.utime(path, (1, 1))
+        case "emptied":
+            for file in folder.rglob("*.txt"):
+                file.write_text("")
+        case "moved":
+            folder.rename(tmp_path / "elsewhere" / "novels")
+        case "deleted":
+            shutil.rmtree(folder)
+        case "other folder":
+            monkeypatch.chdir(tmp_path / "elsewhere")
+    caplog.clear()
+    again = run()
+    assert again.fingerprint == first.fingerprint
+    assert tokens(again.train) == tokens(first.train)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (change in ("added", "touched"))
+    assert all("going on with the text as it was" in warning for warning in warnings)
+
+
+def test_the_default_corpus_may_change(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Python is upgraded between the start of a run and its resume."""
+    sources = lambda *names: tuple(  # noqa: E731  # two libraries
+        Source(path, path.name, path.stat().st_size, str(path)) for path in folder.rglob("*.txt") if path.name in names
+    )
+    for names in (("01.txt", "02.txt"), ("03.txt",), ()):
+        monkeypatch.setattr(corpus_module, "standard_library", lambda names=names: sources(*names))
+        dataset = prepare(DataConfig(), tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
+        assert {source.name for source in dataset.manifest.sources} == {"01.txt", "02.txt"}
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "tokenizer.model"])
+def test_altered_data_is_not_trained_on(name: str, folder: Path, tmp_path: Path) -> None:
+    config = DataConfig((str(folder),))
+    prepare(config, tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
+    path = tmp_path / "out" / name
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BitNetError, match=rf"{name}: got .* restore it, or delete the folder"):
+        prepare(config, tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
 
 
 def test_other_peoples_folders_are_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -492,13 +628,14 @@ def test_report_adds_up(tmp_path: Path) -> None:
         vocab_size=0,
         report=lambda *call: calls.append(call),
     )
-    for stage, size in (("tokenizer", dataset.train), ("train", dataset.train), ("val", dataset.val)):
+    train, val = dataset.train.text_bytes, dataset.val.text_bytes
+    for stage, size in (("tokenizer", train + val), ("train", train), ("val", val)):
         done = [call[1] for call in calls if call[0] == stage]
         assert done == sorted(done)
         assert len(done) > 1
-        assert done[-1] == size.text_bytes
+        assert done[-1] == size
         total = next(call[2] for call in calls if call[0] == stage)
-        assert total == pytest.approx(size.text_bytes, rel=0.05)
+        assert total == pytest.approx(size, rel=0.05)
 
 
 def test_full_disk_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,9 +657,9 @@ def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     first = run(text)
     assert first.train.text_bytes + first.val.text_bytes == len(text.encode())
-    assert run(text).fingerprint == first.fingerprint
-    with pytest.raises(BitNetError, match="made from other text"):
-        run(text + "x")
+    monkeypatch.setattr("sys.stdin", None)  # prepared: not read again
+    again = prepare(DataConfig(("-",)), tmp_path / "out", tokenizer=None, vocab_size=300)
+    assert again.fingerprint == first.fingerprint
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "standard-input").exists()
     assert first.manifest.sources[0].name == "standard input"
@@ -592,6 +729,21 @@ def test_altered_tokens_are_found(prepared: Path) -> None:
         open_dataset(prepared, verify=True)
     with pytest.raises(BitNetError, match="got the token id"):
         dataset.train.read(0, 10)
+
+
+def test_the_tokenizer_opens_without_shards(prepared: Path, tokenizer: SentencePieceTokenizer) -> None:
+    for path in prepared.glob("*.bin"):
+        path.unlink()
+    assert open_tokenizer(prepared).to_bytes() == tokenizer.to_bytes()
+    path = prepared / "tokenizer.model"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BitNetError, match=r"tokenizer\.model: got another file"):
+        open_tokenizer(prepared)
+    path.unlink()
+    with pytest.raises(BitNetError, match=r"tokenizer\.model: FileNotFoundError"):
+        open_tokenizer(prepared)
+    with pytest.raises(BitNetError, match=r"got no manifest\.json"):
+        open_tokenizer(prepared / "nowhere")
 
 
 VALUES: list[object] = [
@@ -727,6 +879,32 @@ def test_sampler_refuses(tmp_path: Path) -> None:
     for context, seed in ((0, 0), (4, -1)):
         with pytest.raises(BitNetError, match="expected context >= 1 and seed >= 0"):
             Sampler(stream, context, seed)
+
+
+def test_splits_too_short_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+
+    def prepared_with(val_fraction: float) -> TokenDataset:
+        config = DataConfig((str(tmp_path / "a.txt"),), val_fraction=val_fraction)
+        out = tmp_path / str(val_fraction)
+        return prepare(config, out, tokenizer=None, kind="char", vocab_size=0)
+
+    dataset = prepared_with(0.5)
+    check_lengths(dataset, 49)
+    with pytest.raises(BitNetError, match="got 50 tokens of training text, expected at least 51"):
+        check_lengths(dataset, 50)
+    check_lengths(prepared_with(0.02), 8)
+    with pytest.raises(BitNetError, match="got 1 tokens of validation text, expected at least 2"):
+        check_lengths(prepared_with(0.01), 8)
+
+
+@pytest.mark.parametrize(
+    ("context", "vocab_size", "expected"),
+    [(1, 1, 32), (64, 65, 32), (512, 8192, 3), (1000, 16_001, 1), (4096, 128_256, 1)],
+)
+def test_scored_batches_fit_in_memory(context: int, vocab_size: int, expected: int) -> None:
+    assert batch_for(context, vocab_size) == expected
+    assert expected == 1 or 4 * expected * context * vocab_size <= 64e6
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 63, 64, 65, 1000])

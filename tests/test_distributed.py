@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,30 @@ def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
     assert save is not None
     assert save.step == 5
     assert not [name for name in save.tensors("model") if name.startswith("module.")]
+
+
+def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
+    """One line each and exit code 2, where the others could wait for ever."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "bitnet.cli", *arguments(tmp_path / "run"), "-q"]  # there is no toy.txt
+    started = [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**shared, "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    for process, part in zip(started, ("toy.txt", "first process"), strict=True):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2, err
+        (line,) = (line for line in err.splitlines() if line.startswith("bitnet: error:"))
+        assert part in line
+        assert "Traceback" not in err
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:

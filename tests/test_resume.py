@@ -159,6 +159,21 @@ def test_the_comparison_sees_a_difference(corpus: Path, tmp_path: Path) -> None:
         assert_equal_runs(tmp_path / "a", tmp_path / "b")
 
 
+def test_another_number_of_processes_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Their batches together are the step: with another number the data order would be another one."""
+    config = configured(corpus)
+    train(config, tmp_path / "run", Stopping(6, lambda: signal.raise_signal(signal.SIGINT)))
+    save = latest_save(tmp_path / "run" / "saves")
+    assert save is not None
+    groups = {group: save.tensors(group) for group in ("model", "optimizer", "random")}
+    state = {**save.state, "sequences": 2 * save.state["sequences"]}  # as two processes would have left it
+    checkpoint.write_save(tmp_path / "run" / "saves", save.step, groups, state)
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(BitNetError, match="8 sequences a step, got 4"):
+        train(config, tmp_path / "run")
+    assert snapshot(tmp_path / "run") == before
+
+
 def test_signal_handlers_come_back(corpus: Path, tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(configured(corpus), tmp_path / "run", Stopping(2, lambda: signal.raise_signal(signal.SIGINT)))
@@ -272,8 +287,9 @@ def test_other_tokens_than_those_trained_on_are_refused(corpus: Path, tmp_path: 
     for save in (tmp_path / "run" / "saves").iterdir():
         state = json.loads((save / "state.json").read_text())
         assert state["data"] == content["fingerprint"]
-    corpus.write_text(corpus.read_text() + "fade fade\n")
-    with pytest.raises(BitNetError, match="other text"):
+    content["fingerprint"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(BitNetError, match="are not those the save"):
         train(config, tmp_path / "run")
 
 

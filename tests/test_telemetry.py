@@ -95,10 +95,10 @@ def test_summary_names_the_extremes() -> None:
         {"layer": "a", "zeros": 0.31, "flips": 0.0123, "scale": 1.0},
         {"layer": "b", "zeros": 0.42, "flips": 0.0456, "scale": 1.0},
     ]
-    assert summary(rows) == "zeros 31% to 42%, flips 4.56% at most"
+    assert summary(rows) == "zeros 31%-42%, flips ≤ 4.56%"
     for row in rows:
         row["flips"] = None
-    assert summary(rows) == "zeros 31% to 42%"
+    assert summary(rows) == "zeros 31%-42%"
 
 
 # ---- trackers ----------------------------------------------------------------------------------------------

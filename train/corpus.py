@@ -27,6 +27,7 @@ from bitnet.train.sources import (
     standard_library,
 )
 
+SPLIT_TOLERANCE = 3  # validation on whole files may be off its share by this factor; beyond it, files are cut
 SPLIT_SALT = b"bitnet-split-1"  # a new value would give every corpus another validation split
 
 _log = logging.getLogger("bitnet")
@@ -38,8 +39,10 @@ class DataConfig:
 
     paths: files, folders (all files below), globs, "-" for standard input; none means the Python standard library.
     val_paths: the same, for validation; then all of `paths` trains.
-    val_fraction: share of the text held back for validation, above 0 and below 1; unused with val_paths.
     documents: what one document is: a "file", a "line", or a "paragraph" (between blank lines).
+    val_fraction: share of the text held back for validation, above 0 and below 1; unused with val_paths. Documents are
+        held back whole, drawn by a hash. Where no choice of whole files comes within a factor of three of the share
+        (one file, two equal ones, one that outweighs the rest), the last val_fraction of each file is held back.
     """
 
     paths: tuple[str, ...] = ()
@@ -63,6 +66,7 @@ class Piece(NamedTuple):
 
     begins: bool  # the document's first part
     text: str
+    name: str  # of its source
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Corpus:
             if not self.text_split:
                 yield from _documents(source, self.config.documents)
             elif self.config.documents == "file":
-                yield from _whole(_between(read_text(source), *self._range(split)))
+                yield from _whole(_between(read_text(source), *self._range(source, split)), source.name)
             else:
                 yield from self._chosen(source, split)
 
@@ -104,13 +108,14 @@ class Corpus:
         return hashlib.sha256(json.dumps([asdict(self.config), files]).encode()).hexdigest()
 
     @cached_property
-    def _characters(self) -> int:
-        return sum(len(text) for text in read_text(self.train[0]))
+    def _characters(self) -> dict[Source, int]:
+        return {source: sum(len(text) for text in read_text(source)) for source in self.train}
 
-    def _range(self, split: str) -> tuple[int, int]:
-        """The characters of the only file that belong to a split: exactly the first int(n * (1 - fraction)) train."""
-        cut = int(self._characters * (1 - self.config.val_fraction))
-        return (0, cut) if split == "train" else (cut, self._characters)
+    def _range(self, source: Source, split: str) -> tuple[int, int]:
+        """The characters of a file that belong to a split: exactly the first int(n * (1 - fraction)) train."""
+        n = self._characters[source]
+        cut = int(n * (1 - self.config.val_fraction))
+        return (0, cut) if split == "train" else (cut, n)
 
     def _chosen(self, source: Source, split: str) -> Iterator[Piece]:
         chosen = False
@@ -135,10 +140,11 @@ def open_corpus(config: DataConfig, *, spool: Path, skip: frozenset[Path] = froz
         if len(rest) < len(train):
             _log.info("%d files of paths are also in val_paths: held back from training", len(train) - len(rest))
         corpus = Corpus(config, rest, val, text_split=False)
-    elif config.documents == "file" and len(train) > 1:
-        corpus = Corpus(config, *split_files(train, config.val_fraction), text_split=False)
     else:
-        corpus = Corpus(config, train, train, text_split=True)
+        whole = split_files(train, config.val_fraction) if config.documents == "file" else None
+        if config.documents == "file" and whole is None and len(train) > 1:
+            _log.info("no choice of whole files fits data.val_fraction: the end of each of them is for validation")
+        corpus = Corpus(config, *(whole or (train, train)), text_split=whole is None)
     for split, sources in (("train", corpus.train), ("val", corpus.val)):
         if not sources:
             raise BitNetError(
@@ -147,8 +153,8 @@ def open_corpus(config: DataConfig, *, spool: Path, skip: frozenset[Path] = froz
     return corpus
 
 
-def split_files(sources: tuple[Source, ...], fraction: float) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-    """(train, val): about `fraction` of the bytes to val, at least one file and never all of them.
+def split_files(sources: tuple[Source, ...], fraction: float) -> tuple[tuple[Source, ...], tuple[Source, ...]] | None:
+    """(train, val) of whole files with about `fraction` of the bytes in val; None where that is not possible.
 
     Files are ranked by a hash of name and size, and taken in that order whenever one brings val closer to its share.
     """
@@ -160,10 +166,11 @@ def split_files(sources: tuple[Source, ...], fraction: float) -> tuple[tuple[Sou
         if source.size < 2 * (target - held):
             taken.append(source)
             held += source.size
-    if not taken:
+    if not taken and ranked:
         taken = [min(ranked, key=lambda source: source.size)]
-    if len(taken) == len(sources):
-        taken.pop()
+        held = taken[0].size
+    if len(taken) == len(sources) or not target / SPLIT_TOLERANCE <= held <= target * SPLIT_TOLERANCE:
+        return None
     val = set(taken)
     return tuple(s for s in sources if s not in val), tuple(s for s in sources if s in val)
 
@@ -187,14 +194,14 @@ def cut_after_newlines(parts: Iterable[str]) -> Iterator[str]:
 
 def _documents(source: Source, kind: str) -> Iterator[Piece]:
     if kind == "file":
-        return _whole(read_text(source))
+        return _whole(read_text(source), source.name)
     return _lines(source) if kind == "line" else _paragraphs(source)
 
 
-def _whole(parts: Iterable[str]) -> Iterator[Piece]:
+def _whole(parts: Iterable[str], name: str) -> Iterator[Piece]:
     begins = True
     for text in cut_after_newlines(parts):
-        yield Piece(begins, text)
+        yield Piece(begins, text, name)
         begins = False
 
 
@@ -205,7 +212,7 @@ def _lines(source: Source) -> Iterator[Piece]:
         starts = begins or blank
         blank = starts and not text.strip()
         if not blank:
-            yield Piece(starts, text)
+            yield Piece(starts, text, source.name)
 
 
 def _paragraphs(source: Source) -> Iterator[Piece]:
@@ -216,16 +223,16 @@ def _paragraphs(source: Source) -> Iterator[Piece]:
     for line_begins, text in _line_parts(source):
         if line_begins and not text.strip():
             if held:
-                yield Piece(begins, "".join(held))
+                yield Piece(begins, "".join(held), source.name)
             held, size, begins = [], 0, True
             continue
         held.append(text)
         size += len(text)
         if size >= CHUNK:
-            yield Piece(begins, "".join(held))
+            yield Piece(begins, "".join(held), source.name)
             held, size, begins = [], 0, False
     if held:
-        yield Piece(begins, "".join(held))
+        yield Piece(begins, "".join(held), source.name)
 
 
 def _line_parts(source: Source) -> Iterator[tuple[bool, str]]:

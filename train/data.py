@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from bitnet.checkpoint import sync
 from bitnet.errors import BitNetError
 from bitnet.tokenizer import Tokenizer, train_char, train_sentencepiece
 from bitnet.train.corpus import Corpus, DataConfig, Piece, open_corpus
+from bitnet.train.evaluate import IGNORED
 from bitnet.train.shards import (
     VERSION,
     Manifest,
@@ -37,18 +38,21 @@ from bitnet.train.shards import (
     TokenStream,
     dtype_for,
     open_dataset,
+    open_tokenizer,
     shard_name,
 )
 from bitnet.train.sources import CHUNK, STANDARD_INPUT, find_sources
 
 # The rest of the trainer needs this module alone.
 __all__ = [
-    "DataConfig", "Sampler", "TokenDataset", "TokenStream", "eval_windows", "open_dataset", "prepare",
+    "DataConfig", "Sampler", "TokenDataset", "TokenStream", "batch_for", "check_lengths", "eval_windows",
+    "open_dataset", "open_tokenizer", "prepare", "tokenize",
 ]  # fmt: skip
 
 SHARD_TOKENS = 1 << 26  # 128 MiB as uint16: small enough to copy and to check, few files even for 10 G tokens
 LISTED_SOURCES = 1000  # names kept in the manifest; the count is complete
-IGNORED = -100  # target that the loss leaves out, as torch's cross_entropy does by default
+BATCH_LOGITS = 16_000_000  # of a scored batch, 64 MB in fp32: they, not the weights, would fill the memory
+BATCH_WINDOWS = 32  # small models: their logits would allow hundreds, and hidden states take memory too
 SPOOL = "standard-input"
 OURS = re.compile(r"(train|val)-\d{5}\.bin|tokenizer\.model|manifest\.json|" + SPOOL)
 
@@ -68,28 +72,31 @@ def prepare(
     vocab_size: int,
     report: Report | None = None,
 ) -> TokenDataset:
-    """Text to a dataset in `out`; a folder already made from the same text and settings is opened as it is.
+    """Text to a dataset in `out`; a folder already made with the same settings is verified and opened as it is.
 
-    tokenizer: one to use; None trains a new one of `kind` ("sentencepiece" or "char") on the training split, where
-    `vocab_size` is the wanted number of SentencePiece ids. report: called with (stage, bytes done, bytes in all or
-    None), the stages being "tokenizer", "train" and "val".
-    Raises BitNetError for unreadable or missing text, an empty split, an `out` that holds anything else, a full disk.
+    Such a folder needs its text no more: it may have moved or changed, and standard input is left unread.
+    tokenizer: one to use; None trains a new one of `kind`: "sentencepiece", with `vocab_size` ids if the training split
+    supports so many, or "char", with all characters of both splits.
+    report: called with (stage, bytes done, bytes in all or None), the stages being "tokenizer", "train" and "val".
+    Raises BitNetError for unreadable or missing text, an empty split, an `out` that holds anything else or is damaged,
+    a full disk.
     """
     if tokenizer is None and kind not in ("sentencepiece", "char"):
         raise BitNetError(f"got tokenizer kind {kind!r}, expected 'sentencepiece' or 'char'; correct the kind")
     out = out.resolve()
     work = out.with_name(out.name + ".tmp")
-    there = (out / "manifest.json").exists()
-    if not there and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    made_with = _made_with(tokenizer, kind, vocab_size)
+    settings = _digest(asdict(config), made_with)
+    if (out / "manifest.json").exists():
+        return _reuse(out, config, settings, made_with)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BitNetError(f"{out}: got a file or folder with other content, expected a new folder; name another")
-    spools = STANDARD_INPUT in config.paths + config.val_paths
     try:
-        with _workspace(work) if spools or not there else nullcontext():
-            corpus = open_corpus(config, spool=work / SPOOL, skip=frozenset({out, work}))
-            made_from = _fingerprint(corpus, tokenizer, kind, vocab_size)
-            if there:
-                return _reuse(out, made_from)
-            _write(work, corpus, made_from, tokenizer or _train(corpus, kind, vocab_size, report), report)
+        with _workspace(work):
+            corpus = _open_corpus(config, out, work)
+            fingerprint = _digest(corpus.fingerprint, made_with)
+            tokenizer = tokenizer or _train(corpus, kind, vocab_size, report)
+            _write(work, corpus, settings, fingerprint, tokenizer, report)
             work.rename(out)
             sync(out.parent)
     except OSError as error:
@@ -98,37 +105,58 @@ def prepare(
     return open_dataset(out)
 
 
-def tokenize(paths: tuple[str, ...], tokenizer: Tokenizer, folder: Path, report: Report | None = None) -> TokenStream:
-    """All text behind `paths` as one stream of tokens, a document a file, written into an existing `folder`.
+def tokenize(
+    paths: tuple[str, ...],
+    tokenizer: Tokenizer,
+    folder: Path,
+    report: Report | None = None,
+    *,
+    documents: str = "file",
+) -> TokenStream:
+    """All text behind `paths` as one stream of tokens, written into an existing `folder`.
 
+    documents: what one document is, as in DataConfig.
     Raises BitNetError for missing, unreadable or empty text and for text the tokenizer cannot hold.
     """
+    config = DataConfig(paths, documents=documents)
     sources = find_sources(paths, folder / SPOOL)
     if not sources:
         raise BitNetError(f"data: got no text in {', '.join(paths)}, expected at least one file that is not empty")
-    corpus = Corpus(DataConfig(paths), sources, sources, text_split=False)
+    corpus = Corpus(config, sources, sources, text_split=False)
     dtype = dtype_for(tokenizer.vocab_size)
     split = _write_split(folder, corpus, "train", tokenizer, dtype, report)
     return TokenStream(folder, split, dtype, tokenizer.vocab_size, tokenizer.bos_id)
 
 
-def _reuse(out: Path, made_from: str) -> TokenDataset:
-    dataset = open_dataset(out)
-    if dataset.fingerprint != made_from:
+def _reuse(out: Path, config: DataConfig, settings: str, made_with: list[str]) -> TokenDataset:
+    dataset = open_dataset(out, verify=True)
+    if dataset.manifest.settings != settings:
         raise BitNetError(
-            f"{out}: got a dataset made from other text or settings (fingerprint {dataset.fingerprint[:12]}), expected "
-            f"{made_from[:12]}; name another folder, or delete this one to prepare it again"
+            f"{out}: got a dataset made with other data or tokenizer settings, expected those asked for; leave them as "
+            "they were, or choose another folder (--out)"
         )
-    _log.info("%s: text and settings unchanged, used as it is", out)
+    if STANDARD_INPUT not in config.paths + config.val_paths:  # that may not end, and is read only once
+        try:
+            corpus = _open_corpus(config, out, out.with_name(out.name + ".tmp"))
+        except (BitNetError, OSError):
+            return dataset  # the text has gone
+        if _digest(corpus.fingerprint, made_with) != dataset.fingerprint:
+            _log.warning("%s: text files changed since they were prepared; going on with the text as it was", out)
     return dataset
 
 
-def _fingerprint(corpus: Corpus, tokenizer: Tokenizer | None, kind: str, vocab_size: int) -> str:
+def _open_corpus(config: DataConfig, out: Path, work: Path) -> Corpus:
+    return open_corpus(config, spool=work / SPOOL, skip=frozenset({out, work}))
+
+
+def _made_with(tokenizer: Tokenizer | None, kind: str, vocab_size: int) -> list[str]:
     if tokenizer is not None:
-        made_with = [tokenizer.kind, hashlib.sha256(tokenizer.to_bytes()).hexdigest()]
-    else:
-        made_with = [kind, str(vocab_size) if kind == "sentencepiece" else ""]
-    return hashlib.sha256(json.dumps([VERSION, corpus.fingerprint, made_with]).encode()).hexdigest()
+        return [tokenizer.kind, hashlib.sha256(tokenizer.to_bytes()).hexdigest()]
+    return [kind, str(vocab_size) if kind == "sentencepiece" else ""]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()
 
 
 @contextmanager
@@ -156,16 +184,21 @@ def _workspace(work: Path) -> Iterator[None]:
 
 
 def _train(corpus: Corpus, kind: str, vocab_size: int, report: Report | None) -> Tokenizer:
-    texts = (piece.text for piece in _watched(corpus, "train", "tokenizer", report))
+    # One unknown character in the validation text would stop the run: nanoGPT's vocabulary holds all of them, too.
+    splits = ("train", "val") if kind == "char" else ("train",)
+    texts = (piece.text for piece in _watched(corpus, splits, "tokenizer", report))
     return train_char(texts) if kind == "char" else train_sentencepiece(texts, vocab_size)
 
 
-def _write(work: Path, corpus: Corpus, made_from: str, tokenizer: Tokenizer, report: Report | None) -> None:
+def _write(
+    work: Path, corpus: Corpus, settings: str, fingerprint: str, tokenizer: Tokenizer, report: Report | None
+) -> None:
     model = tokenizer.to_bytes()
     (work / "tokenizer.model").write_bytes(model)
     dtype = dtype_for(tokenizer.vocab_size)
     manifest = Manifest(
-        fingerprint=made_from,
+        settings=settings,
+        fingerprint=fingerprint,
         tokenizer_kind=tokenizer.kind,
         tokenizer_sha256=hashlib.sha256(model).hexdigest(),
         vocab_size=tokenizer.vocab_size,
@@ -189,12 +222,10 @@ def _write_split(
     documents = text_bytes = 0
     writer = _ShardWriter(work, split, dtype)
     try:
-        for batch in _batches(_watched(corpus, split, split, report)):
+        for batch in _batches(_watched(corpus, (split,), split, report)):
             documents += sum(piece.begins for piece in batch)
             text_bytes += sum(len(piece.text.encode()) for piece in batch)
             writer.write(_encode(batch, tokenizer, dtype))
-    except BitNetError as error:
-        raise BitNetError(f"{split} split: {error}") from error
     finally:
         writer.close()
     if not text_bytes:
@@ -206,7 +237,15 @@ def _write_split(
 
 def _encode(batch: list[Piece], tokenizer: Tokenizer, dtype: str) -> NDArray[Any]:
     """The ids of a batch with BOS before each document, little-endian [n]."""
-    ids = tokenizer.encode_batch([piece.text for piece in batch], threads=os.cpu_count() or 1)
+    try:
+        ids = tokenizer.encode_batch([piece.text for piece in batch], threads=os.cpu_count() or 1)
+    except BitNetError:
+        for piece in batch:  # once more, one by one, to name the file
+            try:
+                tokenizer.encode(piece.text)
+            except BitNetError as error:
+                raise BitNetError(f"{piece.name}: {error}") from error
+        raise
     if tokenizer.bos_id is not None:
         for piece, piece_ids in zip(batch, ids, strict=True):
             if piece.begins:
@@ -229,14 +268,16 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _watched(corpus: Corpus, split: str, stage: str, report: Report | None) -> Iterator[Piece]:
-    """The pieces of a split, with a report for each CHUNK bytes or so."""
+def _watched(corpus: Corpus, splits: tuple[str, ...], stage: str, report: Report | None) -> Iterator[Piece]:
+    """The pieces of some splits, with a report for each CHUNK bytes or so."""
+    pieces = chain.from_iterable(corpus.pieces(split) for split in splits)
     if report is None:
-        yield from corpus.pieces(split)
+        yield from pieces
         return
-    total = corpus.size(split)
+    sizes = [corpus.size(split) for split in splits]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     done = told = 0
-    for piece in corpus.pieces(split):
+    for piece in pieces:
         yield piece
         done += len(piece.text.encode())
         if done - told >= CHUNK:
@@ -328,6 +369,21 @@ class Sampler:
             self._starts = offset + self.context * np.argsort(raw[1:], kind="stable")
             self._epoch = epoch
         return int(self._starts[i])
+
+
+def check_lengths(dataset: TokenDataset, context: int) -> None:
+    """Raise BitNetError when a split is too short for the first step or for a validation."""
+    Sampler(dataset.train, context, seed=0)
+    if len(dataset.val) < 2:
+        raise BitNetError(
+            f"got {len(dataset.val)} tokens of validation text, expected at least 2: one to read, one to predict; "
+            "raise data.val_fraction or name data.val_paths"
+        )
+
+
+def batch_for(context: int, vocab_size: int) -> int:
+    """Windows of `context` tokens to score at a time: BATCH_WINDOWS, fewer where logits are wide, at least one."""
+    return max(1, min(BATCH_WINDOWS, BATCH_LOGITS // (context * vocab_size)))
 
 
 def eval_windows(

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from bitnet.tables import plus_minus
 
@@ -62,7 +64,13 @@ class Display:
         """What is about to be trained: every setting, then a line a subject. config: TOML."""
         for section in filter(None, config.strip().split("\n\n")):
             name, *settings = section.splitlines()
-            self.console.print(f"{name} " + ", ".join(settings), markup=False, style="dim")
+            text = ", ".join(settings)
+            # In a terminal in two columns, folded between words; in a log as one line that can be searched.
+            shown: RenderableType = Text(f"{name} {text}")
+            if self.console.is_terminal:
+                shown = Table.grid(padding=(0, 1, 0, 0))
+                shown.add_row(Text(name), Text(text))
+            self.console.print(shown, style="dim", soft_wrap=not self.console.is_terminal)
         for name, text in lines.items():
             self.console.print(f"[bold]{name:>9}[/bold]  {escape(text)}", markup=True)
 
@@ -77,7 +85,7 @@ class Display:
             return
         with Progress(
             TextColumn("[bold]{task.completed:.0f}[/bold]/{task.total:.0f}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True),
             console=self.console,

@@ -65,11 +65,6 @@ def evaluate(
     return summarize(torch.cat(nats).numpy(), torch.cat(tokens).numpy(), torch.cat(sizes).numpy())
 
 
-def batch_for(context: int, vocab_size: int) -> int:
-    """Windows to score at once: as many as keep their fp32 logits at 64 MB, at most 32."""
-    return max(1, min(32, 16_000_000 // (context * vocab_size)))
-
-
 def summarize(nats: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> Evaluation:
     """Join windows: nats, scored tokens and bytes of each, all of shape [windows]."""
     scored = tokens > 0

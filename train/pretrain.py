@@ -26,10 +26,10 @@ from bitnet.layers import keep_codes
 from bitnet.model import parameters
 from bitnet.sampling import Sampling
 from bitnet.train.config import RunConfig, TrainConfig
-from bitnet.train.data import Sampler, TokenDataset, eval_windows, open_dataset, prepare
+from bitnet.train.data import Sampler, TokenDataset, batch_for, check_lengths, eval_windows, open_dataset, prepare
 from bitnet.train.display import Display
 from bitnet.train.distributed import Processes
-from bitnet.train.evaluate import Evaluation, batch_for, evaluate
+from bitnet.train.evaluate import Evaluation, evaluate
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration, overview
 from bitnet.train.plot import plot_run
@@ -98,8 +98,7 @@ def prepare_data(config: RunConfig, run: Run, display: Display) -> TokenDataset:
             vocab_size=config.model.vocab_size,
             report=display.preparing,
         )
-        Sampler(dataset.train, config.context, config.train.seed)  # refuses a text shorter than the context
-        next(eval_windows(dataset.val, config.context))  # refuses one that cannot be validated on
+        check_lengths(dataset, config.context)
         dataset.tokenizer.encode(config.train.sample_prompt)  # refused now, not after the last step
         return dataset
     except BitNetError:

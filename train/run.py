@@ -20,7 +20,7 @@ from bitnet.errors import BitNetError
 from bitnet.model import Transformer
 from bitnet.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, read_config
-from bitnet.train.data import open_dataset
+from bitnet.train.data import open_tokenizer
 
 # Settings that may change when a run goes on: they do not touch what has been learnt so far.
 _MAY_CHANGE = frozenset(
@@ -106,7 +106,7 @@ class Run:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run's data."""
-        return open_dataset(self.data).tokenizer
+        return open_tokenizer(self.data)
 
     def load(self) -> tuple[Transformer, Save]:
         """The model of the newest whole save, in fp32. Raises BitNetError when there is none."""

@@ -12,15 +12,22 @@ from rich.progress import Progress
 
 from bitnet.errors import BitNetError
 from bitnet.packed import load
-from bitnet.train.data import eval_windows, tokenize
+from bitnet.train.data import batch_for, eval_windows, tokenize
 from bitnet.train.evaluate import evaluate
 
 
 def score_text(
-    model: Path, paths: Sequence[str], device: torch.device, *, context: int = 0, limit: int = 0
+    model: Path,
+    paths: Sequence[str],
+    device: torch.device,
+    *,
+    context: int = 0,
+    limit: int = 0,
+    documents: str = "file",
 ) -> dict[str, Any]:
     """Score all text behind `paths` in windows of `context` tokens, each token but the first exactly once.
 
+    documents: what begins with a BOS token: a "file", "line" or "paragraph"; that of the training run compares.
     Returns bits per byte, perplexity, their standard errors and what was scored, as JSON values. Raises BitNetError
     for a model without a tokenizer, a context beyond the model's, and text that cannot be read.
     """
@@ -33,10 +40,9 @@ def score_text(
         raise BitNetError(f"context: got {context} (-c), expected at most the model's {engine.config.context}")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="bitnet-eval-") as folder:
-        stream = tokenize(tuple(paths), tokenizer, Path(folder))
+        stream = tokenize(tuple(paths), tokenizer, Path(folder), documents=documents)
         total = min(len(stream) - 1, limit or len(stream))
-        # About a quarter of a million logits rows of the vocabulary's width would not fit: keep to 64 MB of them.
-        batch = max(1, min(32, 16_000_000 // (context * engine.config.vocab_size)))
+        batch = batch_for(context, engine.config.vocab_size)
         windows = eval_windows(stream, context, batch_size=batch, limit_tokens=limit or None)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("scoring", total=total)

@@ -3,7 +3,7 @@
     train-00000.bin ...   token ids, little-endian uint16 (uint32 above 65,536 ids), nothing else; BOS before a document
     val-00000.bin ...     the same
     tokenizer.model       the tokenizer's bytes
-    manifest.json         kind, dtype, counts, sizes and sha256 of it all, and the fingerprint of what it was made from
+    manifest.json         kind, dtype, counts, sizes and sha256 of it all, and two digests of what it was made from
 
 The files may come from anywhere: whatever they hold, reading gives their content or a BitNetError.
 """
@@ -20,7 +20,7 @@ from bitnet.errors import BitNetError
 from bitnet.schema import check_choice, check_range, check_types, from_values
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT, VERSION = "bitnet-tokens", 1
+FORMAT, VERSION = "bitnet-tokens", 2
 MANIFEST_LIMIT = 16 << 20  # bytes; refused unread above
 VERIFY_TOKENS = 1 << 20  # read at a time when all ids are checked
 
@@ -70,7 +70,8 @@ class NamedSize:
 class Manifest:
     """The content of manifest.json, less format and version."""
 
-    fingerprint: str
+    settings: str  # digest of what was asked for
+    fingerprint: str  # digest of that and of the files it was made from
     tokenizer_kind: str
     tokenizer_sha256: str
     vocab_size: int
@@ -117,7 +118,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _damaged(path: Path, reason: object) -> BitNetError:
     text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
-    return BitNetError(f"{path}: {' '.join(text.split())}; delete the folder and prepare the data again")
+    return BitNetError(f"{path}: {' '.join(text.split())}; restore it, or delete the folder and prepare the data again")
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -180,21 +181,21 @@ class TokenDataset:
         return self.manifest.fingerprint
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a prepared folder, whose shards may be gone.
+
+    Raises BitNetError when the folder is no dataset or the tokenizer is damaged.
+    """
+    return _open_tokenizer(path)[0]
+
+
 def open_dataset(path: Path, verify: bool = False) -> TokenDataset:
     """Opens what prepare() wrote, after checking sizes; `verify` also reads everything: sha256 and token ids.
 
     Raises BitNetError when the folder is no dataset or is damaged.
     """
-    if not (path / "manifest.json").is_file():
-        raise BitNetError(f"{path}: got no manifest.json, expected a prepared dataset; prepare one or correct the path")
-    manifest = _read_manifest(path / "manifest.json")
+    tokenizer, manifest = _open_tokenizer(path)
     try:
-        data = (path / "tokenizer.model").read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest.tokenizer_sha256:
-            raise _damaged(path / "tokenizer.model", "got another file than the manifest names")
-        tokenizer = load_tokenizer(manifest.tokenizer_kind, data)
-        if tokenizer.vocab_size != manifest.vocab_size:
-            raise _damaged(path, f"got {tokenizer.vocab_size} tokenizer ids, expected {manifest.vocab_size}")
         for shard in manifest.train.shards + manifest.val.shards:
             _check_shard(path / shard.name, shard, verify)
         train, val = (
@@ -208,6 +209,22 @@ def open_dataset(path: Path, verify: bool = False) -> TokenDataset:
             for start in range(0, len(stream), VERIFY_TOKENS):
                 stream.read(start, min(VERIFY_TOKENS, len(stream) - start))
     return TokenDataset(path, tokenizer, train, val, manifest)
+
+
+def _open_tokenizer(path: Path) -> tuple[Tokenizer, Manifest]:
+    if not (path / "manifest.json").is_file():
+        raise BitNetError(f"{path}: got no manifest.json, expected a prepared dataset; prepare one or correct the path")
+    manifest = _read_manifest(path / "manifest.json")
+    try:
+        data = (path / "tokenizer.model").read_bytes()
+    except OSError as error:
+        raise _damaged(path / "tokenizer.model", error) from error
+    if hashlib.sha256(data).hexdigest() != manifest.tokenizer_sha256:
+        raise _damaged(path / "tokenizer.model", "got another file than the manifest names")
+    tokenizer = load_tokenizer(manifest.tokenizer_kind, data)
+    if tokenizer.vocab_size != manifest.vocab_size:
+        raise _damaged(path, f"got {tokenizer.vocab_size} tokenizer ids, expected {manifest.vocab_size}")
+    return tokenizer, manifest
 
 
 def _check_shard(path: Path, shard: Shard, verify: bool) -> None:

@@ -26,9 +26,10 @@ _BINARY = (
     ".7z .a .avi .bin .bmp .bz2 .class .db .dll .doc .docx .dylib .eot .epub .exe .flac .gguf .gif .h5 "
     ".ico .jar .jpeg .jpg .lz4 .mkv .mobi .model .mov .mp3 .mp4 .npy .npz .o .odt .ogg .onnx .otf "
     ".parquet .pdf .pickle .pkl .png .ppt .pptx .pt .pth .pyc .pyd .rar .safetensors .so .sqlite .sqlite3 "
-    ".tar .tgz .tif .tiff .ttf .wasm .wav .webm .webp .whl .woff .woff2 .xls .xlsx .zip .zst"
+    ".tif .tiff .ttf .wasm .wav .webm .webp .whl .woff .woff2 .xls .xlsx .zip .zst"
 )
 BINARY_SUFFIXES = set(_BINARY.split())
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")  # would pass for text, with tar's headers in it
 # Parts of the standard library that are no library: tests (some badly encoded on purpose), installed packages, GUI
 # programs, and the code page tables of encodings, which are numbers.
 LIBRARY_SKIP = {
@@ -119,6 +120,8 @@ def _named(path: Path) -> Source:
             f"got {str(path)!r}, which is neither file nor folder, expected a file that can be read several times; "
             "send it to standard input and name '-'"
         )
+    if _is_archive(path):
+        raise BitNetError(f"got the archive {str(path)!r}, expected text; unpack it and name the folder")
     return _source(path, path.name)
 
 
@@ -126,17 +129,24 @@ def _below(root: Path, skip: frozenset[Path]) -> list[Source]:
     sources = []
     hidden = binary = 0
     name = root.resolve().name
-    for folder, folders, files in os.walk(root, onerror=_refuse):
+    seen = {root.resolve(), *skip}  # links to folders are followed, and may lead in circles
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         hidden += sum(file.startswith(".") for file in files)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(folder, f).resolve() not in skip)
+        below = {Path(folder, f).resolve(): f for f in sorted(folders, reverse=True) if not f.startswith(".")}
+        folders[:] = sorted(f for real, f in below.items() if real not in seen)
+        seen.update(below)
         for path in (Path(folder, file) for file in sorted(files) if not file.startswith(".")):
-            if path.suffix.lower() in BINARY_SUFFIXES:
+            if path.suffix.lower() in BINARY_SUFFIXES or _is_archive(path):
                 binary += 1
             elif path.is_file():  # no dangling link, no pipe
                 sources.append(_source(path, f"{name}/{path.relative_to(root).as_posix()}"))
     if hidden or binary:
         _log.info("%s: skipped %d hidden and %d binary files", root, hidden, binary)
     return sources
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(ARCHIVES)
 
 
 def _refuse(error: OSError) -> None:

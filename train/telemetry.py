@@ -48,5 +48,5 @@ def summary(rows: list[LayerReport]) -> str:
         return ""
     zeros = [row["zeros"] for row in rows]
     flips = [row["flips"] for row in rows if row["flips"] is not None]
-    text = f"zeros {min(zeros):.0%} to {max(zeros):.0%}"
-    return f"{text}, flips {max(flips):.2%} at most" if flips else text
+    text = f"zeros {min(zeros):.0%}-{max(zeros):.0%}"
+    return f"{text}, flips ≤ {max(flips):.2%}" if flips else text
