@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitnet.engine import stream
+from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
 from bitnet.packed import load
 from bitnet.sampling import Sampling
@@ -33,13 +33,7 @@ def write_text(
     Returns the text, ids and speeds as JSON values. Raises BitNetError for a model without a tokenizer and for an
     empty prompt where the tokenizer has no token to start with.
     """
-    engine = load(model, device)
-    tokenizer = engine.tokenizer
-    if tokenizer is None:
-        raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside; use bitnet.load() and ids")
-    limit = context or engine.config.context
-    if limit > engine.config.context:
-        raise BitNetError(f"context: got {limit} (-c), expected at most the model's {engine.config.context}")
+    engine, tokenizer, limit = load_for_text(model, device, context)
     ids = prompt_ids(tokenizer, prompt)
     if len(ids) > limit:
         _log.warning("the prompt has %d tokens and the context holds %d: only its end is read", len(ids), limit)
@@ -75,6 +69,20 @@ def write_text(
         "seed": sampling.seed,
         "stopped": len(new) < max_new_tokens,
     }
+
+
+def load_for_text(model: Path, device: torch.device, context: int = 0) -> tuple[TorchEngine, Tokenizer, int]:
+    """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
+
+    Raises BitNetError for a model without a tokenizer and for a context beyond the model's.
+    """
+    engine = load(model, device)
+    if engine.tokenizer is None:
+        raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside; use bitnet.load() and ids")
+    longest = engine.config.context
+    if context > longest:
+        raise BitNetError(f"context: got {context} (-c), expected at most the model's {longest}")
+    return engine, engine.tokenizer, context or longest
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -159,6 +159,33 @@ def test_the_comparison_sees_a_difference(corpus: Path, tmp_path: Path) -> None:
         assert_equal_runs(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("fate", ["gone", "changed"])
+def test_a_run_goes_on_without_its_text(fate: str, corpus: Path, tmp_path: Path) -> None:
+    """The tokens are in the run: what happened to the files since does not matter."""
+    config = configured(corpus)
+    train(config, tmp_path / "straight")
+    train(config, tmp_path / "run", Stopping(6, lambda: signal.raise_signal(signal.SIGTERM)))
+    if fate == "gone":
+        corpus.unlink()
+    else:
+        corpus.write_text("hedge " + corpus.read_text())
+    train(config, tmp_path / "run")
+    assert_equal_runs(tmp_path / "straight", tmp_path / "run")
+
+
+def test_the_random_state_comes_from_the_save(corpus: Path, tmp_path: Path) -> None:
+    """Nothing in the loop draws from it today; a dropout of tomorrow would."""
+    config = configured(corpus)
+    train(config, tmp_path / "run", Stopping(6, lambda: signal.raise_signal(signal.SIGTERM)))
+    save = latest_save(tmp_path / "run" / "saves")
+    assert save is not None
+    state = torch.Generator().manual_seed(random.randrange(2**40)).get_state()
+    groups = {**{group: save.tensors(group) for group in ("model", "optimizer")}, "random": {"cpu": state}}
+    checkpoint.write_save(tmp_path / "run" / "saves", save.step, groups, save.state)
+    train(config, tmp_path / "run")
+    assert torch.equal(what_counts(tmp_path / "run")[1]["random:cpu"], state)
+
+
 def test_another_number_of_processes_is_refused(corpus: Path, tmp_path: Path) -> None:
     """Their batches together are the step: with another number the data order would be another one."""
     config = configured(corpus)
@@ -214,6 +241,9 @@ def test_changed_settings_are_refused_and_nothing_is_touched(corpus: Path, tmp_p
     before = snapshot(tmp_path / "run")
     with pytest.raises(BitNetError, match=r"train\.lr"):
         train(configured(corpus, lr=0.5), tmp_path / "run")
+    assert snapshot(tmp_path / "run") == before
+    with pytest.raises(BitNetError, match="'Z'"):  # may change, but the run's characters have no Z
+        train(configured(corpus, sample_prompt="Zebra", steps=20), tmp_path / "run")
     assert snapshot(tmp_path / "run") == before
 
 

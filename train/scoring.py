@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bitnet.errors import BitNetError
-from bitnet.packed import load
+from bitnet.generation import load_for_text
 from bitnet.train.data import batch_for, eval_windows, tokenize
 from bitnet.train.evaluate import evaluate
 
@@ -31,13 +30,7 @@ def score_text(
     Returns bits per byte, perplexity, their standard errors and what was scored, as JSON values. Raises BitNetError
     for a model without a tokenizer, a context beyond the model's, and text that cannot be read.
     """
-    engine = load(model, device)
-    tokenizer = engine.tokenizer
-    if tokenizer is None:
-        raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside to read text with")
-    context = context or engine.config.context
-    if context > engine.config.context:
-        raise BitNetError(f"context: got {context} (-c), expected at most the model's {engine.config.context}")
+    engine, tokenizer, context = load_for_text(model, device, context)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="bitnet-eval-") as folder:
         stream = tokenize(tuple(paths), tokenizer, Path(folder), documents=documents)
