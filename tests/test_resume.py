@@ -236,6 +236,31 @@ def test_a_finished_run_trains_no_further(corpus: Path, tmp_path: Path) -> None:
     assert snapshot(tmp_path / "run") == before  # metrics and samples are not written a second time
 
 
+def test_a_kill_behind_the_last_save_leaves_the_last_figures_to_the_next_start(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(corpus, eval_every=5)
+    train(config, tmp_path / "straight")
+    validate = loop.Trainer._validate
+
+    def killed(trainer: loop.Trainer, tokens: int | None, **options: Any) -> Any:
+        return cut() if tokens is None else validate(trainer, tokens, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_validate", killed)
+        with pytest.raises(PowerCut):
+            train(config, tmp_path / "run")
+    for _ in range(2):  # written by the first start, and not once more by the second
+        train(config, tmp_path / "run")
+        validations = [
+            [row for row in Run(tmp_path / name).metrics() if "val_loss" in row] for name in ("straight", "run")
+        ]
+        assert validations[0] == validations[1]
+        assert [row["step"] for row in validations[1]] == [5, 10, 12]
+        samples = [(tmp_path / name / "samples.txt").read_text() for name in ("straight", "run")]
+        assert samples[0] == samples[1]
+
+
 def test_changed_settings_are_refused_and_nothing_is_touched(corpus: Path, tmp_path: Path) -> None:
     train(configured(corpus), tmp_path / "run")
     before = snapshot(tmp_path / "run")

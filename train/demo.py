@@ -1,4 +1,4 @@
-"""`make demo`: text to a ternary model that writes, in about five minutes on two CPU cores.
+"""`make demo`: text to a ternary model that writes, in about four minutes on two CPU cores.
 
 Trains the `nano` preset on the sources of the Python standard library (on every machine, no download), packs it,
 lets it write and measures what packing kept. Run again, it goes on where it stopped.

@@ -177,8 +177,10 @@ class Trainer:
         outcome = Outcome(self.run.path, self.step, signal, trained=self.step > first_step)
         outcome.seconds, outcome.tokens_per_second = self.seconds, self.tokens / max(self.seconds, 1e-9)
         if signal is None and self.processes.first:
-            outcome.validation = self._validate(None, record=outcome.trained)
-            outcome.sample = self._sample(record=outcome.trained)
+            # Written down once: not again by a start that finds all done, but by one after a kill behind the last save.
+            missing = not any("val_loss" in row and row["step"] == self.step for row in self.run.metrics())
+            outcome.validation = self._validate(None, record=missing)
+            outcome.sample = self._sample(record=missing)
             outcome.pictures = self._plot()
         self.processes.barrier()
         for tracker in self.trackers:
