@@ -1,4 +1,4 @@
-"""What every test gets: a fresh seed that a failure prints, two torch threads, and a few fixtures.
+"""What every test gets: a fresh seed that a failure prints, one torch thread, and a few fixtures.
 
 Fresh seeds find what a frozen one never would; `BITNET_TEST_SEED=<n> pytest -k <test>` repeats a failure.
 """
@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("bitnet")
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)  # the test machines have two cores
+    torch.set_num_threads(1)  # toy models: a second thread waits more than it works, and on a busy machine ruins all
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
