@@ -12,7 +12,10 @@ from bitnet.train.display import Display
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
     file = io.StringIO()
-    return Console(file=file, force_terminal=terminal, width=160, highlight=False, emoji=False), file
+    # An environment of its own: under TERM=dumb, as in continuous integration, rich draws nothing.
+    return Console(
+        file=file, _environ={"TERM": "xterm"}, force_terminal=terminal, width=160, highlight=False, emoji=False
+    ), file
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
