@@ -117,7 +117,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; an existing run goes on. Default: runs/PRESET-LINEAR.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps. Default: 300.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. Default: 240.", show_default=False)] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of weights and data order. Default: 0.", show_default=False)
     ] = None,

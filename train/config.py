@@ -31,7 +31,7 @@ class TokenizerConfig:
 class TrainConfig:
     """The training loop. A step is one optimiser update on batch_size * accumulate * processes sequences."""
 
-    steps: int = 300  # about three minutes of nano on two CPU cores
+    steps: int = 240  # about three minutes of nano on two CPU cores
     batch_size: int = 16  # sequences a process and micro-batch
     accumulate: int = 1  # micro-batches a step
     context: int = 0  # tokens a sequence; 0 is the model's context
