@@ -28,7 +28,7 @@ PROMPT = "def read_lines(path):\n"
 
 def main() -> int:
     """Run the whole line. Returns an exit code."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         "[bold]1  train[/bold]  a ternary transformer on Python's own library (Ctrl-C saves; run again to go on)"
     )
