@@ -28,19 +28,9 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
     top.plot(steps, losses, color="#b8c7dc", linewidth=0.8, label="training, each step")
     top.plot(steps, _smooth(losses), color="#1f5aa6", linewidth=1.6, label="training, smoothed")
     if validation:
-        points = [row["step"] for row in validation]
-        top.plot(
-            points, [row["val_loss"] for row in validation], "o-", color="#d1495b", markersize=4, label="validation"
-        )
-        last = validation[-1]
-        top.annotate(
-            f"{last['val_loss']:.3f} nats, {last['val_bits_per_byte']:.3f} bits per byte",
-            (last["step"], last["val_loss"]),
-            textcoords="offset points",
-            xytext=(-6, 14),
-            ha="right",
-            color="#d1495b",
-        )
+        points, last = [row["step"] for row in validation], validation[-1]
+        label = f"validation: {last['val_loss']:.3f} nats, {last['val_bits_per_byte']:.3f} bits per byte"
+        top.plot(points, [row["val_loss"] for row in validation], "o-", color="#d1495b", markersize=4, label=label)
     if losses:
         # The first steps are far above the rest and would flatten the part that matters.
         ordered = sorted(losses + [row["val_loss"] for row in validation])
@@ -61,8 +51,9 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
     return paths
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential average, corrected for its start."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential average over about a thirtieth of the run, corrected for its start."""
+    weight = 1 - 1 / max(1.0, len(values) / 30)
     smoothed, mean = [], 0.0
     for i, value in enumerate(values, 1):
         mean = weight * mean + (1 - weight) * value
