@@ -392,8 +392,22 @@ def test_metrics_cut_short_are_read_without_the_last_line(tmp_path: Path) -> Non
     for cut_at in range(text.rindex("{"), len(text) - 1):
         run.metrics_file.write_text(text[:cut_at])
         assert run.metrics() == rows[:4]
-    run.rewind_metrics(3)
+    run.rewind(3)
     assert run.metrics() == rows[:3]
+
+
+def test_samples_after_the_save_are_dropped(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    texts = {2: "one\r\nline\n", 4: "", 6: "--- step six\n\nnot a heading\x0b"}
+    for step, text in texts.items():
+        run.append_sample(step, text)
+    before = run.samples_file.read_bytes()
+    run.rewind(6)
+    assert run.samples_file.read_bytes() == before
+    run.rewind(5)
+    assert [step for step, _ in run.samples()] == [2, 4]
+    run.append_sample(6, texts[6])
+    assert run.samples_file.read_bytes() == before
 
 
 # ---- real processes ----------------------------------------------------------------------------------------

@@ -295,8 +295,7 @@ class Trainer:
             new = list(stream(engine, ids, length, Sampling(seed=self.settings.seed), stop=start))
         text = self.settings.sample_prompt + tokenizer.decode(new)
         if record:
-            with self.run.samples_file.open("a", encoding="utf-8") as file:
-                file.write(f"--- step {self.step}\n{text}\n")
+            self.run.append_sample(self.step, text)
         return text
 
     def _report_telemetry(self) -> None:
@@ -365,7 +364,7 @@ class Trainer:
         save = checkpoint.latest_save(self.run.saves)
         if save is None:
             if self.processes.first:
-                self.run.rewind_metrics(-1)
+                self.run.rewind(-1)
             return False
         if save.state.get("data") != self.dataset.fingerprint:
             raise BitNetError(
@@ -383,7 +382,7 @@ class Trainer:
         self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
         self.seconds = float(save.state["seconds"])
         if self.processes.first:
-            self.run.rewind_metrics(self.step)
+            self.run.rewind(self.step)
         return True
 
 

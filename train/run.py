@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -130,11 +131,27 @@ class Run:
                 continue
         return rows
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the rows of steps after a save: a resumed run writes them again."""
+    def rewind(self, step: int) -> None:
+        """Drop the metrics and samples of steps after a save: a resumed run writes them again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
         with replacing(self.metrics_file) as work:
             work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        if self.samples_file.exists():
+            kept = [text for at, text in self.samples() if at <= step]
+            with replacing(self.samples_file) as work:
+                work.write_text("".join(kept), encoding="utf-8", newline="")
+
+    def samples(self) -> list[tuple[int, str]]:
+        """(step, text with its heading) of every sample written so far."""
+        with self.samples_file.open(encoding="utf-8", newline="") as file:
+            parts = re.split(r"^--- step (\d+)\n", file.read(), flags=re.MULTILINE)[1:]
+        return [(int(at), f"--- step {at}\n{text}") for at, text in zip(parts[::2], parts[1::2], strict=True)]
+
+    def append_sample(self, step: int, text: str) -> None:
+        """Add one sample under a heading of its own."""
+        with self.samples_file.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- step {step}\n{text}\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one row."""
