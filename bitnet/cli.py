@@ -249,7 +249,7 @@ def generate(
         seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
     )
     text = _read_stdin() if prompt == "-" else prompt
-    show = None if as_json else _write_now
+    show = None if as_json else write_now
     report = write_text(
         model, text, predict, sampling, pick_device(device), context=context, ignore_eos=ignore_eos, show=show
     )
@@ -367,7 +367,7 @@ def _read_stdin() -> str:
         raise BitNetError(f"prompt: got bytes that are not UTF-8 at {error.start}, expected UTF-8 text") from error
 
 
-def _write_now(text: str) -> None:
+def write_now(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 

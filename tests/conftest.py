@@ -23,8 +23,7 @@ hypothesis.settings.register_profile("bitnet", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("bitnet")
 
 
-def pytest_configure() -> None:
-    torch.set_num_threads(1)  # toy models: a second thread waits more than it works, and on a busy machine ruins all
+torch.set_num_threads(1)  # for fixtures of a whole module, which run before a test's own
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,6 +51,14 @@ def seed(request: pytest.FixtureRequest) -> int:
     np.random.seed(value)  # noqa: NPY002  # the global generator is the point: code under test may draw from it
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy models: a second thread waits longer than it works. Undoes what a test sets."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

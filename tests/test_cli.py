@@ -5,20 +5,22 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
 import torch
+import typer.main
 
 import bitnet
 from bitnet import cli
-from bitnet.cli import main, spread_lists
+from bitnet.cli import app, main, spread_lists
 from bitnet.train.data import open_dataset
 
 VERBS = ("train", "pack", "generate", "eval", "inspect", "doctor")
@@ -33,15 +35,6 @@ SHAPE = {
     "max_position_embeddings": 24,
 }
 SETTINGS = [part for key, value in SHAPE.items() for part in ("--set", f"model.{key}={value}")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other longer than a toy model computes, above all on a machine that is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def toy_text(seed: int) -> str:
@@ -481,3 +474,16 @@ def test_memory_and_disk_errors_are_one_line(capsys: Captured) -> None:
             cli.guarded(fail(bug))
     with pytest.raises(SystemExit):
         cli.guarded(fail(SystemExit(3)))
+
+
+def test_help_names_the_real_defaults() -> None:
+    from bitnet.train.config import TokenizerConfig, TrainConfig
+
+    shown = {}
+    for parameter in typer.main.get_command(app).commands["train"].params:
+        if match := re.search(r"Default: (\S+)\.$", getattr(parameter, "help", None) or ""):
+            shown[parameter.name] = match[1]
+    defaults = TrainConfig()
+    for name in ("steps", "seed", "batch_size", "lr", "optimizer", "dtype"):
+        assert shown[name] == str(getattr(defaults, name)), name
+    assert shown["tokenizer"] == TokenizerConfig().kind

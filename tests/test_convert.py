@@ -1,6 +1,5 @@
 """bitnet.convert on models it has never seen: what is replaced, what stays, and that it trains."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from bitnet.errors import BitNetError
 from bitnet.kernels import reference
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
-    yield
-    torch.set_num_threads(before)
 
 
 class EncoderLayer(nn.Module):

@@ -1,7 +1,5 @@
 """The torch engine: a cache changes nothing, batches change nothing, and every wrong request is one clear error."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -24,14 +22,6 @@ CONFIG = ModelConfig(
     max_position_embeddings=32,
     initializer_range=0.2,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
-    yield
-    torch.set_num_threads(before)
 
 
 def made(seed: int, **changes: object) -> Transformer:

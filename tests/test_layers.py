@@ -1,7 +1,6 @@
 """Layers of a block against plain fp64 loops and complex rotations; packed and cached forms against the trained one."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,14 +22,6 @@ CONFIG = ModelConfig(
     max_position_embeddings=32,
     initializer_range=0.3,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
-    yield
-    torch.set_num_threads(before)
 
 
 class ListCache:

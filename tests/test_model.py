@@ -1,7 +1,5 @@
 """The whole model: its arithmetic about itself, names, init, causality, all variants forward and backward."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -23,14 +21,6 @@ TINY = ModelConfig(
     max_position_embeddings=32,
     initializer_range=0.2,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite

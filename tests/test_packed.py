@@ -4,7 +4,7 @@ import json
 import os
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,14 +44,6 @@ VARIANTS = {
     "untied-silu": {"tie_word_embeddings": False, "hidden_act": "silu", "qk_norm": False},
     "bare": {"sub_norms": False, "qk_norm": False, "num_key_value_heads": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(seed: int, **changes: object) -> Transformer:

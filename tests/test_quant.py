@@ -6,7 +6,7 @@ Codes and scales come from kernels/reference.py, which test_reference.py holds a
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,14 +20,6 @@ from bitnet.layers import BitLinear, keep_codes
 U, V = 2.0**-24, 2.0**-8
 LINEARS = ("ternary", "binary")
 SHAPES = [((1,), 1, 1), ((1, 63), 7, 63), ((3, 5), 31, 100), ((2, 3, 4), 2, 129), ((), 5, 6)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # in products this small two threads wait longer than they work
-    yield
-    torch.set_num_threads(before)
 
 
 def quantizer(linear: str) -> Callable[[Tensor], reference.WeightCodes]:

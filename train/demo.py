@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from bitnet.cli import guarded, write_now
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
-from bitnet.packed import write_packed
+from bitnet.packed import load, write_packed
 from bitnet.sampling import Sampling
 from bitnet.tables import facts
 from bitnet.train.command import run_training
@@ -44,7 +45,7 @@ def main() -> int:
     report = inspect_packed(path)
 
     console.print(f"[bold]3  write[/bold]  bitnet generate -m {path} -p {PROMPT!r}\n")
-    text = write_text(path, PROMPT, 120, Sampling(temperature=0.7, seed=1), torch.device("cpu"), show=_show)
+    text = write_text(path, PROMPT, 120, Sampling(temperature=0.7, seed=1), torch.device("cpu"), show=write_now)
     print()
 
     console.print("\n[bold]4  measure[/bold]  the packed file on text it has never seen")
@@ -66,21 +67,12 @@ def main() -> int:
     return 0
 
 
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _score(path: Path) -> Evaluation:
     """The packed model on the run's validation split: the same windows that training scored."""
-    from bitnet.packed import load
-
     engine, dataset = load(path), open_dataset(OUT / "data")
     windows = eval_windows(dataset.val, engine.config.context)
     return evaluate(engine.logits, windows, dataset.tokenizer.byte_lengths())
 
 
 if __name__ == "__main__":
-    from bitnet.cli import guarded
-
     sys.exit(guarded(main))

@@ -229,14 +229,17 @@ class Trainer:
             for micro in range(settings.accumulate):
                 inputs, targets = self.sampler.windows(first + micro * settings.batch_size, settings.batch_size)
                 last = micro == settings.accumulate - 1
-                network = self.network
                 # Gradients travel once a step, with the last micro-batch.
-                with network.no_sync() if processes.size > 1 and not last else nullcontext():  # type: ignore[operator]
-                    with self.autocast:
-                        loss = next_token_loss(network, inputs.to(self.device), targets.to(self.device))
+                with self.network.no_sync() if processes.size > 1 and not last else nullcontext():  # type: ignore[operator]
+                    loss = self._loss(inputs, targets)
                     (loss / settings.accumulate).backward()
                 total += loss.detach()
         return processes.mean(total / settings.accumulate)
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss [] of one micro-batch [B, T] in the run's dtype."""
+        with self.autocast:
+            return next_token_loss(self.network, inputs.to(self.device), targets.to(self.device))
 
     def _skip(self, loss: float, norm: float) -> None:
         self.optimizer.zero_grad()
@@ -325,12 +328,11 @@ class Trainer:
         if left <= 0:
             return "all steps are done"
         rng = torch.get_rng_state()
-        inputs, targets = (t.to(self.device) for t in self.sampler.windows(0, self.settings.batch_size))
+        inputs, targets = self.sampler.windows(0, self.settings.batch_size)
         passes = []
         for _ in range(3):
             started = time.perf_counter()
-            with self.autocast:
-                loss = next_token_loss(self.network, inputs, targets)
+            loss = self._loss(inputs, targets)
             loss.backward()
             loss.item()
             passes.append(time.perf_counter() - started)
