@@ -95,7 +95,7 @@ class TorchEngine:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32 on the CPU."""
-        ids = _check_ids(torch.as_tensor(ids), self.config)
+        ids = check_ids(torch.as_tensor(ids), self.config)
         with keep_codes(self.model):
             scores: Tensor = self.model(torch.atleast_2d(ids).to(self.device)).float().cpu()
         return scores if ids.dim() == 2 else scores[0]
@@ -116,8 +116,7 @@ class TorchSession:
     """A KV cache and the model that fills it."""
 
     def __init__(self, engine: TorchEngine, batch: int, limit: int) -> None:
-        if batch < 1 or limit < 1:
-            raise BitNetError(f"session: got batch {batch} and limit {limit}, expected 1 or more of both")
+        check_room(batch, limit)
         self._model, self._device, self._limit = engine.model, engine.device, limit
         self._cache = KVCache(engine.config, batch, limit, engine.device)
         self._batch, self._config = batch, engine.config
@@ -135,15 +134,9 @@ class TorchSession:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
-        ids = _check_ids(ids, self._config)
-        if ids.dim() != 2 or ids.shape[0] != self._batch:
-            raise BitNetError(f"prefill: got ids of shape {tuple(ids.shape)}, expected [{self._batch}, T]")
+        ids = check_ids(ids, self._config)
+        check_room(self._batch, self.limit, ids, self.position)
         length = ids.shape[1]
-        if self.position + length > self.limit:
-            raise BitNetError(
-                f"context is full: got {length} tokens after {self.position}, expected at most {self.limit} in all; "
-                "shorten the prompt or raise the limit (-c)"
-            )
         hidden = self._model.hidden(ids.to(self._device), self.position, self._cache.layers)
         self._cache.position += length
         return self._model.logits(hidden[:, -1]).float()
@@ -189,7 +182,8 @@ def stream(
         yield token
 
 
-def _check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
+def check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
+    """The ids as int64; raises BitNetError for another dtype or rank, for none, and for ids the model lacks."""
     if ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0 or ids.dim() not in (1, 2):
         raise BitNetError(f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T] or [B, T], T >= 1")
     low, high = int(ids.min()), int(ids.max())
@@ -198,3 +192,18 @@ def _check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
             f"ids: got {low}..{high}, expected 0..{config.vocab_size - 1}; was the text tokenised for another model?"
         )
     return ids.long()
+
+
+def check_room(batch: int, limit: int, ids: Tensor | None = None, position: int = 0) -> None:
+    """Refuse a session of no size, and ids [B, T] that are not one row a sequence or do not fit behind `position`."""
+    if batch < 1 or limit < 1:
+        raise BitNetError(f"session: got batch {batch} and limit {limit}, expected 1 or more of both")
+    if ids is None:
+        return
+    if ids.dim() != 2 or ids.shape[0] != batch:
+        raise BitNetError(f"prefill: got ids of shape {tuple(ids.shape)}, expected [{batch}, T]")
+    if position + ids.shape[1] > limit:
+        raise BitNetError(
+            f"context is full: got {ids.shape[1]} tokens after {position}, expected at most {limit} in all; "
+            "shorten the prompt or raise the limit (-c)"
+        )

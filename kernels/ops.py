@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.kernels import packing, reference
+from bitnet.kernels import native, packing, reference
 
 ENVIRONMENT = "BITNET_BACKEND"
 
@@ -75,6 +75,39 @@ def _float_matmul(q: Tensor, codes: Tensor) -> Tensor:
         return acc
 
 
+def _native_why_not(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"C++ kernels run on a CPU, not on {device.type}"
+    try:
+        native.select()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+# Codes fresh from training go to oneDNN: bringing them into the layout costs more than the lookups save.
+def _fresh_matmul(q: Tensor, codes: Tensor) -> Tensor:
+    return _float_matmul(q, codes) if _onednn_why_not(q.device) else _onednn_matmul(q, codes)
+
+
+def _native_prepare(packed: Tensor, k: int) -> tuple[Tensor, str, int]:
+    data, isa = native.prepare(packed, k)
+    return data, isa, packed.shape[0]
+
+
+def _native_matmul(q: Tensor, prepared: tuple[Tensor, str, int]) -> Tensor:
+    data, isa, n = prepared
+    return native.ternary_matmul(q, data, n, isa)
+
+
+CPU = Backend(
+    "cpu",
+    "C++: looks partial sums up and adds them, no multiplication by a weight",
+    _native_why_not,
+    _fresh_matmul,
+    _native_prepare,
+    _native_matmul,
+)
 ONEDNN = Backend(
     "onednn",
     "int8 x int8 products by oneDNN (VNNI where the CPU has it)",
@@ -99,7 +132,7 @@ REFERENCE = Backend(
     lambda packed, k: packed,
     reference.packed_matmul,
 )
-BACKENDS: tuple[Backend, ...] = (ONEDNN, FLOAT, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (CPU, ONEDNN, FLOAT, REFERENCE)
 
 
 def select(device: torch.device) -> Backend:

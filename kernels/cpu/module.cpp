@@ -1,0 +1,348 @@
+// The Python module bitnet.kernels._cpu: matrices, engines and sessions. Arrays are checked here for type, order and
+// device, and sizes against each other; kernels/native.py says what was wrong in words. The GIL is released while threads
+// work.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "engine.h"
+#include "isa.h"
+#include "linear.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace bitnet {
+namespace {
+
+template <typename T, int Dimensions>
+using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+void expect(bool condition, const std::string& message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+std::string shape_text(int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; }
+
+const Isa& isa_named(const std::string& name) {
+    for (int i = 0; i < kChoiceCount; i++)
+        if (name == kChoices[i].isa->name) {
+            const char* reason = kChoices[i].why_not();
+            expect(!reason, name + ": " + (reason ? reason : ""));
+            return *kChoices[i].isa;
+        }
+    throw std::invalid_argument("instruction set: got '" + name + "', which this build does not have");
+}
+
+std::vector<std::tuple<std::string, std::string, bool, std::optional<std::string>>> choices() {
+    std::vector<std::tuple<std::string, std::string, bool, std::optional<std::string>>> out;
+    for (int i = 0; i < kChoiceCount; i++) {
+        const Choice& c = kChoices[i];
+        const char* reason = c.why_not();
+        out.emplace_back(c.isa->name, c.isa->summary, c.isa->multiplies,
+                         reason ? std::optional<std::string>(reason) : std::nullopt);
+    }
+    return out;
+}
+
+PackedRows packed_rows(const Array<const uint8_t, 2>& packed, int64_t k) {
+    expect(k >= 1 && k < kMaxK, "K: got " + std::to_string(k) + ", expected 1 to " + std::to_string(kMaxK - 1));
+    expect((int64_t)packed.shape(1) == (k + 3) / 4,
+           "packed weights: got " + shape_text(packed.shape(0), packed.shape(1)) + ", expected rows of " +
+               std::to_string((k + 3) / 4) + " bytes for K = " + std::to_string(k));
+    return {packed.data(), (int64_t)packed.shape(0)};
+}
+
+Matrix checked(Matrix matrix) {
+    expect(matrix.valid, "packed weights: got code 3; only 0, 1 and 2 exist: the data is damaged");
+    return matrix;
+}
+
+// One team for every product outside an engine, of as many threads as the last caller asked for.
+std::mutex team_lock;
+std::unique_ptr<Pool> team_of_products;
+
+Pool& products_pool(int threads) {
+    expect(threads >= 1, "threads: got " + std::to_string(threads) + ", expected 1 or more");
+    if (!team_of_products || team_of_products->threads() != threads) {
+        team_of_products.reset();
+        team_of_products = std::make_unique<Pool>(threads);
+    }
+    return *team_of_products;
+}
+
+// The buffers of those products, made anew when another instruction set or a larger product comes along.
+struct Workspace {
+    const Isa* isa = nullptr;
+    int64_t tokens = 0, k = 0;
+    Activations activations;
+    std::vector<Product> products;
+} workspace;
+
+int64_t prepared_bytes(const std::string& isa, int64_t n, int64_t k) { return Matrix::bytes(isa_named(isa), n, k); }
+
+void expect_aligned(const void* data) {
+    expect(reinterpret_cast<uintptr_t>(data) % 64 == 0, "prepared weights: expected memory aligned to 64 bytes");
+}
+
+// Packed [N][ceil(k / 4)] -> the layout of an instruction set.
+void prepare(const std::string& isa, const Array<const uint8_t, 2>& packed, int64_t k, const Array<uint8_t, 1>& out,
+             int threads) {
+    const Isa& chosen = isa_named(isa);
+    const PackedRows rows = packed_rows(packed, k);
+    expect((int64_t)out.shape(0) == Matrix::bytes(chosen, rows.n, k),
+           "prepared weights: got " + std::to_string(out.shape(0)) + " bytes, expected " +
+               std::to_string(Matrix::bytes(chosen, rows.n, k)));
+    expect_aligned(out.data());
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(team_lock);
+    expect(Matrix::rearrange(chosen, {rows}, k, products_pool(threads), out.data()),
+           "packed weights: got code 3; only 0, 1 and 2 exist: the data is damaged");
+}
+
+// q [M][K] int8 x prepared weights [N][K] -> out [M][N] int32.
+void matmul(const std::string& isa, const Array<const uint8_t, 1>& prepared, int64_t n, int64_t k,
+            const Array<const int8_t, 2>& q, const Array<int32_t, 2>& out, int threads) {
+    const Isa& chosen = isa_named(isa);
+    const int64_t m = (int64_t)q.shape(0);
+    expect(n >= 0 && k >= 1 && k < kMaxK && (int64_t)prepared.shape(0) == Matrix::bytes(chosen, n, k),
+           "prepared weights: got " + std::to_string(prepared.shape(0)) + " bytes, which is not " + shape_text(n, k));
+    expect_aligned(prepared.data());
+    expect((int64_t)q.shape(1) == k,
+           "activations: got " + shape_text(m, q.shape(1)) + ", expected rows of " + std::to_string(k));
+    expect((int64_t)out.shape(0) == m && (int64_t)out.shape(1) == n,
+           "out: got " + shape_text(out.shape(0), out.shape(1)) + ", expected " + shape_text(m, n));
+    const int8_t* from = q.data();
+    int32_t* to = out.data();
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(team_lock);
+    Pool& pool = products_pool(threads);
+    const Matrix matrix(chosen, n, k, prepared.data());
+    constexpr int64_t kMost = 512;  // tokens at a time: buffers of a few megabytes whatever M is
+    Workspace& w = workspace;
+    const int64_t most = std::min(m, kMost);
+    if (w.isa != &chosen || most > w.tokens || k > w.k) {
+        w.tokens = std::max(most, w.isa == &chosen ? w.tokens : 0), w.k = std::max(k, w.isa == &chosen ? w.k : 0);
+        w.isa = &chosen;
+        w.activations = Activations(chosen, w.tokens, w.k);
+    }
+    w.products.resize(std::max(w.products.size(), (size_t)threads));
+    for (int64_t start = 0; start < m; start += kMost) {
+        const int64_t count = std::min(kMost, m - start);
+        w.activations.shape(count, k);
+        pool.run([&](Team& team) {
+            for (int64_t i = team.begin(count); i < team.end(count); i++) {
+                memcpy(w.activations.row(i), from + (start + i) * k, (size_t)k);
+                w.activations.clear_tail(i);
+                w.activations.inv_scale()[i] = 1;
+            }
+            team.meet();
+            w.activations.ready(team);
+            team.meet();
+            w.products[team.thread].run(team, matrix, w.activations, {.sums = to + start * n, .stride = n});
+        });
+    }
+}
+
+Store store_named(const std::string& name) {
+    if (name == "fp32") return Store::f32;
+    if (name == "bf16") return Store::bf16;
+    expect(name == "int8", "storage: got '" + name + "', expected fp32, bf16 or int8");
+    return Store::i8;
+}
+
+using Gain = std::optional<Array<const float, 1>>;
+
+// The engine and what it borrows: arrays of the model file stay alive as long as it does.
+class PyEngine {
+  public:
+    PyEngine(const std::string& isa, int threads, int64_t vocab, int64_t width, int64_t ffn, int64_t layers, int64_t heads,
+             int64_t kv_heads, bool squared_relu, bool sub_norms, bool qk_norm, float eps,
+             const Array<const float, 2>& cos, const Array<const float, 2>& sin) {
+        expect(threads >= 1, "threads: got " + std::to_string(threads) + ", expected 1 or more");
+        expect(vocab >= 1 && width >= 1 && ffn >= 1 && layers >= 1 && heads >= 1 && kv_heads >= 1 &&
+                   width % heads == 0 && heads % kv_heads == 0 && width / heads % 2 == 0 && width < kMaxK && ffn < kMaxK,
+               "shape: got sizes that no model has");
+        const Shape shape{vocab, width, ffn, layers, heads, kv_heads, squared_relu, sub_norms, qk_norm, eps};
+        engine = std::make_shared<Engine>(shape, isa_named(isa), threads);
+        rotary(cos, sin);
+    }
+
+    // Tables [positions][E / 2]; as many positions as the longest session will have.
+    void rotary(const Array<const float, 2>& cos, const Array<const float, 2>& sin) {
+        const int64_t positions = (int64_t)cos.shape(0), half = engine->shape.head_width() / 2;
+        for (const auto* table : {&cos, &sin})
+            expect((int64_t)table->shape(0) == positions && (int64_t)table->shape(1) == half,
+                   "rotary table: got " + shape_text(table->shape(0), table->shape(1)) + ", expected " +
+                       shape_text(positions, half));
+        engine->rotary(cos.data(), sin.data(), positions);
+    }
+
+    // parts: packed weights and scale of each projection, in the order q, k, v, o, gate, up, down.
+    void layer(int64_t index, const std::vector<std::pair<Array<const uint8_t, 2>, float>>& parts,
+               const Array<const float, 1>& input_norm, const Array<const float, 1>& post_norm, const Gain& sub_norm,
+               const Gain& ffn_sub_norm, const Gain& q_norm, const Gain& k_norm) {
+        const Shape& s = engine->shape;
+        expect(index >= 0 && index < s.layers, "layer: got " + std::to_string(index));
+        expect(parts.size() == 7, "layer: got " + std::to_string(parts.size()) + " projections, expected seven");
+        const int64_t rows[7] = {s.width, s.kv_width(), s.kv_width(), s.width, s.ffn, s.ffn, s.width};
+        for (int i = 0; i < 7; i++)
+            expect((int64_t)parts[i].first.shape(0) == rows[i], "projection " + std::to_string(i) + ": got " +
+                                                                    std::to_string(parts[i].first.shape(0)) +
+                                                                    " rows, expected " + std::to_string(rows[i]));
+        Layer& layer = engine->layers[index];
+        layer.input_norm = gain(input_norm, s.width), layer.post_norm = gain(post_norm, s.width);
+        layer.sub_norm = gain(sub_norm, s.width, s.sub_norms), layer.ffn_sub_norm = gain(ffn_sub_norm, s.ffn, s.sub_norms);
+        layer.q_norm = gain(q_norm, s.head_width(), s.qk_norm), layer.k_norm = gain(k_norm, s.head_width(), s.qk_norm);
+        const auto fill = [&](Matrix& matrix, std::vector<float>& scale, int first, int last, int64_t k) {
+            std::vector<PackedRows> packed;
+            for (int i = first; i <= last; i++) {
+                packed.push_back(packed_rows(parts[i].first, k));
+                scale.insert(scale.end(), (size_t)rows[i], parts[i].second);
+            }
+            nb::gil_scoped_release release;
+            matrix = checked(Matrix(engine->isa, packed, k, engine->pool));
+        };
+        fill(layer.qkv, layer.qkv_scale, 0, 2, s.width);
+        fill(layer.output, layer.output_scale, 3, 3, s.width);
+        fill(layer.gate_up, layer.gate_up_scale, 4, 5, s.width);
+        fill(layer.down, layer.down_scale, 6, 6, s.ffn);
+    }
+
+    // Tables as the file holds them, bf16 as uint16 or int8 with a scale a row; head "file" or "int8".
+    void tables(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding, const Gain& embedding_scale,
+                const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& head, const Gain& head_scale,
+                const Array<const float, 1>& final_norm, bool head_int8) {
+        engine->embedding = table(embedding, embedding_scale);
+        engine->head = table(head, head_scale);
+        engine->final_norm = gain(final_norm, engine->shape.width);
+        kept_ = {nb::cast(embedding), nb::cast(head), nb::cast(embedding_scale), nb::cast(head_scale)};
+        if (head_int8 && engine->head.store != Store::i8) {
+            const Table whole = table(head, head_scale);
+            nb::gil_scoped_release release;
+            engine->quantize(whole, engine->head);
+        }
+    }
+
+    int64_t weight_bytes() const {
+        int64_t total = 0;
+        for (const Layer& l : engine->layers)
+            for (const Matrix* m : {&l.qkv, &l.output, &l.gate_up, &l.down}) total += m->bytes();
+        return total;
+    }
+    int64_t head_bytes() const {
+        const Table& t = engine->head;
+        return engine->shape.vocab * (engine->shape.width * (t.store == Store::f32 ? 4 : t.store == Store::bf16 ? 2 : 1) +
+                                      (t.store == Store::i8 ? 4 : 0));
+    }
+
+    std::shared_ptr<Engine> engine;
+
+  private:
+    static std::vector<float> gain(const Array<const float, 1>& values, int64_t n) {
+        expect((int64_t)values.shape(0) == n,
+               "norm: got " + std::to_string(values.shape(0)) + " gains, expected " + std::to_string(n));
+        return {values.data(), values.data() + n};
+    }
+    static std::vector<float> gain(const Gain& values, int64_t n, bool wanted) {
+        expect(values.has_value() == wanted, wanted ? "norm: got none, expected one" : "norm: got one, expected none");
+        return values ? gain(*values, n) : std::vector<float>();
+    }
+    Table table(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& array, const Gain& scale) const {
+        const Shape& s = engine->shape;
+        expect((int64_t)array.shape(0) == s.vocab && (int64_t)array.shape(1) == s.width,
+               "table: got " + shape_text(array.shape(0), array.shape(1)) + ", expected " + shape_text(s.vocab, s.width));
+        Table out;
+        out.data = static_cast<const uint8_t*>(array.data());
+        if (array.dtype() == nb::dtype<uint16_t>()) {
+            out.store = Store::bf16;
+        } else if (array.dtype() == nb::dtype<float>()) {
+            out.store = Store::f32;
+        } else {
+            expect(array.dtype() == nb::dtype<int8_t>(), "table: expected bf16 (as uint16), float32 or int8");
+            expect(scale && (int64_t)scale->shape(0) == s.vocab, "table: int8 needs a scale a row");
+            out.store = Store::i8;
+            out.scales = scale->data();
+        }
+        return out;
+    }
+    std::vector<nb::object> kept_;
+};
+
+class PySession {
+  public:
+    PySession(PyEngine& engine, int64_t batch, int64_t limit, const std::string& cache) : engine_(engine.engine) {
+        expect(batch >= 1 && limit >= 1 && limit <= engine_->positions(), "session: got sizes that do not fit");
+        expect(engine_->head.data && !engine_->layers.back().down_scale.empty(), "session: the engine has no weights yet");
+        session_ = std::make_unique<Session>(*engine_, batch, limit, store_named(cache));
+    }
+
+    void forward(const Array<const int64_t, 2>& ids, bool all, const Array<float, 2>& logits) {
+        const int64_t batch = session_->batch, tokens = (int64_t)ids.shape(1), vocab = engine_->shape.vocab;
+        expect((int64_t)ids.shape(0) == batch && tokens >= 1,
+               "ids: got " + shape_text(ids.shape(0), tokens) + ", expected [" + std::to_string(batch) + ", T]");
+        expect((int64_t)logits.shape(0) == batch * (all ? tokens : 1) && (int64_t)logits.shape(1) == vocab,
+               "logits: got " + shape_text(logits.shape(0), logits.shape(1)));
+        const int64_t* from = ids.data();
+        for (int64_t i = 0; i < batch * tokens; i++)
+            expect(from[i] >= 0 && from[i] < vocab, "ids: got " + std::to_string(from[i]));
+        nb::gil_scoped_release release;
+        const std::lock_guard<std::mutex> lock(busy_);
+        expect(session_->position + tokens <= session_->limit, "context is full");
+        session_->forward(from, tokens, all, logits.data());
+    }
+
+    int64_t position() const { return session_->position; }
+
+  private:
+    std::shared_ptr<Engine> engine_;
+    std::unique_ptr<Session> session_;
+    std::mutex busy_;
+};
+
+}  // namespace
+}  // namespace bitnet
+
+NB_MODULE(_cpu, m) {
+    using namespace bitnet;
+    m.doc() = "Products with packed ternary weights and whole forward passes on a CPU";
+    m.def("choices", &choices);
+    m.def("prepared_bytes", &prepared_bytes, "isa"_a, "n"_a, "k"_a);
+    m.def("prepare", &prepare, "isa"_a, "packed"_a.noconvert(), "k"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("matmul", &matmul, "isa"_a, "prepared"_a.noconvert(), "n"_a, "k"_a, "q"_a.noconvert(), "out"_a.noconvert(),
+          "threads"_a);
+    nb::class_<PyEngine>(m, "Engine")
+        .def(nb::init<const std::string&, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, bool, float,
+                      const Array<const float, 2>&, const Array<const float, 2>&>(),
+             nb::kw_only(), "isa"_a, "threads"_a, "vocab"_a, "width"_a, "ffn"_a, "layers"_a, "heads"_a, "kv_heads"_a,
+             "squared_relu"_a, "sub_norms"_a, "qk_norm"_a, "eps"_a, "cos"_a.noconvert(), "sin"_a.noconvert())
+        .def("rotary", &PyEngine::rotary, "cos"_a.noconvert(), "sin"_a.noconvert())
+        .def("layer", &PyEngine::layer, "index"_a, "parts"_a.noconvert(), "input_norm"_a.noconvert(),
+             "post_norm"_a.noconvert(), "sub_norm"_a.noconvert().none(), "ffn_sub_norm"_a.noconvert().none(),
+             "q_norm"_a.noconvert().none(), "k_norm"_a.noconvert().none())
+        .def("tables", &PyEngine::tables, "embedding"_a.noconvert(), "embedding_scale"_a.noconvert().none(),
+             "head"_a.noconvert(), "head_scale"_a.noconvert().none(), "final_norm"_a.noconvert(), "head_int8"_a)
+        .def_prop_ro("weight_bytes", &PyEngine::weight_bytes)
+        .def_prop_ro("head_bytes", &PyEngine::head_bytes);
+    nb::class_<PySession>(m, "Session")
+        .def(nb::init<PyEngine&, int64_t, int64_t, const std::string&>(), nb::keep_alive<1, 2>(), "engine"_a, "batch"_a,
+             "limit"_a, "cache"_a)
+        .def("forward", &PySession::forward, "ids"_a.noconvert(), "all"_a, "logits"_a.noconvert())
+        .def_prop_ro("position", &PySession::position);
+}

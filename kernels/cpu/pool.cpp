@@ -1,0 +1,89 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bitnet {
+
+namespace {
+
+// About 50 microseconds of spinning, then sleep: longer than the gap between two tokens, shorter than anyone notices.
+constexpr int kSpins = 2000;
+
+void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
+    for (int i = 0; i < kSpins; i++) {
+        if (value.load(std::memory_order_acquire) != old) return;
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+    }
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+Pool::Pool(int threads) : threads_(threads), process_(getpid()) { start(); }
+
+void Pool::start() {
+    for (int t = 1; t < threads_; t++) workers_.emplace_back(&Pool::serve, this, t, job_.load());
+}
+
+Pool::~Pool() {
+    if (process_ != getpid()) {  // a forked child: these threads are not here, nobody to wait for
+        for (auto& worker : workers_) worker.detach();
+        return;
+    }
+    stop_.store(true);
+    job_.fetch_add(1, std::memory_order_release);
+    job_.notify_all();
+    for (auto& worker : workers_) worker.join();
+}
+
+void Pool::serve(int thread, uint32_t seen) {
+    for (;;) {
+        wait_while(job_, seen);
+        seen++;
+        if (stop_.load()) return;
+        Team team(*this, thread, threads_);
+        (*work_)(team);
+        team.meet();
+    }
+}
+
+void Pool::run(const std::function<void(Team&)>& work) {
+    Team team(*this, 0, threads_);
+    if (threads_ > 1) {
+        if (process_ != getpid()) {
+            for (auto& worker : workers_) worker.detach();
+            workers_.clear();
+            process_ = getpid();
+            start();
+        }
+        work_ = &work;
+        job_.fetch_add(1, std::memory_order_release);
+        job_.notify_all();
+    }
+    work(team);
+    team.meet();
+}
+
+void Team::meet() {
+    if (threads == 1) return;
+    pool_.arrive(pool_.phase_, pool_.count_);
+}
+
+void Pool::arrive(std::atomic<uint32_t>& phase, std::atomic<uint32_t>& count) {
+    const uint32_t now = phase.load(std::memory_order_relaxed);
+    if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)threads_) {
+        count.store(0, std::memory_order_relaxed);
+        phase.store(now + 1, std::memory_order_release);
+        phase.notify_all();
+    } else {
+        wait_while(phase, now);
+    }
+}
+
+}  // namespace bitnet
