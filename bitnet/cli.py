@@ -94,6 +94,10 @@ Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="CPU thread
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]
 
+Engine = Annotated[str, typer.Option(help="auto (C++ on a CPU, else torch), cpu or torch.")]
+Head = Annotated[str, typer.Option(help="Head of the C++ engine: file (exact) or int8 (half the bytes).")]
+Cache = Annotated[str, typer.Option(help="Keys and values of the C++ engine: bf16, int8 or fp32.")]
+
 
 @app.callback()
 def _top(
@@ -233,6 +237,9 @@ def generate(
     min_p: Annotated[float, typer.Option("--min-p", help="0 switches it off.")] = 0.05,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
     device: Device = "auto",
+    engine: Engine = "auto",
+    head: Head = "file",
+    cache: Cache = "bf16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -251,7 +258,17 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     show = None if as_json else write_now
     report = write_text(
-        model, text, predict, sampling, pick_device(device), context=context, ignore_eos=ignore_eos, show=show
+        model,
+        text,
+        predict,
+        sampling,
+        pick_device(device),
+        context=context,
+        ignore_eos=ignore_eos,
+        show=show,
+        engine=engine,
+        head=head,
+        cache=cache,
     )
     if as_json:
         _print_json(report)
@@ -275,6 +292,9 @@ def evaluate(
     ] = "file",
     threads: Threads = 0,
     device: Device = "auto",
+    engine: Engine = "auto",
+    head: Head = "file",
+    cache: Cache = "bf16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -282,7 +302,17 @@ def evaluate(
     from bitnet.train.scoring import score_text
 
     _set_threads(threads)
-    report = score_text(model, data, pick_device(device), context=context, limit=tokens, documents=documents)
+    report = score_text(
+        model,
+        data,
+        pick_device(device),
+        context=context,
+        limit=tokens,
+        documents=documents,
+        engine=engine,
+        head=head,
+        cache=cache,
+    )
     if as_json:
         _print_json(report)
         return

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
+from bitnet.cpu_engine import CpuEngine
 from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
 from bitnet.packed import load
@@ -15,6 +18,8 @@ from bitnet.sampling import Sampling
 from bitnet.tokenizer import Tokenizer
 
 _log = logging.getLogger("bitnet")
+
+_BIG = 100 << 20  # bytes of a file that takes long enough to load for a bar
 
 
 def write_text(
@@ -27,13 +32,14 @@ def write_text(
     context: int = 0,
     ignore_eos: bool = False,
     show: Callable[[str], None] | None = None,
+    **options: str,
 ) -> dict[str, Any]:
     """Load a packed model and continue `prompt`; `show` gets the prompt and then each piece of new text.
 
-    Returns the text, ids and speeds as JSON values. Raises BitNetError for a model without a tokenizer and for an
+    options: engine, head and cache of `bitnet.load`. Returns the text, ids and speeds as JSON values. Raises BitNetError for a model without a tokenizer and for an
     empty prompt where the tokenizer has no token to start with.
     """
-    engine, tokenizer, limit = load_for_text(model, device, context)
+    engine, tokenizer, limit = load_for_text(model, device, context, **options)
     ids = prompt_ids(tokenizer, prompt)
     if len(ids) > limit:
         _log.warning("the prompt has %d tokens and the context holds %d: only its end is read", len(ids), limit)
@@ -71,12 +77,19 @@ def write_text(
     }
 
 
-def load_for_text(model: Path, device: torch.device, context: int = 0) -> tuple[TorchEngine, Tokenizer, int]:
+def load_for_text(
+    model: Path, device: torch.device, context: int = 0, **options: str
+) -> tuple[TorchEngine | CpuEngine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
 
+    options: engine, head and cache of `bitnet.load`. A big file shows a progress bar on a terminal.
     Raises BitNetError for a model without a tokenizer and for a context beyond the model's.
     """
-    engine = load(model, device)
+    console = Console(stderr=True)
+    big = model.is_file() and model.stat().st_size > _BIG
+    with Progress(console=console, transient=True, disable=not (console.is_terminal and big)) as progress:
+        task = progress.add_task("loading", total=None)
+        engine = load(model, device, progress=lambda layer: progress.update(task, advance=1), **options)
     if engine.tokenizer is None:
         raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside; use bitnet.load() and ids")
     longest = engine.config.context

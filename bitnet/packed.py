@@ -14,7 +14,9 @@ Everything is checked before it is used: a file that is cut, altered or unknown 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,18 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from bitnet import cpu_engine
 from bitnet.checkpoint import replacing, write_tensors
 from bitnet.config import ModelConfig
+from bitnet.cpu_engine import CpuEngine
 from bitnet.engine import TorchEngine
 from bitnet.errors import BitNetError
-from bitnet.kernels import packing, reference
+from bitnet.kernels import ops, packing, reference
 from bitnet.layers import BitLinear, PackedLinear, Table
 from bitnet.model import Transformer, in_features
 from bitnet.tokenizer import Tokenizer, load_tokenizer
+
+_log = logging.getLogger("bitnet")
 
 FORMAT, VERSION = "bitnet-packed", 1
 EMBEDDINGS = ("bf16", "int8")
@@ -128,12 +134,48 @@ def read_packed(path: str | Path) -> PackedModel:
         ) from error
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> TorchEngine:
-    """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file."""
+ENGINES = ("auto", "cpu", "torch")
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    engine: str = "auto",
+    head: str = "file",
+    cache: str = "bf16",
+    progress: Callable[[int], None] | None = None,
+) -> TorchEngine | CpuEngine:
+    """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file.
+
+    engine: "cpu" (C++), "torch" (any device), or "auto": C++ on a CPU wherever it can run. head, cache: see CpuEngine;
+    the torch engine computes in fp32 and has no such choice. progress: called with each layer that is ready.
+    Raises BitNetError for a file that is not a whole, known model and for an engine that cannot run it.
+    """
+    if engine not in ENGINES:
+        raise BitNetError(f"engine: got '{engine}', expected one of {', '.join(ENGINES)}")
     packed = read_packed(path)
-    engine = TorchEngine(build(packed).to(device))
-    engine.tokenizer = packed.tokenizer
-    return engine
+    device = torch.device(device)
+    if engine == "auto":
+        engine = _choose_engine(packed.config, device)
+    loaded: TorchEngine | CpuEngine
+    if engine == "cpu":
+        if device.type != "cpu":
+            raise BitNetError(f"engine: got 'cpu' for device {device}, expected --device cpu or another engine")
+        loaded = CpuEngine(packed.config, packed.tensors, head=head, cache=cache, progress=progress)
+    else:
+        loaded = TorchEngine(build(packed).to(device))
+    loaded.tokenizer = packed.tokenizer
+    return loaded
+
+
+def _choose_engine(config: ModelConfig, device: torch.device) -> str:
+    if device.type != "cpu" or os.environ.get(ops.ENVIRONMENT, "cpu") != "cpu":  # a forced product backend is torch's
+        return "torch"
+    reason = cpu_engine.why_not(config)
+    if reason and config.linear != "plain":
+        _log.warning("%s; running through torch meanwhile, several times slower", reason)
+    return "torch" if reason else "cpu"
 
 
 def build(packed: PackedModel) -> Transformer:

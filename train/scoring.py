@@ -23,14 +23,15 @@ def score_text(
     context: int = 0,
     limit: int = 0,
     documents: str = "file",
+    **options: str,
 ) -> dict[str, Any]:
     """Score all text behind `paths` in windows of `context` tokens, each token but the first exactly once.
 
-    documents: what begins with a BOS token: a "file", "line" or "paragraph"; that of the training run compares.
+    options: engine, head and cache of `bitnet.load`. documents: what begins with a BOS token: a "file", "line" or "paragraph"; that of the training run compares.
     Returns bits per byte, perplexity, their standard errors and what was scored, as JSON values. Raises BitNetError
     for a model without a tokenizer, a context beyond the model's, and text that cannot be read.
     """
-    engine, tokenizer, context = load_for_text(model, device, context)
+    engine, tokenizer, context = load_for_text(model, device, context, **options)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="bitnet-eval-") as folder:
         stream = tokenize(tuple(paths), tokenizer, Path(folder), documents=documents)

@@ -16,6 +16,15 @@ namespace avx2 {
 
 #define W 8
 #define FMA(a, b, c) ((F)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FROM_U16(p) ((I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p))))
+#define FROM_I8(p) ((I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p))))
+#define TO_I8(p, v) to_i8(p, (__m256i)(v))
+
+static inline void to_i8(int8_t* p, __m256i v) {
+    const __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(s, s));
+}
+
 #include "elementwise.inl"
 #include "columns.inl"
 

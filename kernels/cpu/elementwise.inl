@@ -1,11 +1,11 @@
-// The float work around the products, in vectors of W floats; each instruction set's file defines W and includes this.
+// The float work around the products, in vectors of W floats; each instruction set's file defines W, FMA(a, b, c) and
+// conversions FROM_U16(p) and FROM_I8(p) to int32 and TO_I8(p, v) from it, and includes this. (gcc's own conversions of
+// bytes take ten times as long as the one or two instructions there are.)
 // Compiled with -ffp-contract=off: a sum that is fused on one machine and not on another would differ.
 // Only `attend` and `dots` fuse, by FMA(a, b, c): nothing is compared bit by bit behind them.
 
 typedef float F __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint16_t H __attribute__((vector_size(2 * W), aligned(1), may_alias));
-typedef int8_t B __attribute__((vector_size(W), aligned(1), may_alias));
 
 static inline F splat(float x) { return F{} + x; }
 static inline F load(const float* p) { return *(const F*)p; }
@@ -30,8 +30,8 @@ static inline F round_even(F v) { return (v + 12582912.0f) - 12582912.0f; }
 
 template <Store S> static inline F widen(const uint8_t* p, int64_t i) {
     if (S == Store::f32) return load((const float*)p + i);
-    if (S == Store::bf16) return (F)(__builtin_convertvector(*(const H*)(p + 2 * i), I) << 16);
-    return __builtin_convertvector(__builtin_convertvector(*(const B*)(p + i), I), F);
+    if (S == Store::bf16) return (F)(FROM_U16(p + 2 * i) << 16);
+    return __builtin_convertvector(FROM_I8(p + i), F);
 }
 template <Store S> static inline float widen_one(const uint8_t* p, int64_t i) {
     if (S == Store::f32) return ((const float*)p)[i];
@@ -82,7 +82,7 @@ static float quantize(const float* x, int64_t n, int8_t* q) {
     }
     float inv = (1.0f / top) * 127.0f;
     for (i = 0; i + W <= n; i += W)
-        *(B*)(q + i) = __builtin_convertvector(__builtin_convertvector(round_even(load(x + i) * inv), I), B);
+        TO_I8(q + i, __builtin_convertvector(round_even(load(x + i) * inv), I));
     for (; i < n; i++) q[i] = (int8_t)((x[i] * inv + 12582912.0f) - 12582912.0f);
     return inv;
 }
@@ -212,20 +212,34 @@ static void attend(const AttentionTask& task) {
 template <Store S, int R, int T>
 static void dots_of(const uint8_t* table, const float* scales, int64_t k, const float* x, int64_t x_stride, float* out,
                     int64_t out_stride) {
-    const int64_t bytes = S == Store::f32 ? 4 : S == Store::bf16 ? 2 : 1;
+    constexpr int64_t bytes = S == Store::f32 ? 4 : S == Store::bf16 ? 2 : 1;
+    constexpr int kStep = 64 / bytes < W ? W : 64 / bytes;  // a cache line of the table
     F s[R][T] = {};
     int64_t i = 0;
-    for (; i + W <= k; i += W) {
-        F v[T];
+    for (; i + kStep <= k; i += kStep) {
+        // The rows that come after these, at the same place: hardware gives up on four short streams.
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) v[t] = load(x + t * x_stride + i);
+        for (int r = 0; r < R; r++) __builtin_prefetch(table + ((R + r) * k + i) * bytes, 0, 2);
+#pragma GCC unroll 16
+        for (int j = 0; j < kStep; j += W) {
+            F v[T];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) v[t] = load(x + t * x_stride + i + j);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                F w = widen<S>(table + r * k * bytes, i + j);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) s[r][t] = FMA(w, v[t], s[r][t]);
+            }
+        }
+    }
+    for (; i + W <= k; i += W)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             F w = widen<S>(table + r * k * bytes, i);
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) s[r][t] = FMA(w, v[t], s[r][t]);
+            for (int t = 0; t < T; t++) s[r][t] = FMA(w, load(x + t * x_stride + i), s[r][t]);
         }
-    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8

@@ -14,6 +14,9 @@ namespace vnni {
 
 #define W 16
 #define FMA(a, b, c) ((F)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FROM_U16(p) ((I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p))))
+#define FROM_I8(p) ((I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p))))
+#define TO_I8(p, v) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(v)))
 #include "elementwise.inl"
 
 // The "tables" are the activations themselves, 16 bytes a word.
