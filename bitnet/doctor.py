@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import bitnet
-from bitnet.kernels import ops
+from bitnet.kernels import native, ops
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "sentencepiece", "safetensors", "typer", "rich")
 OPTIONAL = {"matplotlib": "loss pictures", "tensorboard": "--tensorboard", "wandb": "--wandb"}
@@ -25,13 +25,20 @@ def examine() -> dict[str, Any]:
     """Look at the machine and test every backend that can run. JSON values; `healthy` is the verdict."""
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     backends = [_backend(backend, torch.device(device)) for device in devices for backend in ops.BACKENDS]
+    instruction_sets = [_instruction_set(one) for one in native.instruction_sets()]
     selected, problem = {}, None
     for device in devices:
         try:
             selected[device] = ops.select(torch.device(device)).name
         except ValueError as error:
             problem = str(error)
-    failed = [row for row in backends if row["status"] == "failed"]
+    chosen = None
+    if instruction_sets:
+        try:
+            chosen = native.select()
+        except ValueError as error:
+            problem = problem or str(error)
+    failed = [row for row in backends + instruction_sets if row["status"] == "failed"]
     return {
         "bitnet": bitnet.__version__,
         "python": platform.python_version(),
@@ -46,24 +53,35 @@ def examine() -> dict[str, Any]:
         },
         "devices": {device: _device_name(device) for device in devices},
         "backends": backends,
+        "instruction_sets": instruction_sets,
+        "instruction_set": chosen,
+        "native_problem": native.why_not(),
         "selected": selected,
         "problem": problem,
         "healthy": not failed and problem is None,
     }
 
 
+def _instruction_set(one: native.InstructionSet) -> dict[str, Any]:
+    row = {"instruction_set": one.name, "summary": one.summary}
+    return row | _tested(ops.cpu_backend(one.name), torch.device("cpu"), one.why_not)
+
+
 def _backend(backend: ops.Backend, device: torch.device) -> dict[str, Any]:
     row = {"backend": backend.name, "device": str(device), "summary": backend.summary}
-    reason = backend.why_not(device)
+    return row | _tested(backend, device, backend.why_not(device))
+
+
+def _tested(backend: ops.Backend, device: torch.device, reason: str | None) -> dict[str, str]:
     if reason:
-        return row | {"status": "unavailable", "reason": reason}
+        return {"status": "unavailable", "reason": reason}
     try:
         difference = ops.self_test(backend, device)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         difference = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if difference:
-        return row | {"status": "failed", "reason": difference}
-    return row | {"status": "ok", "reason": "self-test: int32 sums equal the reference"}
+        return {"status": "failed", "reason": difference}
+    return {"status": "ok", "reason": "self-test: int32 sums equal the reference"}
 
 
 def _version(package: str) -> str | None:

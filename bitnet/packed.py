@@ -84,7 +84,7 @@ def write_packed(
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer.kind
         tensors[_TOKENIZER] = torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
-    metadata["sha256"] = _digest(metadata, tensors)
+    metadata["sha256"] = digest(metadata, tensors)
     with replacing(path) as work:
         write_tensors(work, tensors, metadata)
     return path
@@ -118,7 +118,7 @@ def read_packed(path: str | Path) -> PackedModel:
             _check_header(path, metadata, names)
             config = ModelConfig.from_dict(json.loads(metadata["config"]))
             tensors = {name: file.get_tensor(name) for name in names}
-        if _digest(metadata, tensors) != metadata["sha256"]:
+        if digest(metadata, tensors) != metadata["sha256"]:
             raise BitNetError(f"{path}: the content does not match its checksum: the file is damaged; pack it again")
         spelling = tensors.pop(_TOKENIZER) if metadata["tokenizer"] != "none" else None
         _check_tensors(path, config, tensors)
@@ -298,7 +298,7 @@ def _check_target(path: Path) -> None:
             raise BitNetError(f"pack: '{path}' exists and is not a packed model; remove it or choose another name (-o)")
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """sha256 over everything a model depends on, in an order that does not depend on the writer."""
     digest = hashlib.sha256()
     for key in sorted(set(metadata) - {"sha256"}):

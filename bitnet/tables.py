@@ -106,10 +106,19 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
         chosen = report["selected"].get(row["device"]) == row["backend"]
         status = Text("in use" if chosen and row["status"] == "ok" else row["status"], style=styles[row["status"]])
         table.add_row(row["device"], row["backend"], status, row["reason"])
+    sets = Table(title="C++ instruction sets", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("name", "status", "what", "why"):
+        sets.add_column(column, overflow="fold")
+    for row in report["instruction_sets"]:
+        used = report["instruction_set"] == row["instruction_set"] and row["status"] == "ok"
+        status = Text("in use" if used else row["status"], style=styles[row["status"]])
+        sets.add_row(row["instruction_set"], status, row["summary"], row["reason"])
+    if not report["instruction_sets"]:
+        sets.add_row("none", Text("unavailable", style=styles["unavailable"]), "", report["native_problem"])
     verdict = Text("everything works", style="bold green")
     if not report["healthy"]:
         verdict = Text(report["problem"] or "a kernel gives wrong sums: do not trust results", style="bold red")
-    return [facts(rows), "", table, verdict]
+    return [facts(rows), "", table, sets, verdict]
 
 
 def plus_minus(error: float | None, digits: int) -> str:

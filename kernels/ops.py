@@ -11,7 +11,7 @@ BITNET_BACKEND=name forces one, and is an error where that one cannot run: there
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,8 +90,8 @@ def _fresh_matmul(q: Tensor, codes: Tensor) -> Tensor:
     return _float_matmul(q, codes) if _onednn_why_not(q.device) else _onednn_matmul(q, codes)
 
 
-def _native_prepare(packed: Tensor, k: int) -> tuple[Tensor, str, int]:
-    data, isa = native.prepare(packed, k)
+def _native_prepare(packed: Tensor, k: int, isa: str | None = None) -> tuple[Tensor, str, int]:
+    data, isa = native.prepare(packed, k, isa)
     return data, isa, packed.shape[0]
 
 
@@ -132,6 +132,12 @@ REFERENCE = Backend(
     lambda packed, k: packed,
     reference.packed_matmul,
 )
+
+def cpu_backend(isa: str) -> Backend:
+    """The C++ backend on one instruction set, whichever is selected."""
+    return replace(CPU, prepare=lambda packed, k: _native_prepare(packed, k, isa))
+
+
 BACKENDS: tuple[Backend, ...] = (CPU, ONEDNN, FLOAT, REFERENCE)
 
 
