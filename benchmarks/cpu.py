@@ -178,7 +178,7 @@ def model(name: str, config: ModelConfig, rounds: int, llama: str, cache: Path) 
         shapes.write_random(config, path)
     prefill, decode = min(PREFILL, config.context // 2), min(DECODE, config.context // 2)
     loading = seconds(lambda: load(path, engine="cpu"))
-    ours = {f"bitnet, head {head}": Ours(path, head) for head in ("file", "int8")}
+    ours = {f"bitnet, head {head}": Ours(path, head) for head in ("file", "int8", "int4")}
     runners: dict[str, Callable[[], dict[str, float]]] = {
         label: lambda one=one: one.run(prefill, decode) for label, one in ours.items()
     }

@@ -1,14 +1,13 @@
 """The machine a figure was measured on: what it is, and how fast it reads memory in this very run."""
 
 import platform
-import statistics
-import time
 from datetime import date
 from typing import Any
 
 import torch
 
 from bitnet.doctor import examine
+from bitnet.kernels import native
 
 _BYTES = 512 * 2**20  # far more than any cache of the machines at hand
 
@@ -30,15 +29,8 @@ def describe() -> dict[str, Any]:
 
 
 def read_bandwidth(repeats: int = 7) -> float:
-    """GB/s of summing 512 MiB with torch's current threads; the median of `repeats` passes."""
-    data = torch.ones(_BYTES // 8, dtype=torch.int64)
-    data.sum()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - started)
-    return _BYTES / statistics.median(seconds) / 1e9
+    """GB/s of reading 512 MiB with torch's current threads; the median of `repeats` passes."""
+    return native.read_bandwidth(_BYTES, repeats) / 1e9
 
 
 def line(machine: dict[str, Any]) -> str:

@@ -95,8 +95,8 @@ Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is o
 Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]
 
 Engine = Annotated[str, typer.Option(help="auto (C++ on a CPU, else torch), cpu or torch.")]
-Head = Annotated[str, typer.Option(help="Head of the C++ engine: file (exact) or int8 (half the bytes).")]
-Cache = Annotated[str, typer.Option(help="Keys and values of the C++ engine: bf16, int8 or fp32.")]
+Head = Annotated[str, typer.Option(help="Head of the C++ engine: file (exact), int8 or int4 (faster).")]
+Cache = Annotated[str, typer.Option(help="Keys and values of the C++ engine: fp32 (exact), bf16 or int8.")]
 
 
 @app.callback()
@@ -239,7 +239,7 @@ def generate(
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
-    cache: Cache = "bf16",
+    cache: Cache = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -294,7 +294,7 @@ def evaluate(
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
-    cache: Cache = "bf16",
+    cache: Cache = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -21,8 +21,8 @@ from bitnet.layers import rotary_table
 from bitnet.sampling import Sampling
 from bitnet.tokenizer import Tokenizer
 
-CACHES = ("bf16", "int8", "fp32")
-HEADS = ("file", "int8")
+CACHES = ("fp32", "bf16", "int8")
+HEADS = ("file", "int8", "int4")
 PROJECTIONS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -32,6 +32,7 @@ PROJECTIONS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_HEAD_BITS = {"file": 0, "int8": 8, "int4": 4}
 _NORMS = {
     "input_norm": "input_layernorm",
     "post_norm": "post_attention_layernorm",
@@ -52,8 +53,9 @@ def why_not(config: ModelConfig) -> str | None:
 class CpuEngine:
     """A packed model in C++. Takes the tensors out of `tensors` (names and dtypes of bitnet/packed.py) as it goes.
 
-    head: "file" (as stored, exact) or "int8" (a row at a time, half the bytes of bf16). cache: what keys and values are
-    kept in, "bf16", "int8" or "fp32". threads: default, torch's. progress: called after each layer with its number.
+    head: "file" (as stored, exact), "int8" (a scale a row) or "int4" (a scale for 32 weights, 4.5 bits each). cache: what
+    keys and values are kept in, "fp32" (exact), "bf16" or "int8". The others are rounded and smaller; README says what
+    they cost. threads: default, torch's. progress: called after each layer with its number.
     Raises BitNetError for a config it cannot run and for unknown options; ValueError for a BITNET_CPU that cannot be had.
     """
 
@@ -65,7 +67,7 @@ class CpuEngine:
         tensors: dict[str, Tensor],
         *,
         head: str = "file",
-        cache: str = "bf16",
+        cache: str = "fp32",
         threads: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -116,7 +118,7 @@ class CpuEngine:
         embedding = _table(tensors, "model.embed_tokens")
         own_head = embedding if self.config.tie_word_embeddings else _table(tensors, "lm_head")
         final_norm = tensors.pop("model.norm.weight").numpy()
-        self._engine.tables(*embedding, *own_head, final_norm, head_int8=head == "int8")
+        self._engine.tables(*embedding, *own_head, final_norm, head_bits=_HEAD_BITS[head])
 
     def _rotary(self, positions: int) -> tuple[Any, Any]:
         half = self.config.head_dim // 2

@@ -171,7 +171,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size]. Returns fp32: the quantisers behind it need all of its bits."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        x = x.float()
+        if torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Engines sum the squares in fp64 and round once: an fp32 sum would show the order of its terms in the last bit, and
+        # with it flip an int8 activation here and there against the next engine.
+        mean_square = x.double().square().mean(dim=-1, keepdim=True).float()
+        return x * (mean_square + self.eps).sqrt().reciprocal() * self.weight
 
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

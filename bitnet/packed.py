@@ -143,7 +143,7 @@ def load(
     *,
     engine: str = "auto",
     head: str = "file",
-    cache: str = "bf16",
+    cache: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> TorchEngine | CpuEngine:
     """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file.

@@ -77,6 +77,11 @@ def why_not() -> str | None:
     return None if _module else _reason
 
 
+def read_bandwidth(size: int, repeats: int) -> float:
+    """Bytes a second at which torch's threads read `size` bytes of memory: the median of `repeats` passes."""
+    return float(module().read_bandwidth(size, torch.get_num_threads(), repeats))
+
+
 def prepare(packed: Tensor, k: int, isa: str | None = None) -> tuple[Tensor, str]:
     """Rearrange packed weights [N, ceil(k / 4)] uint8. Returns the bytes [*] uint8 and the instruction set they suit."""
     isa = isa or select()

@@ -17,6 +17,7 @@ namespace avx2 {
 #define W 8
 #define FMA(a, b, c) ((F)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define FROM_U16(p) ((I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p))))
+#define FROM_U8(p) ((I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p))))
 #define FROM_I8(p) ((I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p))))
 #define TO_I8(p, v) to_i8(p, (__m256i)(v))
 
@@ -66,7 +67,7 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t stride, in
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
                 const __m256i word = _mm256_load_si256((const __m256i*)(w + 32 * p));
-                _mm_prefetch((const char*)w + 32 * p + 4096, _MM_HINT_T1);
+                _mm_prefetch((const char*)w + 32 * p + 2048, _MM_HINT_T0);
                 __m256i index = _mm256_and_si256(word, nibble);
                 __m256i low = _mm256_shuffle_epi8(low0, index), high = _mm256_shuffle_epi8(high0, index);
                 s[p][0] = _mm256_add_epi16(s[p][0], _mm256_unpacklo_epi8(low, high));

@@ -23,6 +23,7 @@ namespace avx512 {
 #define W 16
 #define FMA(a, b, c) ((F)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FROM_U16(p) ((I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p))))
+#define FROM_U8(p) ((I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p))))
 #define FROM_I8(p) ((I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p))))
 #define TO_I8(p, v) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(v)))
 #include "elementwise.inl"
@@ -84,7 +85,7 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t words, con
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
                 index[p] = _mm512_load_si512(w + 64 * p);
-                _mm_prefetch((const char*)w + 64 * p + 4096, _MM_HINT_T1);  // across the page, where hardware stops
+                _mm_prefetch((const char*)w + 64 * p + 2048, _MM_HINT_T0);  // across the page, where hardware stops
             }
             w += 64 * P;
 #pragma GCC unroll 8

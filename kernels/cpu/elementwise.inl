@@ -1,11 +1,15 @@
 // The float work around the products, in vectors of W floats; each instruction set's file defines W, FMA(a, b, c) and
-// conversions FROM_U16(p) and FROM_I8(p) to int32 and TO_I8(p, v) from it, and includes this. (gcc's own conversions of
+// conversions FROM_U16(p), FROM_U8(p) and FROM_I8(p) to int32 and TO_I8(p, v) from it, and includes this. (gcc's own conversions of
 // bytes take ten times as long as the one or two instructions there are.)
 // Compiled with -ffp-contract=off: a sum that is fused on one machine and not on another would differ.
 // Only `attend` and `dots` fuse, by FMA(a, b, c): nothing is compared bit by bit behind them.
 
 typedef float F __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+constexpr int H = W / 2;  // doubles in a register
+typedef double D __attribute__((vector_size(8 * H), aligned(8), may_alias));
+typedef float HF __attribute__((vector_size(4 * H), aligned(4), may_alias));
 
 static inline F splat(float x) { return F{} + x; }
 static inline F load(const float* p) { return *(const F*)p; }
@@ -57,16 +61,20 @@ static inline F exponential(F v) {
     return (F)((I)p + (__builtin_convertvector(n, I) << 23));
 }
 
+// The mean of squares is summed in fp64: in fp32 the order of summation would show in the last bit of the norm, and flip
+// the rounding of an activation here and there against another engine.
 static void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* y) {
-    F s0 = {}, s1 = {};
+    D s0 = {}, s1 = {};
     int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-        F a = load(x + i), b = load(x + i + W);
+    for (; i + 2 * H <= n; i += 2 * H) {
+        D a = __builtin_convertvector(*(const HF*)(x + i), D), b = __builtin_convertvector(*(const HF*)(x + i + H), D);
         s0 += a * a, s1 += b * b;
     }
-    float total = sum_of(s0 + s1);
-    for (; i < n; i++) total += x[i] * x[i];
-    float r = 1.0f / __builtin_sqrtf(total / (float)n + eps);
+    s0 += s1;
+    double total = 0;
+    for (int j = 0; j < H; j++) total += s0[j];
+    for (; i < n; i++) total += (double)x[i] * x[i];
+    const float r = 1.0f / __builtin_sqrtf((float)(total / (double)n) + eps);
     for (i = 0; i + W <= n; i += W) store(y + i, load(x + i) * r * load(gain + i));
     for (; i < n; i++) y[i] = x[i] * r * gain[i];
 }
@@ -250,14 +258,50 @@ static void dots_of(const uint8_t* table, const float* scales, int64_t k, const 
         }
 }
 
+// The same for i4: a group's products are summed and then scaled.
+template <int R, int T>
+static void dots_of_groups(const uint8_t* table, int64_t k, const float* x, int64_t x_stride, float* out,
+                           int64_t out_stride) {
+    const int64_t bytes = row_bytes(Store::i4, k);
+    F s[R][T] = {};
+    for (int64_t i = 0; i < k; i += kGroup) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const uint8_t* group = table + r * bytes + i / kGroup * kGroupBytes;
+            __builtin_prefetch(group + R * bytes, 0, 2);
+            const F scale = splat(widen_one<Store::bf16>(group, 0));
+            F sum[T] = {};
+#pragma GCC unroll 8
+            for (int j = 0; j < 16; j += W) {
+                const I codes = FROM_U8(group + 2 + j);
+                const F low = __builtin_convertvector((codes & 15) - 8, F), high = __builtin_convertvector((codes >> 4) - 8, F);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) {
+                    sum[t] = FMA(low, load(x + t * x_stride + i + j), sum[t]);
+                    sum[t] = FMA(high, load(x + t * x_stride + i + 16 + j), sum[t]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) s[r][t] = FMA(sum[t], scale, s[r][t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) out[t * out_stride + r] = sum_of(s[r][t]);
+}
+
 template <Store S, int T>
 static void dots_as(const uint8_t* table, const float* scales, int64_t rows, int64_t k, const float* x, int64_t x_stride,
                     float* out, int64_t out_stride) {
-    const int64_t bytes = S == Store::f32 ? 4 : S == Store::bf16 ? 2 : 1;
+    const int64_t bytes = row_bytes(S, k);
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-        dots_of<S, 4, T>(table + r * k * bytes, scales + r, k, x, x_stride, out + r, out_stride);
-    for (; r < rows; r++) dots_of<S, 1, T>(table + r * k * bytes, scales + r, k, x, x_stride, out + r, out_stride);
+    if constexpr (S == Store::i4) {
+        for (; r + 4 <= rows; r += 4) dots_of_groups<4, T>(table + r * bytes, k, x, x_stride, out + r, out_stride);
+        for (; r < rows; r++) dots_of_groups<1, T>(table + r * bytes, k, x, x_stride, out + r, out_stride);
+    } else {
+        for (; r + 4 <= rows; r += 4)
+            dots_of<S, 4, T>(table + r * bytes, scales + r, k, x, x_stride, out + r, out_stride);
+        for (; r < rows; r++) dots_of<S, 1, T>(table + r * bytes, scales + r, k, x, x_stride, out + r, out_stride);
+    }
 }
 
 template <Store S>
@@ -274,4 +318,5 @@ static void dots(const uint8_t* table, Store store, const float* scales, int64_t
     if (store == Store::f32) dots_for<Store::f32>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
     if (store == Store::bf16) dots_for<Store::bf16>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
     if (store == Store::i8) dots_for<Store::i8>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
+    if (store == Store::i4) dots_for<Store::i4>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
 }

@@ -12,7 +12,7 @@ namespace {
 // Rows of one pass: enough for the products to be bound by arithmetic, few enough for the buffers to stay small.
 constexpr int64_t kRows = 256;
 
-int64_t size_of(Store store) { return store == Store::f32 ? 4 : store == Store::bf16 ? 2 : 1; }
+int64_t size_of(Store store) { return row_bytes(store, 1); }  // of one value; not for i4
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -51,18 +51,42 @@ void Engine::rotary(const float* cos, const float* sin, int64_t positions) {
     sin_.assign(sin, sin + n);
 }
 
-void Engine::quantize(const Table& from, Table& to) {
-    const int64_t n = shape.width;
-    to.own = Buffer(shape.vocab * n);
-    to.own_scales = Buffer(shape.vocab * 4);
-    to.store = Store::i8;
+namespace {
+
+// One row to groups of 32; `row` is filled up with zeros. Signed so that the largest value is met exactly by code 0.
+void to_groups(const float* row, int64_t n, uint8_t* out) {
+    for (int64_t i = 0; i < n; i += kGroup, row += kGroup, out += kGroupBytes) {
+        float top = 0;
+        for (int j = 0; j < kGroup; j++)
+            if (std::fabs(row[j]) > std::fabs(top)) top = row[j];
+        const uint16_t half = to_bf16(top / -8);
+        const float scale = from_bf16(half), inverse = scale == 0 ? 0 : 1 / scale;
+        memcpy(out, &half, 2);
+        const auto code = [&](float v) { return (uint8_t)std::clamp(std::nearbyint(v * inverse) + 8.0f, 0.0f, 15.0f); };
+        for (int j = 0; j < 16; j++) out[2 + j] = (uint8_t)(code(row[j]) | code(row[16 + j]) << 4);
+    }
+}
+
+}  // namespace
+
+void Engine::quantize(const Table& from, Store store, Table& to) {
+    const int64_t n = shape.width, bytes = row_bytes(store, n);
+    to = Table();
+    to.store = store;
+    to.own = Buffer(shape.vocab * bytes);
     to.data = to.own.data();
-    to.scales = to.own_scales.as<float>();
+    if (store == Store::i8) {
+        to.own_scales = Buffer(shape.vocab * 4);
+        to.scales = to.own_scales.as<float>();
+    }
     pool.run([&](Team& team) {
-        std::vector<float> row((size_t)n);
+        std::vector<float> row((size_t)round_up(n, kGroup));
         for (int64_t r = team.begin(shape.vocab); r < team.end(shape.vocab); r++) {
             read_row(from, r, n, row.data());
-            to.own_scales.as<float>()[r] = 1.0f / isa.quantize(row.data(), n, to.own.as<int8_t>() + r * n);
+            if (store == Store::i8)
+                to.own_scales.as<float>()[r] = 1.0f / isa.quantize(row.data(), n, to.own.as<int8_t>() + r * n);
+            else
+                to_groups(row.data(), n, to.own.data() + r * bytes);
         }
     });
 }
@@ -101,6 +125,7 @@ Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     y_ = Buffer(rows_ * std::max(s.width + 2 * s.kv_width(), 2 * s.ffn) * 4);
     q_ = Buffer(rows_ * s.width * 4);
     mixed_ = Buffer(rows_ * s.width * 4);
+    states_ = Buffer(rows_ * round_up(s.width, kGroup) * 4);
     visible_ = Buffer(rows_ * (s.heads / s.kv_heads) * 8);
     activations_ = Activations(engine.isa, rows_, std::max(s.width, s.ffn));
     scratch_.resize((size_t)engine.pool.threads());
@@ -354,16 +379,16 @@ void Session::attention(Team& team, const Slice& s, int64_t index) {
 void Session::logits(Team& team, const Slice& s) {
     const Shape& shape = engine_.shape;
     const Isa& isa = engine_.isa;
-    const int64_t n = shape.width, rows = batch * s.logit_tokens;
-    float* states = mixed_.as<float>();
+    const int64_t n = shape.width, stride = round_up(n, kGroup), rows = batch * s.logit_tokens;
+    float* states = states_.as<float>();  // filled up with the zeros it was made with
     for (int64_t i = team.begin(rows); i < team.end(rows); i++) {
         const int64_t m = i / s.logit_tokens * s.tokens + s.tokens - s.logit_tokens + i % s.logit_tokens;
-        isa.rms_norm(x_.as<float>() + m * n, engine_.final_norm.data(), n, shape.eps, states + i * n);
+        isa.rms_norm(x_.as<float>() + m * n, engine_.final_norm.data(), n, shape.eps, states + i * stride);
     }
     team.meet();
     // 64 rows of the table stay in the second cache while every token passes.
     constexpr int64_t kStep = 64;
-    const int64_t bytes = n * size_of(engine_.head.store);
+    const int64_t bytes = row_bytes(engine_.head.store, n);
     // Logits of all sequences lie one after the other, unless each is a piece of a longer one.
     const bool whole = s.logit_stride == s.logit_tokens * shape.vocab;
     const int64_t runs = whole ? 1 : batch, tokens = whole ? rows : s.logit_tokens;
@@ -372,9 +397,9 @@ void Session::logits(Team& team, const Slice& s) {
         const float* scales = engine_.head.scales ? engine_.head.scales + v : nullptr;
         for (int64_t b = 0; b < runs; b++)
             for (int64_t t = 0; t < tokens; t += 4)
-                isa.dots(engine_.head.data + v * bytes, engine_.head.store, scales, count, n, states + (b * tokens + t) * n,
-                         n, (int)std::min<int64_t>(4, tokens - t), s.logits + b * s.logit_stride + t * shape.vocab + v,
-                         shape.vocab);
+                isa.dots(engine_.head.data + v * bytes, engine_.head.store, scales, count, n,
+                         states + (b * tokens + t) * stride, stride, (int)std::min<int64_t>(4, tokens - t),
+                         s.logits + b * s.logit_stride + t * shape.vocab + v, shape.vocab);
     }
     team.meet();
 }

@@ -55,8 +55,8 @@ class Engine {
     void rotary(const float* cos, const float* sin, int64_t positions);
     int64_t positions() const { return (int64_t)cos_.size() / (shape.head_width() / 2); }
 
-    // Quantise a bf16 or fp32 table to int8 per row, in parallel: scale = max |row| / 127.
-    void quantize(const Table& from, Table& to);
+    // Quantise a table in parallel: to i8, scale = max |row| / 127, or to i4, scale = the value of largest magnitude / -8.
+    void quantize(const Table& from, Store store, Table& to);
 
     const Shape shape;
     const Isa& isa;
@@ -103,7 +103,7 @@ class Session {
     const int64_t width_, padded_width_, bytes_, positions_;  // of a head, padded to 16; of a cached value; slots
     int64_t rows_;                                            // most rows of a slice
     Buffer keys_, values_, key_scales_, value_scales_;
-    Buffer x_, y_, q_, mixed_, partial_, tops_, visible_;
+    Buffer x_, y_, q_, mixed_, states_, partial_, tops_, visible_;
     Activations activations_;
     struct Scratch {
         Product product;

@@ -58,8 +58,16 @@ static inline Place place(const Layout& layout, const uint8_t* data, int64_t til
     return {data + (chunk * tiles + panel * depth + (word - chunk) * width + tile - panel) * bytes, width * bytes};
 }
 
-// Storage of keys, values and tables of embeddings.
-enum class Store : int { f32, bf16, i8 };
+// Storage of keys, values and tables of embeddings. i4 is for heads alone: groups of 32 weights in 18 bytes, a bf16 scale
+// and 16 bytes whose low halves are codes 0 to 15 and whose high halves are codes 16 to 31, each weight / scale + 8.
+enum class Store : int { f32, bf16, i8, i4 };
+constexpr int64_t kGroup = 32, kGroupBytes = 18;
+
+// Bytes of a row of k values.
+static inline int64_t row_bytes(Store store, int64_t k) {
+    return store == Store::f32 ? 4 * k : store == Store::bf16 ? 2 * k
+         : store == Store::i8 ? k : (k + kGroup - 1) / kGroup * kGroupBytes;
+}
 
 // Attention of `queries` rows that share one key/value head, over positions [start, end) of it.
 struct AttentionTask {
@@ -125,6 +133,7 @@ struct Isa {
                   float* y);
     void (*attend)(const AttentionTask& task);
     // Dot products of `rows` rows [rows][k] of a table with `tokens` <= 4 vectors, `x_stride` apart -> out[token][row].
+    // For i4 the vectors are filled up with zeros to whole groups.
     void (*dots)(const uint8_t* table, Store store, const float* scales, int64_t rows, int64_t k, const float* x,
                  int64_t x_stride, int tokens, float* out, int64_t out_stride);
 };

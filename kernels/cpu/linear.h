@@ -33,6 +33,9 @@ class Buffer {
     int64_t bytes_ = 0;
 };
 
+// Bytes a second at which a team reads `bytes` of memory once: the limit that a decoded token meets.
+double read_bandwidth(Pool& pool, const Buffer& memory);
+
 // Rows of packed weights as in the file: [n][ceil(k / 4)] bytes, code = weight + 1, first weight in the lowest bits.
 struct PackedRows {
     const uint8_t* data;

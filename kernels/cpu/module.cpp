@@ -160,6 +160,19 @@ void matmul(const std::string& isa, const Array<const uint8_t, 1>& prepared, int
     }
 }
 
+double measure_bandwidth(int64_t bytes, int threads, int repeats) {
+    expect(bytes >= 64 && repeats >= 1, "read_bandwidth: got nothing to read");
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(team_lock);
+    Pool& pool = products_pool(threads);
+    Buffer memory(bytes);
+    memset(memory.data(), 1, (size_t)memory.bytes());
+    std::vector<double> rates;
+    for (int i = 0; i < repeats; i++) rates.push_back(read_bandwidth(pool, memory));
+    std::sort(rates.begin(), rates.end());
+    return rates[rates.size() / 2];
+}
+
 Store store_named(const std::string& name) {
     if (name == "fp32") return Store::f32;
     if (name == "bf16") return Store::bf16;
@@ -225,18 +238,19 @@ class PyEngine {
         fill(layer.down, layer.down_scale, 6, 6, s.ffn);
     }
 
-    // Tables as the file holds them, bf16 as uint16 or int8 with a scale a row; head "file" or "int8".
+    // Tables as the file holds them, bf16 as uint16 or int8 with a scale a row; head_bits 0 (as in the file), 8 or 4.
     void tables(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding, const Gain& embedding_scale,
                 const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& head, const Gain& head_scale,
-                const Array<const float, 1>& final_norm, bool head_int8) {
+                const Array<const float, 1>& final_norm, int head_bits) {
         engine->embedding = table(embedding, embedding_scale);
         engine->head = table(head, head_scale);
         engine->final_norm = gain(final_norm, engine->shape.width);
         kept_ = {nb::cast(embedding), nb::cast(head), nb::cast(embedding_scale), nb::cast(head_scale)};
-        if (head_int8 && engine->head.store != Store::i8) {
+        expect(head_bits == 0 || head_bits == 8 || head_bits == 4, "head_bits: expected 0, 8 or 4");
+        if (head_bits == 4 || (head_bits == 8 && engine->head.store != Store::i8)) {
             const Table whole = table(head, head_scale);
             nb::gil_scoped_release release;
-            engine->quantize(whole, engine->head);
+            engine->quantize(whole, head_bits == 4 ? Store::i4 : Store::i8, engine->head);
         }
     }
 
@@ -248,8 +262,7 @@ class PyEngine {
     }
     int64_t head_bytes() const {
         const Table& t = engine->head;
-        return engine->shape.vocab * (engine->shape.width * (t.store == Store::f32 ? 4 : t.store == Store::bf16 ? 2 : 1) +
-                                      (t.store == Store::i8 ? 4 : 0));
+        return engine->shape.vocab * (row_bytes(t.store, engine->shape.width) + (t.store == Store::i8 ? 4 : 0));
     }
 
     std::shared_ptr<Engine> engine;
@@ -327,6 +340,7 @@ NB_MODULE(_cpu, m) {
     m.def("prepare", &prepare, "isa"_a, "packed"_a.noconvert(), "k"_a, "out"_a.noconvert(), "threads"_a);
     m.def("matmul", &matmul, "isa"_a, "prepared"_a.noconvert(), "n"_a, "k"_a, "q"_a.noconvert(), "out"_a.noconvert(),
           "threads"_a);
+    m.def("read_bandwidth", &measure_bandwidth, "bytes"_a, "threads"_a, "repeats"_a);
     nb::class_<PyEngine>(m, "Engine")
         .def(nb::init<const std::string&, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, bool, float,
                       const Array<const float, 2>&, const Array<const float, 2>&>(),
@@ -337,7 +351,7 @@ NB_MODULE(_cpu, m) {
              "post_norm"_a.noconvert(), "sub_norm"_a.noconvert().none(), "ffn_sub_norm"_a.noconvert().none(),
              "q_norm"_a.noconvert().none(), "k_norm"_a.noconvert().none())
         .def("tables", &PyEngine::tables, "embedding"_a.noconvert(), "embedding_scale"_a.noconvert().none(),
-             "head"_a.noconvert(), "head_scale"_a.noconvert().none(), "final_norm"_a.noconvert(), "head_int8"_a)
+             "head"_a.noconvert(), "head_scale"_a.noconvert().none(), "final_norm"_a.noconvert(), "head_bits"_a)
         .def_prop_ro("weight_bytes", &PyEngine::weight_bytes)
         .def_prop_ro("head_bytes", &PyEngine::head_bytes);
     nb::class_<PySession>(m, "Session")

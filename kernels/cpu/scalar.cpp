@@ -9,9 +9,10 @@ namespace scalar {
 
 #define W 4
 #define FMA(a, b, c) ((a) * (b) + (c))
-#define FROM_U16(p) (__builtin_convertvector(*(const H*)(p), I))
+#define FROM_U16(p) (__builtin_convertvector(*(const U16*)(p), I))
+#define FROM_U8(p) (I{(p)[0], (p)[1], (p)[2], (p)[3]})
 #define FROM_I8(p) (I{((const int8_t*)(p))[0], ((const int8_t*)(p))[1], ((const int8_t*)(p))[2], ((const int8_t*)(p))[3]})
-typedef uint16_t H __attribute__((vector_size(8), aligned(1), may_alias));
+typedef uint16_t U16 __attribute__((vector_size(8), aligned(1), may_alias));
 #define TO_I8(p, v) for (int lane = 0; lane < W; lane++) (p)[lane] = (int8_t)(v)[lane]
 #include "elementwise.inl"
 

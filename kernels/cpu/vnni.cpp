@@ -15,6 +15,7 @@ namespace vnni {
 #define W 16
 #define FMA(a, b, c) ((F)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FROM_U16(p) ((I)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p))))
+#define FROM_U8(p) ((I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p))))
 #define FROM_I8(p) ((I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p))))
 #define TO_I8(p, v) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(v)))
 #include "elementwise.inl"
@@ -45,7 +46,7 @@ __attribute__((noinline)) void multiply_rows(const uint8_t* w, int64_t stride, i
 #pragma GCC unroll 8
         for (int p = 0; p < 2 * P; p++) {
             word[p] = _mm512_load_si512(w + 64 * p);
-            _mm_prefetch((const char*)w + 64 * p + 4096, _MM_HINT_T1);
+            _mm_prefetch((const char*)w + 64 * p + 2048, _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int shift = 0; shift < 4; shift++) {
