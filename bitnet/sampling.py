@@ -46,17 +46,21 @@ class Sampler:
         logits = logits.detach().float().cpu()
         if self.sampling.temperature == 0:
             return logits.argmax(dim=-1)
-        probabilities = filtered_probabilities(logits, self.sampling)
-        return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
+        probabilities, index = likeliest(logits, self.sampling)
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator)
+        return index.gather(-1, drawn).squeeze(1)
 
 
-def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] after all filters; every row keeps at least its likeliest token. logits: [B, V] fp32."""
-    ordered, index = logits.sort(dim=-1, descending=True)
+def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """What may be drawn: probabilities [B, C] after all filters, falling, and the ids [B, C] they belong to.
+
+    logits: [B, V] fp32. C is top_k where that is set: nothing behind it is sorted or drawn from. Every row keeps at
+    least its likeliest token.
+    """
+    candidates = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    ordered, index = logits.topk(candidates, dim=-1)
     keep = torch.ones_like(ordered, dtype=torch.bool)
-    if sampling.top_k:
-        keep[:, sampling.top_k :] = False
-    probabilities = ordered.masked_fill(~keep, -torch.inf).softmax(dim=-1)
+    probabilities = ordered.softmax(dim=-1)
     if sampling.top_p < 1:  # at 1 the rounding of the sum would cut the tail
         # A token stays while the tokens before it hold less than top_p.
         keep &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
@@ -64,5 +68,10 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     keep[:, 0] = True
     # Differences to the first, so that a tiny temperature (at least fp32's smallest) divides no large number.
     ordered = (ordered - ordered[:, :1]) / max(sampling.temperature, torch.finfo(ordered.dtype).tiny)
-    ordered = ordered.masked_fill(~keep, -torch.inf)
-    return torch.zeros_like(logits).scatter(-1, index, ordered.softmax(dim=-1))
+    return ordered.masked_fill(~keep, -torch.inf).softmax(dim=-1), index
+
+
+def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities of all tokens [B, V] after all filters (see `likeliest`). logits: [B, V] fp32."""
+    probabilities, index = likeliest(logits, sampling)
+    return torch.zeros_like(logits).scatter(-1, index, probabilities)
