@@ -1,4 +1,4 @@
-"""The command line: train | pack | generate | eval | inspect | doctor.
+"""The command line: train | pack | generate | eval | inspect | export | import | doctor.
 
 Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
 Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected
@@ -315,6 +315,79 @@ def inspect(
     from bitnet.tables import inspection_tables
 
     Console().print(*inspection_tables(report), sep="\n")
+
+
+@app.command(cls=_Verb)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, packed file, or anything import reads.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Folder or file to write.")],
+    to: Annotated[
+        str, typer.Option(help="hf (masters, to train on), hf-packed (two bits, to run) or gguf (llama.cpp).")
+    ],
+    type_: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help="Of a GGUF's projections: tq2_0 (default), tq1_0, f16, f32, q2_0 (new llama.cpp only)."
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for transformers or llama.cpp; what a target cannot hold is refused with the way out."""
+    from bitnet.formats.exporting import export_model
+
+    report = export_model(_open_model(model), output, to, type_)
+    if as_json:
+        _print_json(report)
+        return
+    typer.echo(f"{output}: {report['bytes'] / 1e6:.2f} MB, {report['format']}")
+    for tool, runs, why in report["readers"]:
+        typer.echo(f"  {'runs in' if runs else 'not in '} {tool}: {why}")
+
+
+@app.command("import", cls=_Verb)
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, GGUF file, or hub name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Packed model to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Take the tokenizer from here; none: leave it out.")
+    ] = None,
+    weight_scale: Annotated[
+        str | None, typer.Option(help="multiply or divide, where config.json says the wrong one.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn another tool's model into a packed file, tensor by tensor."""
+    from bitnet.formats.opening import choose_tokenizer, open_source
+    from bitnet.formats.packing import import_model
+    from bitnet.tables import progress
+
+    found = open_source(source, weight_scale)
+    with progress(f"importing {found.kind}", quiet=quiet) as report:
+        notes = import_model(found, output, choose_tokenizer(found, tokenizer), report)
+    result = {"file": str(output), "bytes": output.stat().st_size, "source": found.kind, "notes": notes}
+    result["config"] = found.config.to_dict()
+    if as_json:
+        _print_json(result)
+        return
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.2f} MB, from {found.kind}")
+    for note in notes:
+        typer.echo(f"  {note}")
+
+
+def _open_model(name: str) -> Any:
+    """The source behind a path: the newest save of a run, or any model the formats know."""
+    from bitnet.formats.opening import open_source
+    from bitnet.formats.source import TrainedSource
+    from bitnet.train.run import Run
+
+    run = Run(Path(name))
+    if not run.exists():
+        return open_source(name)
+    model, save = run.load()
+    return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
 
 
 @app.command(cls=_Verb)
