@@ -10,6 +10,7 @@ file before memory is taken for it, since parsers of this format had integer ove
 Arrays of strings are kept as offsets into the header: objects of their own would take ten times the file.
 """
 
+import math
 import mmap
 import os
 import struct
@@ -227,15 +228,19 @@ def _place(cursor: _Cursor, alignment: int) -> Place:
         raise BitNetError(
             f"tensor '{name}': got type {got}, expected one of {known}; make the file again with one of these"
         )
-    kind, block, block_bytes = TYPES[number]
-    count = 1
-    for length in shape:
-        count *= length  # Python's integers do not overflow
-    if not count or (shape[-1] % block and kind != "I2_S"):
+    kind, block, _ = TYPES[number]
+    if not math.prod(shape) or (shape[-1] % block and kind != "I2_S"):
         raise BitNetError(f"tensor '{name}': got shape {list(shape)} as {kind}, expected rows in blocks of {block}")
     if offset % alignment:
         raise BitNetError(f"tensor '{name}': starts at {offset}, expected a multiple of {alignment}")
-    return Place(name, shape, kind, offset, i2_s_bytes(1, count) if kind == "I2_S" else count // block * block_bytes)
+    return Place(name, shape, kind, offset, _size(shape, kind))
+
+
+def _size(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor; Python's integers do not overflow."""
+    count = math.prod(shape)
+    _, block, block_bytes = TYPES[TYPE_IDS[kind]]
+    return i2_s_bytes(1, count) if kind == "I2_S" else count // block * block_bytes
 
 
 class GgufFile:
@@ -291,8 +296,7 @@ def write_gguf(
     offset = 0
     sizes = []
     for name, shape, kind in tensors:
-        _, block, block_bytes = TYPES[TYPE_IDS[kind]]
-        size = int(np.prod(shape, dtype=object)) // block * block_bytes
+        size = _size(shape, kind)
         header += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
         header += struct.pack("<IQ", TYPE_IDS[kind], offset)
         offset += _padded(size)
