@@ -408,9 +408,9 @@ def test_llama_cpp_has_the_same_tokens(tokenizer: SentencePieceTokenizer, seed: 
 
 
 def test_a_new_llama_cpp_runs_q2_0(tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
-    """Greedy text by xllamacpp, the newer build, from Q2_0 and from TQ2_0: the same weights, the same tokens."""
+    """xllamacpp, the newer build, gives the same next-token probabilities from Q2_0 and TQ2_0 as we do."""
     pytest.importorskip("xllamacpp", reason="xllamacpp comes with the extra `interop`")
-    model = drawn(BASE.replace(vocab_size=tokenizer.vocab_size, initializer_range=0.2), seed)
+    model = drawn(BASE.replace(vocab_size=tokenizer.vocab_size), seed)
     ids = torch.randint(259, tokenizer.vocab_size, (20,)).tolist()
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, -1]
@@ -422,8 +422,8 @@ def test_a_new_llama_cpp_runs_q2_0(tokenizer: SentencePieceTokenizer, seed: int,
         top = json.loads(done.stdout.splitlines()[-1])
         expected = logits.log_softmax(-1)
         assert len(top) == 100
-        for id, logprob in top:
-            assert abs(float(expected[id]) - logprob) <= 0.25, (kind, id)
+        gaps = [abs(float(expected[id]) - logprob) for id, logprob in top]
+        assert sum(gaps) / len(gaps) <= 0.05, (kind, gaps)  # the noise of int8 activations; swapped codes give 1
 
 
 SERVER = """

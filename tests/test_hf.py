@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.formats.hf import HfSource
-from bitnet.formats.hf_export import export_hf
+from bitnet.formats.hf_export import export_hf, steady
 from bitnet.formats.packing import import_model
 from bitnet.formats.source import PackedSource, TrainedSource, projections
 from bitnet.kernels import ops
@@ -152,6 +152,24 @@ def test_a_plain_model_stays_a_float_model(variant: str, seed: int, tmp_path: Pa
     assert source.config.linear == "plain"
     with pytest.raises(BitNetError, match="not ternary"):
         export_hf(TrainedSource(model, None, {}), tmp_path / "packed", packed=True)
+
+
+def test_masters_on_the_edge_keep_their_codes(seed: int, tmp_path: Path) -> None:
+    """Weights within a few ulp of half the scale: fp32 and fp64 means put them on either side, the export does not."""
+    model = drawn(BASE, seed)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        # The mean of all with 800 of them at half of it.
+        scale = float(layer.weight[:, 8:].double().abs().sum() / (layer.weight.numel() - 400))
+        layer.weight[:, :8] = 0.5 * scale * (1 + torch.randint(-16, 17, (100, 8)).double() * 2.0**-24)
+    codes = layer.quantized_weight().codes
+    assert 0 < int(codes[:, :8].sum()) < 800
+    exported = steady(layer.weight.detach(), codes, layer.quantized_weight().scale)
+    assert float((exported - layer.weight).abs().max()) < 1e-5 * scale
+    for total in (exported.abs().mean(), exported.double().abs().mean().float(), exported.T.abs().mean() * (1 + 1e-6)):
+        assert torch.equal((exported / total).round().clamp(-1, 1).to(torch.int8), codes)
+    folder = export_hf(TrainedSource(model, None, {}), tmp_path / "out", packed=False)
+    assert_same_layers(load_there(folder), model, torch.randint(300, (2, 30)))
 
 
 def test_masters_can_be_trained_on_there(seed: int, tmp_path: Path) -> None:

@@ -62,6 +62,6 @@ def readers(config: ModelConfig, target: str) -> list[tuple[str, bool, str]]:
     return [
         ("llama.cpp", True, f"as a '{shape}' model" + (", builds of 2026 on" if new else "")),
         ("llama.cpp on CUDA", target not in ("tq2_0", "tq1_0"), "it has kernels for q2_0 and f16, none for TQ types"),
-        ("Ollama, LM Studio", not new, f"where their llama.cpp knows '{shape}' files and this type"),
+        ("Ollama, LM Studio", not new, "their llama.cpp may be too old" if new else "they are built on llama.cpp"),
         ("bitnet.cpp", False, "its own I2_S files only"),
     ]
