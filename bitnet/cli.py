@@ -124,6 +124,9 @@ def train(
     linear: Annotated[
         str | None, typer.Option(help=f"{', '.join(LINEARS)} (the float twin). Default: ternary.", show_default=False)
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Train on from this model: a run, or what import reads.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; flags win over it.", metavar="FILE")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as train.lr=1e-3.")
@@ -168,6 +171,7 @@ def train(
         "train": {
             "steps": steps,
             "seed": seed,
+            "init": init,
             "batch_size": batch_size,
             "context": context,
             "lr": lr,
@@ -181,7 +185,9 @@ def train(
     _set_threads(threads)
     if quiet:
         logging.getLogger("bitnet").setLevel(logging.WARNING)
-    summary, code = run_training(preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet)
+    summary, code = run_training(
+        preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet, open_initial=_open_model
+    )
     if summary and as_json:
         _print_json(summary)
     elif summary:
