@@ -209,7 +209,7 @@ def mutate(seed: bytes, label: str) -> bytes:
         else:
             part = random.choice(JSON_PARTS) if label != "gguf" else random.randbytes(random.randrange(1, 16))
             data[at : at + random.choice((0, len(part)))] = part
-        if not data:
+        if len(data) < 2:
             break
         if label == "safetensors" and random.random() < 0.5:  # let the length fit, or all would end there
             end = data.find(b"}}", 8, header + 2000)

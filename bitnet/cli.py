@@ -237,6 +237,9 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", help="0 switches it off.")] = 40,
     top_p: Annotated[float, typer.Option("--top-p", help="1 switches it off.")] = 0.95,
     min_p: Annotated[float, typer.Option("--min-p", help="0 switches it off.")] = 0.05,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: use the model's chat template.")
+    ] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -257,7 +260,15 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     show = None if as_json else write_now
     report = write_text(
-        model, text, predict, sampling, pick_device(device), context=context, ignore_eos=ignore_eos, show=show
+        model,
+        text,
+        predict,
+        sampling,
+        pick_device(device),
+        context=context,
+        ignore_eos=ignore_eos,
+        show=show,
+        chat=chat,
     )
     if as_json:
         _print_json(report)
