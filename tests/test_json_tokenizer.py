@@ -132,7 +132,7 @@ def test_a_message_cannot_end_its_turn(ours: JsonTokenizer) -> None:
 
 HOSTILE = {
     "attributes": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ raise_exception.__globals__ }}",
+    "globals": "{{ raise_exception.__globals__.os }}",
     "imports": "{{ cycler.__init__.__globals__.os.popen('id') }}",
     "changes": "{{ messages.append(1) }}",
     "refuses": "{{ raise_exception('no system role') }}",
