@@ -23,7 +23,10 @@ from bitnet.tokenizer import load_tokenizer
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the extra of that name")
 
 # The way LLaMA-3 cuts text into words, spelt by hand for the oracle below.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 # 2B4T's, in its manner.
 TEMPLATE = (
