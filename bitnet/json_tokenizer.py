@@ -167,7 +167,7 @@ def _table(model: "tokenizers.Tokenizer", document: Any, vocab_size: int) -> lis
         )
     decoders = _types(document.get("decoder"))
     if "ByteLevel" in decoders:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
 
         def spell(token: str) -> bytes:
             return bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
@@ -196,7 +196,7 @@ def _types(part: Any) -> set[str]:
     return {str(part.get("type"))} | set(chain.from_iterable(_types(p) for p in inner if isinstance(inner, list)))
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Character -> byte: GPT-2's alphabet, in which every byte is a printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
