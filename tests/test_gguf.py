@@ -407,6 +407,25 @@ def test_llama_cpp_has_the_same_tokens(tokenizer: SentencePieceTokenizer, seed: 
     assert tokens == tokenizer.encode_batch(lines)
 
 
+def test_a_tokenizer_that_puts_a_space_first(tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
+    """LLaMA-2's habit, which our own tokenizers do not have: read through tokenizers, the same ids as llama.cpp."""
+    pytest.importorskip("cyllama", reason="cyllama comes with the extra `interop`")
+    pytest.importorskip("tokenizers", reason="tokenizers comes with the extra of that name")
+    model = drawn(BASE.replace(vocab_size=tokenizer.vocab_size), seed)
+    path = export_gguf(TrainedSource(model, tokenizer, {}), tmp_path / "m.gguf", "tq2_0")
+    raw = path.read_bytes()
+    name = b"tokenizer.ggml.add_space_prefix" + (7).to_bytes(4, "little")
+    assert raw.count(name + b"\0") == 1
+    path.write_bytes(raw.replace(name + b"\0", name + b"\1"))
+    lines = ["".join(random.choices("abcdefghij  .1é 한국어말은힣", k=random.randint(1, 40))) for _ in range(300)]
+    _, tokens = llama_cpp(path, tokenizer.vocab_size, [], lines)
+    source = GgufSource(path)
+    assert source.tokenizer.kind == "tokenizer.json"
+    assert source.tokenizer.encode_batch(lines) == tokens
+    import_model(source, tmp_path / "m.safetensors", source.tokenizer)
+    assert load(tmp_path / "m.safetensors").tokenizer.bos_id == tokenizer.bos_id
+
+
 def test_a_new_llama_cpp_runs_q2_0(tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
     """xllamacpp, the newer build, gives the same next-token probabilities from Q2_0 and TQ2_0 as we do."""
     pytest.importorskip("xllamacpp", reason="xllamacpp comes with the extra `interop`")

@@ -386,6 +386,31 @@ def test_a_model_that_transformers_unpacked_and_saved(tmp_path: Path) -> None:
     assert_same_layers(theirs, load(tmp_path / "m.safetensors").model, torch.randint(300, (1, 20)))
 
 
+def test_a_name_on_the_hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched where it can be, with nothing but data files; one line where it cannot."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from bitnet.formats.opening import open_source
+
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.update(name=name, patterns=allow_patterns)
+        if name == "owner/absent":
+            raise LocalEntryNotFoundError("no network\nat all")
+        return str(published)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert open_source("owner/model").config == BASE.replace(initializer_range=0.1)
+    assert asked["name"] == "owner/model"
+    assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    with pytest.raises(BitNetError, match=r"'owner/absent'.*\(no network at all\)"):
+        open_source("owner/absent")
+    for name in ("owner", "a/b/c", "../x/y", "owner/mo del", ""):
+        with pytest.raises(BitNetError, match=r"nothing at|without config\.json"):
+            open_source(name)
+
+
 def test_rounding_is_told(tmp_path: Path) -> None:
     model = there(BASE)
     with torch.no_grad():
