@@ -26,7 +26,8 @@ import torch
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.formats import gguf_file, safetensors_file
-from bitnet.formats.gguf import GgufSource, export_gguf
+from bitnet.formats.gguf import GgufSource
+from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf import HfSource
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.packing import import_model

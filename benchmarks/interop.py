@@ -28,7 +28,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bitnet.formats.gguf import export_gguf
+from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.source import TrainedSource, projections
 from bitnet.model import Transformer

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.formats import ternary
-from bitnet.formats.gguf import TYPES, GgufSource, export_gguf, gguf_name
+from bitnet.formats.gguf import GgufSource, gguf_name
+from bitnet.formats.gguf_export import TYPES, export_gguf
 from bitnet.formats.gguf_file import Float32, GgufFile, write_gguf
 from bitnet.formats.packing import import_model
 from bitnet.formats.source import PackedSource, TrainedSource, projections

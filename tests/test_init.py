@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bitnet.checkpoint import read_save
 from bitnet.cli import main
 from bitnet.config import ModelConfig
-from bitnet.formats.gguf import export_gguf
+from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.source import TrainedSource
 from bitnet.layers import BitLinear, project, set_ease

@@ -9,7 +9,7 @@ import pytest
 from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.formats.gguf import export_gguf
+from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.gguf_file import Float32, GgufFile, write_gguf
 from bitnet.formats.hf import HfSource
 from bitnet.formats.hf_export import export_hf

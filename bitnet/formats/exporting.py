@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.errors import BitNetError
-from bitnet.formats.gguf import architecture, export_gguf
+from bitnet.formats.gguf import architecture
+from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf_export import export_hf, export_kind
 from bitnet.formats.opening import readers
 from bitnet.formats.source import Source

@@ -1,4 +1,4 @@
-"""Models in GGUF files: which tensor is which, what llama.cpp can run, reading and writing.
+"""Models in GGUF files: which tensor is which, and reading them; gguf_export.py writes them.
 
     our model                      architecture       in llama.cpp
     no sub-norms, SiLU             llama              rotates neighbours: rows of q and k are reordered
@@ -12,7 +12,7 @@ Dimensions: V vocabulary, D model, F ffn, N out-features, K in-features.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.checkpoint import replacing
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.formats import ternary
-from bitnet.formats.gguf_file import MAGIC, Float32, GgufFile, write_gguf
-from bitnet.formats.gguf_tokenizer import read_tokenizer, tokenizer_keys
-from bitnet.formats.source import Source, dense_shapes, no_masters, projection_shape, projections
+from bitnet.formats.gguf_file import GgufFile
+from bitnet.formats.gguf_tokenizer import read_tokenizer
+from bitnet.formats.source import dense_shapes, no_masters, projection_shape, projections
 from bitnet.kernels.reference import WeightCodes
 from bitnet.tokenizer import Tokenizer
 
-TYPES = ("tq2_0", "tq1_0", "q2_0", "f16", "f32")
-_FILE_TYPES = {"f32": 0, "f16": 1, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # general.file_type
-_BLOCKS = {blocks.name: blocks for blocks in (ternary.TQ2_0, ternary.TQ1_0, ternary.Q2_0)}
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCKS = {blocks.name: blocks for blocks in (ternary.TQ2_0, ternary.TQ1_0, ternary.Q2_0)}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ACTIVATIONS = {"llama": "silu", "bitnet": "silu", "bitnet-b1.58": "relu2", "bitnet-25": "relu2"}
 _PARTS = {
     "model.embed_tokens": "token_embd",
@@ -61,113 +58,9 @@ def gguf_name(name: str) -> str:
     return there + name[len(stem) :]
 
 
-# ---- writing -----------------------------------------------------------------------------------------------
-
-
-def check_exportable(config: ModelConfig, kind: str) -> None:
-    """Raise BitNetError, with the reason and the way out, for a model that llama.cpp would not run or run wrongly."""
-    if kind not in TYPES:
-        raise BitNetError(f"export: got type '{kind}', expected one of {', '.join(TYPES)}")
-    retrain = "train one that llama.cpp runs: --preset nano-portable, or"
-    if config.qk_norm:
-        raise BitNetError(
-            "export: got a model with QK norm, which llama.cpp has neither for bitnet nor for llama files; "
-            f"{retrain} --set model.qk_norm=false"
-        )
-    if config.hidden_act != "silu":
-        raise BitNetError(
-            "export: got a model with ReLU^2; llama.cpp computes SiLU for every such file and gives wrong text without "
-            f"a word; {retrain} --set model.hidden_act=silu; or export --to hf, which holds it"
-        )
-    if config.sub_norms and not config.tie_word_embeddings:
-        raise BitNetError(
-            "export: got a model with sub-norms and a head of its own, which llama.cpp's bitnet files do not have; "
-            f"{retrain} --set model.tie_word_embeddings=true or --set model.sub_norms=false; or export --to hf"
-        )
-    if kind in ("f16", "f32"):
-        return
-    if config.linear == "plain":
-        raise BitNetError(f"export: got a model with plain weights, which are not ternary, for {kind}; use --type f16")
-    blocks = _BLOCKS[kind.upper()]
-    for key in ("hidden_size", "intermediate_size"):
-        size = getattr(config, key)
-        if size % blocks.size:
-            way_out = "--type q2_0 takes multiples of 64, " if size % 64 == 0 else ""
-            raise BitNetError(
-                f"export: got {key} {size}, expected a multiple of {blocks.size}, the block of {kind}; "
-                f"{way_out}--type f16 takes any size"
-            )
-
-
-def export_gguf(source: Source, path: Path, kind: str) -> Path:
-    """Write a GGUF file, its projections in `kind`. Raises BitNetError as `check_exportable` does, before it writes."""
-    config = source.config
-    check_exportable(config, kind)
-    _check_target(path)
-    table = "F32" if kind == "f32" else "F16"
-    plan: list[tuple[str, tuple[int, ...], str]] = []
-    dense = dense_shapes(config)
-    for name, shape in dense.items():
-        plan.append((gguf_name(name), shape, table if len(shape) == 2 else "F32"))
-    plan += [
-        (f"{gguf_name(name)}.weight", projection_shape(config, name), kind.upper()) for name in projections(config)
-    ]
-
-    def contents() -> Iterator[ternary.Bytes]:
-        for name, (_, _, stored) in zip(dense, plan, strict=False):
-            yield _floats(source.dense(name), stored, name)
-        for name in projections(config):
-            yield _projection(source, name, kind.upper())
-
-    keys = {**_model_keys(config, path.stem, kind), **tokenizer_keys(source.tokenizer)}
-    with replacing(path) as work, work.open("wb") as file:
-        write_gguf(file, keys, plan, contents())
-    return path
-
-
 def architecture(config: ModelConfig) -> str:
     """The name under which llama.cpp knows a model of this shape."""
     return "bitnet" if config.sub_norms else "llama"
-
-
-def _model_keys(config: ModelConfig, name: str, kind: str) -> dict[str, Any]:
-    arch = architecture(config)
-    return {
-        "general.architecture": arch,
-        "general.type": "model",
-        "general.name": name,
-        "general.file_type": _FILE_TYPES[kind],
-        "general.quantization_version": 2,
-        f"{arch}.block_count": config.num_hidden_layers,
-        f"{arch}.context_length": config.context,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.feed_forward_length": config.intermediate_size,
-        f"{arch}.attention.head_count": config.num_attention_heads,
-        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": Float32(config.rms_norm_eps),
-        f"{arch}.rope.freq_base": Float32(config.rope_theta),
-        f"{arch}.rope.dimension_count": config.head_dim,
-        f"{arch}.vocab_size": config.vocab_size,
-    }
-
-
-def _projection(source: Source, name: str, stored: str) -> ternary.Bytes:
-    config = source.config
-    if config.linear == "plain":
-        return _floats(_reorder(source.master(name), name, config), stored, name)
-    codes, scale = source.codes(name)
-    codes = _reorder(codes, name, config)
-    if stored in _BLOCKS:
-        return _BLOCKS[stored].encode(WeightCodes(codes, scale))
-    return _floats(codes * scale, stored, name)
-
-
-def _floats(values: Tensor, stored: str, name: str) -> ternary.Bytes:
-    converted = values.to(_FLOATS[stored]).contiguous()
-    if not bool(torch.isfinite(converted).all()):
-        raise BitNetError(f"export: {name} holds values that {stored} cannot hold; use --type f32")
-    data: ternary.Bytes = converted.reshape(-1).view(torch.uint8).numpy()
-    return data
 
 
 def _heads(name: str, config: ModelConfig) -> int | None:
@@ -177,27 +70,16 @@ def _heads(name: str, config: ModelConfig) -> int | None:
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
 
 
-def _reorder(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
+def reorder(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
     """Rows of q and k from halves to neighbours, [N, K], for files that rotate neighbours."""
     heads = _heads(name, config)
     return weight if heads is None else weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
-def _restore(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
+def restore(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """The inverse of `reorder`."""
     heads = _heads(name, config)
     return weight if heads is None else weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
-
-
-def _check_target(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise BitNetError(f"export: got '{path}', expected a file to write in a folder that is there (-o model.gguf)")
-    if path.exists():
-        with path.open("rb") as file:
-            if file.read(4) != MAGIC:
-                raise BitNetError(f"export: '{path}' exists and is no GGUF file; remove it or choose another name (-o)")
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
 
 
 class GgufSource:
@@ -280,7 +162,7 @@ class GgufSource:
                 raise BitNetError(
                     f"{self.path}: tensor '{name}': got shape {list(tensors[name].shape)}, expected {list(shape)}"
                 )
-            if name in dense and tensors[name].type not in _FLOATS:
+            if name in dense and tensors[name].type not in FLOATS:
                 raise BitNetError(f"{self.path}: tensor '{name}': got {tensors[name].type}, expected F32, F16 or BF16")
         for name, place in tensors.items():
             is_scale = name.endswith(".scale") and name.removesuffix("scale") + "weight" in set(expected) - dense
@@ -291,11 +173,11 @@ class GgufSource:
         """ "ternary", or "plain" for a file of floats that are not ternary."""
         names = projections(self.config)
         kinds = {self._file.tensors[f"{gguf_name(name)}.weight"].type for name in names}
-        if kinds & set(_FLOATS) and kinds - set(_FLOATS):
+        if kinds & set(FLOATS) and kinds - set(FLOATS):
             raise BitNetError(
                 f"{self.path}: got projections in {', '.join(sorted(kinds))}, expected all ternary or all float"
             )
-        if kinds - set(_FLOATS) or _ternary_values(self._read_floats(names[0])) is not None:
+        if kinds - set(FLOATS) or _ternary_values(self._read_floats(names[0])) is not None:
             return "ternary"
         self.notes.append("the weights are plain floats: the model stays as it is and is not ternary")
         return "plain"
@@ -304,8 +186,8 @@ class GgufSource:
         there = f"{gguf_name(name)}.weight"
         place, where = self._file.tensors[there], f"{self.path}: tensor '{there}'"
         n, k = projection_shape(self.config, name)
-        if place.type in _BLOCKS:
-            found = _BLOCKS[place.type].decode(self._file.read(there), n, k, where)
+        if place.type in BLOCKS:
+            found = BLOCKS[place.type].decode(self._file.read(there), n, k, where)
         elif place.type == "I2_S":
             found = ternary.decode_i2_s(self._file.read(there), n, k, where)
         else:
@@ -314,7 +196,7 @@ class GgufSource:
                 raise BitNetError(f"{where}: got float weights, expected -s, 0 and s as in the first tensor")
             found = values
         scale = found.scale * self._extra_scale(there)
-        return WeightCodes(_restore(found.codes, name, self.config), scale)
+        return WeightCodes(restore(found.codes, name, self.config), scale)
 
     def _extra_scale(self, there: str) -> float:
         """The scale that newer converters keep beside the tensor, or 1."""
@@ -331,7 +213,7 @@ class GgufSource:
 
     def _dense(self, there: str) -> Tensor:
         place = self._file.tensors[there]
-        return torch.from_numpy(self._file.read(there)).view(_FLOATS[place.type]).view(place.shape)
+        return torch.from_numpy(self._file.read(there)).view(FLOATS[place.type]).view(place.shape)
 
     def dense(self, name: str) -> Tensor:
         return self._dense(gguf_name(name))
@@ -339,7 +221,7 @@ class GgufSource:
     def master(self, name: str) -> Tensor:
         if self.config.linear != "plain":
             raise no_masters(str(self.path))
-        return _restore(self._read_floats(name), name, self.config)
+        return restore(self._read_floats(name), name, self.config)
 
 
 def _ternary_values(weight: Tensor) -> WeightCodes | None:

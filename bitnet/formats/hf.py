@@ -48,7 +48,7 @@ class HfSource:
         self.notes: list[str] = []
         self._values = values
         self._check_tensors()
-        if self.mode in (Kind.MULTIPLY, Kind.DIVIDE):
+        if self.mode in (Kind.MULTIPLY, Kind.DIVIDE) and convention is None:
             self._check_convention()
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_read = False
