@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test install format lint types pytest clean
+.PHONY: help demo test install format lint types pytest fuzz clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -42,6 +42,11 @@ types: $(STAMP)  ## check types
 pytest: $(STAMP)
 	@echo "running the tests"
 	@$(BIN)/pytest --quiet
+
+# The bar is a million inputs; FUZZ=20000 for a quick look.
+FUZZ ?= 1000000
+fuzz: $(STAMP)  ## mutated files against the readers of other tools' formats
+	@$(BIN)/python benchmarks/fuzz.py --inputs $(FUZZ)
 
 # Made again when a dependency or a pin changes; a change of source needs nothing, the install is editable.
 $(STAMP): pyproject.toml constraints.txt

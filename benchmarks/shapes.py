@@ -48,6 +48,6 @@ def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
         "tokenizer": "none",
         "info": "{}",
     }
-    metadata["sha256"] = packed.digest(metadata, tensors)
+    metadata["sha256"] = packed.content_digest(metadata, tensors)
     with replacing(path) as work:
         write_tensors(work, tensors, metadata)

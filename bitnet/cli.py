@@ -1,4 +1,4 @@
-"""The command line: train | pack | generate | eval | inspect | doctor.
+"""The command line: train | pack | generate | eval | inspect | export | import | doctor.
 
 Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
 Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected
@@ -128,6 +128,9 @@ def train(
     linear: Annotated[
         str | None, typer.Option(help=f"{', '.join(LINEARS)} (the float twin). Default: ternary.", show_default=False)
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Train on from this model: a run, or what import reads.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; flags win over it.", metavar="FILE")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as train.lr=1e-3.")
@@ -172,6 +175,7 @@ def train(
         "train": {
             "steps": steps,
             "seed": seed,
+            "init": init,
             "batch_size": batch_size,
             "context": context,
             "lr": lr,
@@ -185,7 +189,9 @@ def train(
     _set_threads(threads)
     if quiet:
         logging.getLogger("bitnet").setLevel(logging.WARNING)
-    summary, code = run_training(preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet)
+    summary, code = run_training(
+        preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet, open_initial=_open_model
+    )
     if summary and as_json:
         _print_json(summary)
     elif summary:
@@ -235,6 +241,9 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", help="0 switches it off.")] = 40,
     top_p: Annotated[float, typer.Option("--top-p", help="1 switches it off.")] = 0.95,
     min_p: Annotated[float, typer.Option("--min-p", help="0 switches it off.")] = 0.05,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: use the model's chat template.")
+    ] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
     device: Device = "auto",
     engine: Engine = "auto",
@@ -266,6 +275,7 @@ def generate(
         context=context,
         ignore_eos=ignore_eos,
         show=show,
+        chat=chat,
         engine=engine,
         head=head,
         cache=cache,
@@ -345,6 +355,79 @@ def inspect(
     from bitnet.tables import inspection_tables
 
     Console().print(*inspection_tables(report), sep="\n")
+
+
+@app.command(cls=_Verb)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, packed file, or anything import reads.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Folder or file to write.")],
+    to: Annotated[
+        str, typer.Option(help="hf (masters, to train on), hf-packed (two bits, to run) or gguf (llama.cpp).")
+    ],
+    type_: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help="Of a GGUF's projections: tq2_0 (default), tq1_0, f16, f32, q2_0 (new llama.cpp only)."
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for transformers or llama.cpp; what a target cannot hold is refused with the way out."""
+    from bitnet.formats.exporting import export_model
+
+    report = export_model(_open_model(model), output, to, type_)
+    if as_json:
+        _print_json(report)
+        return
+    typer.echo(f"{output}: {report['bytes'] / 1e6:.2f} MB, {report['format']}")
+    for tool, runs, why in report["readers"]:
+        typer.echo(f"  {'runs in' if runs else 'not in '} {tool}: {why}")
+
+
+@app.command("import", cls=_Verb)
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, GGUF file, or hub name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Packed model to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Take the tokenizer from here; none: leave it out.")
+    ] = None,
+    weight_scale: Annotated[
+        str | None, typer.Option(help="multiply or divide, where config.json says the wrong one.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn another tool's model into a packed file, tensor by tensor."""
+    from bitnet.formats.opening import choose_tokenizer, open_source
+    from bitnet.formats.packing import import_model
+    from bitnet.tables import progress
+
+    found = open_source(source, weight_scale)
+    with progress(f"importing {found.kind}", quiet=quiet) as report:
+        notes = import_model(found, output, choose_tokenizer(found, tokenizer), report)
+    result = {"file": str(output), "bytes": output.stat().st_size, "source": found.kind, "notes": notes}
+    result["config"] = found.config.to_dict()
+    if as_json:
+        _print_json(result)
+        return
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.2f} MB, from {found.kind}")
+    for note in notes:
+        typer.echo(f"  {note}")
+
+
+def _open_model(name: str) -> Any:
+    """The source behind a path: the newest save of a run, or any model the formats know."""
+    from bitnet.formats.opening import open_source
+    from bitnet.formats.source import TrainedSource
+    from bitnet.train.run import Run
+
+    run = Run(Path(name))
+    if not run.exists():
+        return open_source(name)
+    model, save = run.load()
+    return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
 
 
 @app.command(cls=_Verb)

@@ -106,6 +106,11 @@ def _preset(vocab: int, width: int, ffn: int, layers: int, heads: int, kv_heads:
     )
 
 
+def _portable(shape: ModelConfig) -> ModelConfig:
+    """The same shape without what llama.cpp (ReLU^2, QK norm) and transformers (QK norm) do not have."""
+    return shape.replace(hidden_act="silu", qk_norm=False)
+
+
 # Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide.
 PRESETS: dict[str, ModelConfig] = {
     "nano": _preset(4096, 256, 768, 4, 4, 2, 256),  # a laptop, minutes
@@ -115,6 +120,10 @@ PRESETS: dict[str, ModelConfig] = {
     "medium": _preset(32768, 1024, 2816, 24, 16, 4, 2048),  # one GPU, a day
     "large": _preset(32768, 1536, 4096, 24, 12, 4, 2048),  # the 700M of the b1.58 paper
     "xl": _preset(32768, 2048, 5632, 24, 16, 4, 2048),  # its 1.3B
+    # The shapes from nano to small in a block that every other tool runs as well: SiLU, no QK norm.
+    "nano-portable": _portable(_preset(4096, 256, 768, 4, 4, 2, 256)),
+    "mini-portable": _portable(_preset(8192, 512, 1536, 8, 8, 4, 512)),
+    "small-portable": _portable(_preset(16384, 768, 2048, 12, 12, 4, 1024)),
     # microsoft/bitnet-b1.58-2B-4T, exactly: no QK norm, LLaMA-3's vocabulary and rotary base.
     "2b4t": _preset(128256, 2560, 6912, 30, 20, 5, 4096).replace(qk_norm=False, rope_theta=500_000.0),
 }

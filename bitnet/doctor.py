@@ -14,7 +14,13 @@ import bitnet
 from bitnet.kernels import native, ops
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "sentencepiece", "safetensors", "typer", "rich")
-OPTIONAL = {"matplotlib": "loss pictures", "tensorboard": "--tensorboard", "wandb": "--wandb"}
+OPTIONAL = {
+    "matplotlib": "loss pictures",
+    "tensorboard": "--tensorboard",
+    "wandb": "--wandb",
+    "tokenizers": "tokenizers of imported models",
+    "huggingface-hub": "import by hub name",
+}
 # The instruction sets that kernels for ternary weights care about.
 CPU_FEATURES = (
     "avx2 fma3 avx512_f avx512_bw avx512_vl avx512_vbmi avx512_vnni avx512_bf16 avx_vnni amx_int8 amx_bf16".split()

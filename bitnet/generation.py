@@ -13,6 +13,7 @@ from rich.progress import Progress
 from bitnet.cpu_engine import CpuEngine
 from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
+from bitnet.json_tokenizer import JsonTokenizer
 from bitnet.packed import load
 from bitnet.sampling import Sampling
 from bitnet.tokenizer import Tokenizer
@@ -32,22 +33,26 @@ def write_text(
     context: int = 0,
     ignore_eos: bool = False,
     show: Callable[[str], None] | None = None,
+    chat: bool = False,
     **options: str,
 ) -> dict[str, Any]:
     """Load a packed model and continue `prompt`; `show` gets the prompt and then each piece of new text.
 
-    options: engine, head and cache of `bitnet.load`. Returns the text, ids and speeds as JSON values. Raises BitNetError for a model without a tokenizer and for an
+    chat: the prompt is a user's message, put into the model's chat template; only the answer is shown.
+    options: engine, head and cache of `bitnet.load`.
+
+    Returns the text, ids and speeds as JSON values. Raises BitNetError for a model without a tokenizer and for an
     empty prompt where the tokenizer has no token to start with.
     """
     engine, tokenizer, limit = load_for_text(model, device, context, **options)
-    ids = prompt_ids(tokenizer, prompt)
+    ids = chat_ids(tokenizer, prompt) if chat else prompt_ids(tokenizer, prompt)
     if len(ids) > limit:
         _log.warning("the prompt has %d tokens and the context holds %d: only its end is read", len(ids), limit)
-    stop = () if ignore_eos else [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    stop = () if ignore_eos else stop_ids(tokenizer)
     decoder = tokenizer.stream()
     new: list[int] = []
     pieces: list[str] = []
-    if show and prompt:
+    if show and prompt and not chat:
         show(prompt)
     started = first = time.perf_counter()
     for token in stream(engine, ids, max_new_tokens, sampling, stop, limit):
@@ -96,6 +101,22 @@ def load_for_text(
     if context > longest:
         raise BitNetError(f"context: got {context} (-c), expected at most the model's {longest}")
     return engine, engine.tokenizer, context or longest
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: BOS, which starts the next one, EOS, and an imported model's end of turn."""
+    ends = tokenizer.stop_ids if isinstance(tokenizer, JsonTokenizer) else (tokenizer.eos_id,)
+    return [i for i in (tokenizer.bos_id, *ends) if i is not None]
+
+
+def chat_ids(tokenizer: Tokenizer, message: str) -> list[int]:
+    """The ids of a user's message in the model's chat template. Raises BitNetError for a model without one."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise BitNetError(
+            f"chat: got a model with a tokenizer of kind '{tokenizer.kind}', expected an imported chat model, which "
+            "has a template; leave --chat away"
+        )
+    return tokenizer.encode_chat([{"role": "user", "content": message}])
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

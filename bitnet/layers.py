@@ -39,6 +39,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.linear = linear
         self._kept_codes: WeightCodes | None = None  # set inside `keep_codes` only
+        self.ease = 1.0  # share of the quantised output; below 1 only while `set_ease` brings the quantisers in
 
     def quantized_weight(self) -> WeightCodes:
         """The codes [N, K] int8 and scale [] fp32 this layer multiplies by."""
@@ -46,11 +47,31 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] float. Returns [..., N]."""
-        (y,) = quant.bit_linear(x, [self.weight], [self.quantized_weight()])
+        (y,) = _eased(x, [self], quant.bit_linear(x, [self.weight], [self.quantized_weight()]))
         return y if self.bias is None else y + self.bias.to(y.dtype)  # bf16 under autocast, as nn.Linear
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, linear={self.linear}"
+
+
+def set_ease(model: nn.Module, share: float) -> None:
+    """Let every BitLinear of `model` give `share` of its quantised output and the rest of its float one.
+
+    A float model that is to become ternary by training on loses less when the quantisers come in over some hundred
+    steps than at once. 1 is the ternary layer; evaluation and packing know no other.
+    """
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.ease = share
+
+
+def _eased(x: Tensor, layers: Sequence[BitLinear], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if all(layer.ease == 1.0 for layer in layers):
+        return outputs
+    return tuple(
+        torch.lerp(F.linear(x, layer.weight.to(x.dtype)).to(y.dtype), y, layer.ease)
+        for layer, y in zip(layers, outputs, strict=True)
+    )
 
 
 class keep_codes:  # noqa: N801 - a context manager, used like a function
@@ -128,9 +149,8 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Apply bias-free linears that share the input x [..., K] (q/k/v, gate/up), one output [..., N_i] each."""
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
     if len(bit_layers) == len(layers):
-        return quant.bit_linear(
-            x, [layer.weight for layer in bit_layers], [layer.quantized_weight() for layer in bit_layers]
-        )
+        weights, codes = [layer.weight for layer in bit_layers], [layer.quantized_weight() for layer in bit_layers]
+        return _eased(x, bit_layers, quant.bit_linear(x, weights, codes))
     packed_layers = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed_layers) == len(layers):
         return packed_linear(x, packed_layers)

@@ -68,8 +68,8 @@ def write_packed(
     """
     if embedding not in EMBEDDINGS:
         raise BitNetError(f"pack: got embedding '{embedding}', expected one of {', '.join(EMBEDDINGS)}")
-    _check_tokenizer(model.config, tokenizer)
-    _check_target(path)
+    check_tokenizer(model.config, tokenizer)
+    check_target(path, "pack")
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         tensors.update(_packed_tensors(name, module, embedding))
@@ -84,7 +84,7 @@ def write_packed(
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer.kind
         tensors[_TOKENIZER] = torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
-    metadata["sha256"] = digest(metadata, tensors)
+    metadata["sha256"] = content_digest(metadata, tensors)
     with replacing(path) as work:
         write_tensors(work, tensors, metadata)
     return path
@@ -118,12 +118,12 @@ def read_packed(path: str | Path) -> PackedModel:
             _check_header(path, metadata, names)
             config = ModelConfig.from_dict(json.loads(metadata["config"]))
             tensors = {name: file.get_tensor(name) for name in names}
-        if digest(metadata, tensors) != metadata["sha256"]:
+        if content_digest(metadata, tensors) != metadata["sha256"]:
             raise BitNetError(f"{path}: the content does not match its checksum: the file is damaged; pack it again")
         spelling = tensors.pop(_TOKENIZER) if metadata["tokenizer"] != "none" else None
         _check_tensors(path, config, tensors)
         tokenizer = None if spelling is None else load_tokenizer(metadata["tokenizer"], spelling.numpy().tobytes())
-        _check_tokenizer(config, tokenizer)
+        check_tokenizer(config, tokenizer)
         return PackedModel(config, tensors, tokenizer, json.loads(metadata["info"]))
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, BitNetError):
@@ -273,7 +273,8 @@ def _check_scale(path: Path, name: str, scale: Tensor) -> None:
         raise BitNetError(f"{path}: tensor '{name}': got {float(wrong[0])}, expected finite scales above 0")
 
 
-def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raise BitNetError for a tokenizer that has another number of tokens than the model."""
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise BitNetError(
             f"tokenizer and model do not match: got {tokenizer.vocab_size} tokens in the tokenizer, expected "
@@ -281,13 +282,14 @@ def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path, verb: str) -> None:
+    """Raise BitNetError unless a packed file may be written at `path`: over nothing but another one."""
     if path.is_dir():
         raise BitNetError(
-            f"pack: got a folder '{path}', expected a file to write, such as {path / 'model.safetensors'}"
+            f"{verb}: got a folder '{path}', expected a file to write, such as {path / 'model.safetensors'}"
         )
     if not path.parent.is_dir():
-        raise BitNetError(f"pack: got no folder '{path.parent}', expected an existing one; create it first")
+        raise BitNetError(f"{verb}: got no folder '{path.parent}', expected an existing one; create it first")
     if path.exists():
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -295,10 +297,12 @@ def _check_target(path: Path) -> None:
         except (safetensors.SafetensorError, OSError):
             ours = False
         if not ours:
-            raise BitNetError(f"pack: '{path}' exists and is not a packed model; remove it or choose another name (-o)")
+            raise BitNetError(
+                f"{verb}: '{path}' exists and is not a packed model; remove it or choose another name (-o)"
+            )
 
 
-def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """sha256 over everything a model depends on, in an order that does not depend on the writer."""
     digest = hashlib.sha256()
     for key in sorted(set(metadata) - {"sha256"}):

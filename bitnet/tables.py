@@ -1,10 +1,13 @@
 """Reports as tables for a terminal; the same numbers as --json, for a person."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -128,3 +131,13 @@ def plus_minus(error: float | None, digits: int) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else re.sub(r"\B(?=(\d{3})+$)", ",", str(value))
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on stderr, for a terminal; the function it gives takes (bytes done, bytes in all)."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -56,7 +56,7 @@ class StreamDecoder:
 
     def push(self, id: int) -> str:
         """The text that `id` completes, possibly empty."""
-        return self._utf8.decode(_bytes_of(self._table, id))
+        return self._utf8.decode(token_bytes(self._table, id))
 
     def flush(self) -> str:
         """What is left: U+FFFD for an unfinished character, otherwise nothing. The decoder is then as new."""
@@ -111,7 +111,7 @@ class _TableTokenizer:
         return len(self._table)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join([_bytes_of(self._table, id) for id in ids]).decode("utf-8", errors="replace")
+        return b"".join([token_bytes(self._table, id) for id in ids]).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self._table)
@@ -142,7 +142,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         blocks: list[str] = []
         ends = [0]
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
             blocks.extend(_blocks(text, BLOCK_CHARS))
             ends.append(len(blocks))
         ids = self._encode_blocks(blocks, threads)
@@ -183,7 +183,7 @@ class CharTokenizer(_TableTokenizer):
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise BitNetError("got no characters, expected at least one; give some text to train on")
-        _check_unicode(self.characters)
+        check_unicode(self.characters)
         super().__init__([character.encode() for character in self.characters])
         # Code point -> id, or -1 when unknown. The last slot stands for all code points above.
         self._ids = np.full(ord(self.characters[-1]) + 2, -1, dtype=np.int32)
@@ -220,7 +220,11 @@ def load_tokenizer(kind: str, data: bytes) -> Tokenizer:
         return SentencePieceTokenizer(data)
     if kind == "char":
         return _load_char(data)
-    raise BitNetError(f"got tokenizer kind {kind!r}, expected 'sentencepiece' or 'char'; correct the kind")
+    if kind == "tokenizer.json":
+        from bitnet.json_tokenizer import load_json_tokenizer
+
+        return load_json_tokenizer(data)
+    raise BitNetError(f"got tokenizer kind {kind!r}, expected 'sentencepiece', 'char' or 'tokenizer.json'")
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
@@ -280,13 +284,15 @@ def train_sentencepiece(
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _bytes_of(table: Sequence[bytes], id: int) -> bytes:
+def token_bytes(table: Sequence[bytes], id: int) -> bytes:
+    """The bytes of one id. Raises BitNetError for an id outside the table."""
     if not 0 <= id < len(table):  # a negative index would silently read from the end
         raise BitNetError(f"got the token id {id}, expected 0 .. {len(table) - 1}; use the tokenizer of the same model")
     return table[id]
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raise BitNetError for a text with a lone surrogate, which has no UTF-8 form."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -313,7 +319,7 @@ def _sample_blocks(texts: Iterable[str], sample_bytes: int, seed: int) -> list[s
     heap: list[tuple[float, int, int, str]] = []  # (-priority, index, bytes, block): highest leaves first
     held = index = 0
     for text in texts:
-        _check_unicode(text)
+        check_unicode(text)
         for block in _blocks(text, SAMPLE_CHARS, limit=4 * SAMPLE_CHARS):
             size = len(block.encode())
             heapq.heappush(heap, (-draw(), index, size, block))

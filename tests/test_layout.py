@@ -172,11 +172,13 @@ def test_no_undeclared_dependency() -> None:
 # ---- the command line --------------------------------------------------------------------------------------
 
 VERBS = {
-    "train": {"--preset", "--data", "--out", "--steps", "--seed", "--linear"},
+    "train": {"--preset", "--data", "--out", "--steps", "--seed", "--linear", "--init"},
     "pack": {"-o"},
-    "generate": {"-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--json"},
+    "generate": {"-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"},
     "eval": {"-m", "--data", "--json"},
     "inspect": {"--json"},
+    "export": {"-o", "--to", "--type", "--json"},
+    "import": {"-o", "--tokenizer", "--weight-scale", "--json"},
     "doctor": {"--json"},
 }
 

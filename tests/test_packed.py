@@ -82,7 +82,7 @@ def rewrite(path: Path, change: Callable[[dict[str, str], dict[str, Tensor]], ob
     """Write a file with a change and a checksum that matches it: what remains are the checks of the content."""
     metadata, tensors = content(path)
     change(metadata, tensors)
-    metadata["sha256"] = format_.digest(metadata, tensors)
+    metadata["sha256"] = format_.content_digest(metadata, tensors)
     write_tensors(path, tensors, metadata)
     return path
 
@@ -495,14 +495,14 @@ def test_bad_embedding_scale(value: float, model: Transformer, tmp_path: Path) -
 def test_the_checksum_covers_the_metadata(key: str) -> None:
     metadata = {"config": "a", "info": "b", "tokenizer": "c", "layout": "d", "version": "1", "sha256": ""}
     tensors = {"w": torch.arange(4)}
-    changed = format_.digest({**metadata, key: "other"}, tensors)
-    assert changed != format_.digest(metadata, tensors)
+    changed = format_.content_digest({**metadata, key: "other"}, tensors)
+    assert changed != format_.content_digest(metadata, tensors)
 
 
 def test_the_checksum_covers_names_shapes_and_dtypes() -> None:
     base = torch.arange(4, dtype=torch.int32)
     images = [{"w": base}, {"v": base}, {"w": base.view(2, 2)}, {"w": base.view(torch.float32)}, {"w": base + 1}]
-    assert len({format_.digest({}, tensors) for tensors in images}) == len(images)
+    assert len({format_.content_digest({}, tensors) for tensors in images}) == len(images)
 
 
 def test_too_many_tensors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

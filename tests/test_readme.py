@@ -16,7 +16,7 @@ def size(count: int) -> str:
 
 
 def test_table_of_presets() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*) \|$", README, re.MULTILINE)
     expected = []
     for name, c in PRESETS.items():
         counts = [f"{parameters(c) / 1e6:.1f}M", f"{linear_parameters(c) / 1e6:.1f}M", str(c.num_hidden_layers)]

@@ -280,6 +280,7 @@ MUST_STAY = {
         "batch_size": 3, "accumulate": 2, "context": 8, "optimizer": "adamw", "lr": 0.5, "table_lr": 0.5,
         "schedule": "cosine", "warmup": 0.5, "decay": 0.5, "second_stage_lr": 0.5, "min_lr": 0.5, "weight_decay": 0.5,
         "momentum": 0.5, "beta1": 0.5, "beta2": 0.5, "clip": 0.5, "dtype": "bf16", "seed": 5,
+        "init": "runs/other", "ease": 0.5,
     },
     "model": {"hidden_size": 64, "linear": "plain", "num_hidden_layers": 1, "vocab_size": 300, "sub_norms": False},
     "tokenizer": {"kind": "char"},

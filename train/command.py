@@ -1,17 +1,19 @@
 """What `bitnet train` does between its flags and the loop."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitnet import schema
+from bitnet import checkpoint, schema
+from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig, default_config, read_toml
 from bitnet.train.display import Display
 from bitnet.train.overview import duration
-from bitnet.train.pretrain import Outcome, pretrain
+from bitnet.train.pretrain import Initial, Outcome, pretrain
 from bitnet.train.run import Run
 
 Values = dict[str, dict[str, Any]]
@@ -26,17 +28,28 @@ def run_training(
     device: torch.device,
     *,
     quiet: bool = False,
+    open_initial: Callable[[str], Initial] | None = None,
 ) -> tuple[dict[str, Any] | None, int]:
     """Resolve the configuration and train. Returns (summary or None, exit code).
 
     Settings, from weak to strong: the run that is in `out` already, or the preset; the TOML file; flags and
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
+    open_initial: opens the model that train.init names.
     """
+    initial = None
+    if open_initial and (name := flags.get("train", {}).get("init")):
+        if preset is not None:
+            raise BitNetError(f"train: got --preset {preset} and --init {name}, expected one: that model has its shape")
+        initial = open_initial(name)
     folder = out or _default_folder(preset, config_file, flags, assignments)
-    config = resolve(preset, config_file, flags, assignments, Run(folder))
+    config = resolve(preset, config_file, flags, assignments, Run(folder), initial.config if initial else None)
+    if checkpoint.folders(Run(folder).saves):
+        initial = None  # the run goes on from its own save, also where the model it began with is gone
+    elif initial is None and open_initial and config.train.init:
+        initial = open_initial(config.train.init)
     first = os.environ.get("RANK", "0") == "0"
     display = Display(config.train.report_every, quiet=quiet or not first)
-    outcome = pretrain(config, folder, device, display)
+    outcome = pretrain(config, folder, device, display, initial)
     if outcome.signal is not None:
         display.note(f"stopped at step {outcome.step}; saved: the same command goes on from there")
         return None, 128 + outcome.signal
@@ -50,16 +63,25 @@ def run_training(
     return summarize(outcome), 0
 
 
-def resolve(preset: str | None, config_file: Path | None, flags: Values, assignments: list[str], run: Run) -> RunConfig:
-    """The configuration of a run from everything that has a say in it."""
+def resolve(
+    preset: str | None,
+    config_file: Path | None,
+    flags: Values,
+    assignments: list[str],
+    run: Run,
+    initial: ModelConfig | None = None,
+) -> RunConfig:
+    """The configuration of a run from everything that has a say in it; initial: the model it starts from."""
     named, values = read_toml(config_file) if config_file is not None else (None, {})
     preset = preset or named
     if preset is not None:
         base = default_config(preset)
         if run.exists():  # a preset given again must not undo what was set when the run began
             base = run.config().override({"model": _shape(base)})
-    else:
+    elif run.exists() or initial is None:
         base = run.config() if run.exists() else default_config()
+    else:
+        base = RunConfig(model=initial)
     given = {section: {k: v for k, v in content.items() if v is not None} for section, content in flags.items()}
     # In one go: settings that fit together only as a whole may come from several places.
     return base.override(merge(values, given, parse_assignments(assignments, base)))

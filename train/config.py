@@ -51,6 +51,8 @@ class TrainConfig:
     dtype: str = "auto"  # bf16 where the hardware multiplies bf16, else fp32; masters are fp32 always
     compile: bool = False
     seed: int = 0
+    init: str = ""  # model to start from: a run, a checkpoint of Hugging Face's, a float GGUF; "": random weights
+    ease: float = 0.0  # share of the steps over which the quantisers come in, for a float model that turns ternary
     eval_every: int = 100  # 0: only at the end
     eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
     sample_every: int = 0  # 0: with the last step only
@@ -72,10 +74,12 @@ class TrainConfig:
         check(self, "train", ("context", "eval_every", "sample_every"), 0)
         check(self, "train", ("seed",), 0, 2**63 - 1)  # what torch's generators take
         check(self, "train", ("eval_tokens", "keep"), 2)
-        check(self, "train", ("warmup", "decay", "second_stage_lr", "min_lr"), 0.0, 1.0)
+        check(self, "train", ("warmup", "decay", "second_stage_lr", "min_lr", "ease"), 0.0, 1.0)
         check(self, "train", ("lr", "table_lr", "clip"), 1e-12, 1e6)
         check(self, "train", ("weight_decay",), 0.0, 100.0)
         check(self, "train", ("momentum", "beta1", "beta2"), 0.0, 0.999999)
+        if self.ease and self.compile:
+            raise BitNetError("train.ease: got it with --compile, which would compile every step anew; use one of them")
 
 
 @dataclass(frozen=True)

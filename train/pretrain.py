@@ -13,20 +13,31 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import checkpoint
+from bitnet.config import ModelConfig
 from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
-from bitnet.layers import keep_codes
-from bitnet.model import parameters
+from bitnet.layers import keep_codes, set_ease
+from bitnet.model import Transformer, parameters
 from bitnet.sampling import Sampling
+from bitnet.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, TrainConfig
-from bitnet.train.data import Sampler, TokenDataset, batch_for, check_lengths, eval_windows, open_dataset, prepare
+from bitnet.train.data import (
+    Sampler,
+    TokenDataset,
+    batch_for,
+    check_lengths,
+    eval_windows,
+    open_dataset,
+    open_tokenizer,
+    prepare,
+)
 from bitnet.train.display import Display
 from bitnet.train.distributed import Processes
 from bitnet.train.evaluate import Evaluation, evaluate
@@ -58,8 +69,28 @@ class Outcome:
     pictures: list[str] = field(default_factory=list)
 
 
-def pretrain(config: RunConfig, out: Path, device: torch.device, display: Display) -> Outcome:
+class Initial(Protocol):
+    """A model to start from instead of random weights, read tensor by tensor (bitnet/formats/source.py)."""
+
+    config: ModelConfig
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer it was trained with."""
+
+    def dense(self, name: str) -> Tensor:
+        """A parameter by its name."""
+
+    def master(self, name: str) -> Tensor:
+        """The float weight [N, K] of a projection."""
+
+
+def pretrain(
+    config: RunConfig, out: Path, device: torch.device, display: Display, initial: Initial | None = None
+) -> Outcome:
     """Train until `config.train.steps`, going on from the newest save in `out` if there is one.
+
+    initial: the model to start from where there is no save yet; the data is tokenised as it was for it.
 
     Raises BitNetError for settings, data or saves that cannot be used and for a run that diverges;
     OSError when a save cannot be written (the saves before it stay whole).
@@ -74,26 +105,33 @@ def pretrain(config: RunConfig, out: Path, device: torch.device, display: Displa
                 stack.enter_context(run.lock())
                 run.check(config)  # again: it may have become a run in between
                 trackers = make_trackers(config.train, run.path)
-                dataset = prepare_data(config, run, display)
+                dataset = prepare_data(config, run, display, initial)
         else:
             processes.wait_for_first()
             dataset = open_dataset(run.data)
-        trainer = Trainer(config, run, dataset, processes, display, trackers)
+        trainer = Trainer(config, run, dataset, processes, display, trackers, initial)
         if processes.first:
             run.write_config(config)
         return trainer.train()
 
 
-def prepare_data(config: RunConfig, run: Run, display: Display) -> TokenDataset:
+def prepare_data(config: RunConfig, run: Run, display: Display, initial: Initial | None = None) -> TokenDataset:
     """Tokenise the corpus into the run's folder, unless that is done already.
 
     Raises BitNetError, and leaves nothing of a first try, when the text is too short for the settings.
     """
+    tokenizer = None
+    if initial is not None:
+        tokenizer = initial.tokenizer
+        if tokenizer is None:
+            raise BitNetError(f"train: got no tokenizer in '{config.train.init}', expected the one it was trained with")
+    elif config.train.init and (run.data / "manifest.json").exists():
+        tokenizer = open_tokenizer(run.data)  # the run goes on without the model it began with
     try:
         dataset = prepare(
             config.data,
             run.data,
-            tokenizer=None,
+            tokenizer=tokenizer,
             kind=config.tokenizer.kind,
             vocab_size=config.model.vocab_size,
             report=display.preparing,
@@ -120,6 +158,7 @@ class Trainer:
         processes: Processes,
         display: Display,
         trackers: Sequence[Tracker] = (),
+        initial: Initial | None = None,
     ) -> None:
         self.config, self.run, self.dataset, self.trackers = config, run, dataset, trackers
         self.settings: TrainConfig = config.train
@@ -131,7 +170,10 @@ class Trainer:
             vocab_size=dataset.tokenizer.vocab_size, max_position_embeddings=config.context
         )
         self.model = empty_model(self.model_config)
-        self.model.init_weights(self.settings.seed)
+        if initial is None:
+            self.model.init_weights(self.settings.seed)
+        else:
+            load_initial(self.model, initial)
         self.model.to(self.device)
         torch.manual_seed(self.settings.seed)
         self.optimizer = Optimizer(self.model, self.settings)
@@ -197,6 +239,8 @@ class Trainer:
         """One optimiser step. Returns its metrics, or None when it was skipped for want of a finite gradient."""
         started = time.perf_counter()
         rate = self.optimizer.set_step(self.step)
+        if self.settings.ease:
+            set_ease(self.model, min(1.0, (self.step + 1) / (self.settings.ease * self.settings.steps)))
         loss = self._gradients()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         loss_value, norm_value = torch.stack((loss, norm.detach())).tolist()  # the step's one wait for the device
@@ -262,6 +306,7 @@ class Trainer:
         """Score the validation split (its first `tokens` tokens) in fp32: the same integers a packed file gives."""
         if not self.processes.first:
             return None
+        set_ease(self.model, 1.0)  # figures are those of the ternary model; the next step sets it anew
         batch = batch_for(self.config.context, self.model_config.vocab_size)
         windows = eval_windows(self.dataset.val, self.config.context, batch_size=batch, limit_tokens=tokens)
         total = min(len(self.dataset.val), tokens or len(self.dataset.val))
@@ -290,6 +335,7 @@ class Trainer:
         """A text from the model as it stands, the same random draws every time."""
         if not self.processes.first:
             return ""
+        set_ease(self.model, 1.0)
         tokenizer = self.dataset.tokenizer
         start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
         ids = start + tokenizer.encode(self.settings.sample_prompt) or [0]
@@ -386,6 +432,20 @@ class Trainer:
         if self.processes.first:
             self.run.rewind(self.step)
         return True
+
+
+def load_initial(model: Transformer, initial: Initial) -> None:
+    """Copy a model's weights into ours. Raises BitNetError where it holds codes only, or is of another shape."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            projection = name.removesuffix(".weight")
+            weight = initial.master(projection) if projection.endswith("_proj") else initial.dense(name)
+            if weight.shape != parameter.shape:
+                raise BitNetError(
+                    f"train: {name}: got shape {list(weight.shape)}, expected {list(parameter.shape)}; a model that is "
+                    "trained on keeps its shape"
+                )
+            parameter.copy_(weight)
 
 
 def next_token_loss(network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""The shape of microsoft/bitnet-b1.58-2B-4T end to end: its exact layout with random weights, imported and run.
+
+    python benchmarks/import_2b4t.py --folder build/2b4t
+
+Writes the folder as published (packed in the multiply convention, bf16 embedding, norms and scales, a byte-level BPE of
+128,256 ids in LLaMA-3's manner), then runs `bitnet import`, `inspect` and `generate` on it, each in a process of its
+own whose peak memory is taken. The bytes of the imported file say what import has to hold at least: nothing of it,
+since it streams; its peak should be that of Python, torch and the largest tensor (the embedding, 657 MB).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet.config import PRESETS
+from bitnet.formats.safetensors_file import TensorWriter
+from bitnet.formats.source import dense_shapes, projection_shape, projections
+from bitnet.formats.tokenizer_json import byte_level_json
+from bitnet.json_tokenizer import byte_alphabet
+
+CONFIG = PRESETS["2b4t"]
+BOS, EOS, EOT = 128_000, 128_001, 128_009
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="Needs 2.5 GB; kept.")
+    options = parser.parse_args()
+    source, packed = options.folder / "published", options.folder / "2b4t.safetensors"
+    if not (source / "config.json").exists():
+        source.mkdir(parents=True, exist_ok=True)
+        write(source)
+    rows = {
+        "import": measured("import", str(source), "-o", str(packed), "--json"),
+        "inspect": measured("inspect", str(packed), "--json"),
+        "generate": measured("generate", "-m", str(packed), "-p", "Hello there", "-n", "8", "-c", "64", "--json"),
+        "chat": measured("generate", "-m", str(packed), "-p", "Hello", "-n", "4", "-c", "64", "--chat", "--json"),
+    }
+    for name, row in rows.items():
+        print(f"{name:9} {row['seconds']:6.1f} s   peak {row['peak_bytes'] / 1e9:.2f} GB")
+    report = {
+        "benchmark": "import_2b4t",
+        "source_bytes": sum(path.stat().st_size for path in source.iterdir()),
+        "packed_bytes": packed.stat().st_size,
+        "zero_fraction": rows["inspect"]["report"]["zero_fraction"],
+        "written_tokens": rows["generate"]["report"]["tokens"],
+        "rows": {name: {key: row[key] for key in ("seconds", "peak_bytes")} for name, row in rows.items()},
+    }
+    print(json.dumps(report))
+
+
+def write(folder: Path) -> None:
+    """The folder as published, with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        name: (torch.bfloat16, shape) for name, shape in dense_shapes(CONFIG).items()
+    }
+    for name in projections(CONFIG):
+        n, k = projection_shape(CONFIG, name)
+        plan[f"{name}.weight"] = torch.uint8, (n // 4, k)
+        plan[f"{name}.weight_scale"] = torch.bfloat16, (1,)
+    # The 81 bytes whose four pairs of bits are 0, 1 or 2.
+    valid = torch.tensor(
+        [a | b << 2 | c << 4 | d << 6 for a, b, c, d in product(range(3), repeat=4)], dtype=torch.uint8
+    )
+    with (folder / "model.safetensors").open("wb") as file:
+        writer = TensorWriter(file, plan, {"format": "pt"})
+        for name, (dtype, shape) in plan.items():
+            if dtype is torch.uint8:
+                writer.write(name, valid[torch.randint(81, shape, generator=generator)])
+            elif name.endswith("_scale"):
+                writer.write(name, torch.full((1,), 0.02, dtype=dtype))
+            elif len(shape) == 1:
+                writer.write(name, torch.ones(shape, dtype=dtype))
+            else:
+                writer.write(name, torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator))
+        writer.finish()
+    write_tokenizer(folder)
+    values = {
+        "architectures": ["BitNetForCausalLM"],
+        "model_type": "bitnet",
+        "vocab_size": CONFIG.vocab_size,
+        "hidden_size": CONFIG.hidden_size,
+        "intermediate_size": CONFIG.intermediate_size,
+        "num_hidden_layers": CONFIG.num_hidden_layers,
+        "num_attention_heads": CONFIG.num_attention_heads,
+        "num_key_value_heads": CONFIG.num_key_value_heads,
+        "hidden_act": "relu2",
+        "max_position_embeddings": CONFIG.context,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "quantization_config": {
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+        },
+    }
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": [EOS, EOT]}))
+    (folder / "config.json").write_text(json.dumps(values, indent=1))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE with LLaMA-3's ids: 256 bytes, filler up to 128,000, 256 control tokens."""
+    alphabet = list(byte_alphabet())
+    tokens = alphabet + [f"filler{i}" for i in range(BOS - 256)]
+    special = [f"<|reserved_special_token_{i}|>" for i in range(256)]
+    special[0], special[1], special[9] = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+    ids = range(BOS, BOS + 256)
+    text = byte_level_json([*tokens, *special], [], list(ids), set(ids), "llama-bpe", BOS)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}Assistant: "
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+
+def measured(*args: str) -> dict[str, Any]:
+    """Run a verb; its report, seconds and peak memory."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", "bitnet.cli", *args], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"bitnet {args[0]} failed with {process.returncode}")
+    seconds = time.perf_counter() - started
+    return {"report": json.loads(text), "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+if __name__ == "__main__":
+    main()

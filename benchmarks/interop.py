@@ -1,0 +1,163 @@
+"""A trained model through every export, against the tools themselves: do transformers and llama.cpp compute the same?
+
+    python benchmarks/interop.py --run RUN --text heldout.txt --lines latin.txt other-script.txt
+
+RUN holds a model that exports everywhere (--preset nano-portable). Logits are taken on held-out text, 125 positions a
+window behind a BOS; per layer, every projection of transformers' model and of ours gets the same input.
+
+  hf, hf-packed    transformers in fp32 against our fp32 model: largest difference of a layer, KL, top-1
+  f32, f16         llama.cpp computes in float: compared with the same ternary weights without int8 activations
+  tq2_0, tq1_0     llama.cpp rounds activations in blocks of 256, we by token: KL and top-1 against our engine
+
+Prints a table, and one JSON document as the last line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers would compile its quantisers: a minute for milliseconds
+
+import cyllama.llama.llama_cpp as llama
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from bitnet.formats.gguf_export import export_gguf
+from bitnet.formats.hf_export import export_hf
+from bitnet.formats.source import TrainedSource, projections
+from bitnet.model import Transformer
+from bitnet.tokenizer import Tokenizer
+from bitnet.train.run import Run
+
+WINDOW, WINDOWS = 125, 4  # 500 positions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--lines", type=Path, nargs="+", default=[])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    llama.disable_logging()
+    run = Run(options.run)
+    (model, save), tokenizer = run.load(), run.tokenizer()
+    source = TrainedSource(model, tokenizer, {})
+    ids = windows(tokenizer, options.text.read_text(encoding="utf-8"))
+    lines = [line for path in options.lines for line in pick(path, 1000 // len(options.lines))]
+    with torch.no_grad():
+        ours, floats = model(ids), as_float(model)(ids)
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for target in ("hf", "hf-packed"):
+            export_hf(source, folder / target, packed=target == "hf-packed")
+            results[target] = against_transformers(folder / target, model, tokenizer, ids, ours, lines)
+        for kind in ("f32", "f16", "tq2_0", "tq1_0"):
+            path = export_gguf(source, folder / f"{kind}.gguf", kind)
+            expected = floats if kind in ("f32", "f16") else ours
+            results[kind] = against_llama_cpp(path, tokenizer, ids, expected, lines)
+    for name, row in results.items():
+        print(f"{name:10}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    report = {
+        "benchmark": "interop",
+        "machine": platform.processor() or platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "steps": save.step,
+        "positions": ids.numel(),
+        "lines": len(lines),
+        "results": results,
+    }
+    print(json.dumps(report))
+
+
+def windows(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Ids [WINDOWS, WINDOW] from places spread over the text, each behind a BOS."""
+    ids = tokenizer.encode(text)
+    step = (len(ids) - WINDOW) // WINDOWS
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return torch.tensor([[*start, *ids[i * step :]][:WINDOW] for i in range(WINDOWS)])
+
+
+def pick(path: Path, count: int) -> list[str]:
+    """`count` lines spread over a file, empty ones left out."""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="ignore").splitlines() if line.strip()]
+    return [lines[i * len(lines) // count] for i in range(count)]
+
+
+def as_float(model: Transformer) -> Transformer:
+    """The same ternary weights without int8 activations."""
+    twin = Transformer(model.config.replace(linear="plain"))
+    state, source = model.state_dict(), TrainedSource(model, None, {})
+    for name in projections(model.config):
+        codes, scale = source.codes(name)
+        state[f"{name}.weight"] = codes * scale
+    twin.load_state_dict(state)
+    return twin
+
+
+def compared(expected: Tensor, got: Tensor) -> dict[str, float]:
+    """Both [..., V]: relative error, mean and largest KL in nats, share of equal top-1."""
+    p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return {
+        "relative": float((got - expected).norm() / expected.norm()),
+        "kl": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "top1": float((expected.argmax(-1) == got.argmax(-1)).double().mean()),
+    }
+
+
+def against_transformers(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, ids: Tensor, ours: Tensor, lines: list[str]
+) -> dict[str, float]:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    worst = 0.0
+
+    def compare(name: str, x: Tensor, expected: Tensor) -> None:
+        nonlocal worst
+        got = model.get_submodule(name)(x)
+        worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
+
+    for name in projections(model.config):
+        theirs.get_submodule(name).register_forward_hook(lambda _, args, y, name=name: compare(name, args[0], y))
+    with torch.no_grad():
+        got = theirs(ids).logits
+    there = transformers.AutoTokenizer.from_pretrained(folder)
+    same = [there.encode(line, add_special_tokens=False) == tokenizer.encode(line) for line in lines]
+    return {"layer": worst, **compared(ours, got), "same_tokens": float(np.mean(same)) if same else float("nan")}
+
+
+def against_llama_cpp(
+    path: Path, tokenizer: Tokenizer, ids: Tensor, expected: Tensor, lines: list[str]
+) -> dict[str, float]:
+    class Model(llama.LlamaModel):  # type: ignore[misc]
+        n_vocab = tokenizer.vocab_size  # the wheel's get_logits_ith asks the model for it
+
+    model = Model(str(path))
+    rows = []
+    for window in ids.tolist():
+        settings = llama.LlamaContextParams()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = 256
+        settings.n_threads = settings.n_threads_batch = 1
+        context = llama.LlamaContext(model, settings)
+        batch = llama.LlamaBatch(n_tokens=256, embd=0, n_seq_max=1)
+        batch.set_batch(window, 0, True)
+        context.decode(batch)
+        rows.append(np.array([context.get_logits_ith(i) for i in range(len(window))]))
+    vocab = model.get_vocab()
+    same = [list(vocab.tokenize(line, False, False)) == tokenizer.encode(line) for line in lines]
+    return {
+        **compared(expected, torch.tensor(np.array(rows))),
+        "same_tokens": float(np.mean(same)) if same else float("nan"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A model to be read tensor by tensor, whatever tool wrote it; names are those of `bitnet.model.Transformer`.
+
+`config.linear` says what the projections are: "ternary" or "binary" ones are read as codes, those of a "plain" model
+as weights. A source that holds float masters of ternary projections gives these too, for training to go on from.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitnet.config import ModelConfig
+from bitnet.errors import BitNetError
+from bitnet.kernels import packing
+from bitnet.kernels.reference import WeightCodes
+from bitnet.layers import BitLinear, Table
+from bitnet.model import Transformer, in_features
+from bitnet.packed import PackedModel
+from bitnet.tokenizer import Tokenizer
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+class Source(Protocol):
+    """What exporters and the importer read from."""
+
+    kind: str  # for people: "Hugging Face, packed (multiply)"
+    config: ModelConfig
+    info: Mapping[str, Any]  # what the file says of its training
+    notes: list[str]  # what a user should know of this source: a rounding, a guess
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None where there is none."""
+
+    def codes(self, name: str) -> WeightCodes:
+        """Codes [N, K] int8 and scale [] fp32 of a projection, such as "model.layers.0.mlp.up_proj"."""
+
+    def dense(self, name: str) -> Tensor:
+        """A parameter that is not ternary, such as "model.norm.weight", in the dtype it is stored in."""
+
+    def master(self, name: str) -> Tensor:
+        """The float master [N, K] of a projection. Raises BitNetError where there are codes only."""
+
+
+def projections(config: ModelConfig) -> list[str]:
+    """The names of all projections, block by block."""
+    return [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in PROJECTIONS]
+
+
+def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters besides the projections: tables and norms."""
+    d, f, table = config.hidden_size, config.intermediate_size, (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (d,)
+        if config.qk_norm:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
+        if config.sub_norms:
+            shapes[f"{layer}.self_attn.attn_sub_norm.weight"] = (d,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        if config.sub_norms:
+            shapes[f"{layer}.mlp.ffn_sub_norm.weight"] = (f,)
+    shapes["model.norm.weight"] = (d,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = table
+    return shapes
+
+
+def projection_shape(config: ModelConfig, name: str) -> tuple[int, int]:
+    """[N, K] of a projection."""
+    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    kind = name.rpartition(".")[2]
+    rows = {"k_proj": kv, "v_proj": kv, "gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+    return rows.get(kind, d), in_features(config, name)
+
+
+class TrainedSource:
+    """A model of ours with its masters: the newest save of a run."""
+
+    kind = "a training run"
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, info: Mapping[str, Any]) -> None:
+        self.model, self.config, self.tokenizer, self.info = model, model.config, tokenizer, info
+        self.notes: list[str] = []
+
+    def codes(self, name: str) -> WeightCodes:
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, BitLinear), name
+        return layer.quantized_weight()
+
+    def dense(self, name: str) -> Tensor:
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        value = module.values() if isinstance(module, Table) else self.model.get_parameter(name)
+        return value.detach()
+
+    def master(self, name: str) -> Tensor:
+        return self.model.get_parameter(f"{name}.weight").detach()
+
+
+class PackedSource:
+    """A packed file of ours: codes, and no masters unless the model is plain."""
+
+    kind = "a packed file"
+
+    def __init__(self, packed: PackedModel) -> None:
+        self._packed = packed
+        self.config, self.tokenizer = packed.config, packed.tokenizer
+        self.info: Mapping[str, Any] = packed.info
+        self.notes: list[str] = []
+
+    def codes(self, name: str) -> WeightCodes:
+        tensors = self._packed.tensors
+        codes = packing.unpack(tensors[f"{name}.weight"], in_features(self.config, name))
+        return WeightCodes(codes, tensors[f"{name}.weight_scale"].reshape(()))
+
+    def dense(self, name: str) -> Tensor:
+        value = self._packed.tensors[name]
+        if value.dtype == torch.int8:
+            return value.float() * self._packed.tensors[name.removesuffix("weight") + "scale"]
+        return value
+
+    def master(self, name: str) -> Tensor:
+        if self.config.linear != "plain":
+            raise no_masters("a packed file")
+        return self._packed.tensors[f"{name}.weight"]
+
+
+def no_masters(what: str) -> BitNetError:
+    """The refusal of everything that wants to train on from codes."""
+    return BitNetError(
+        f"got {what}, which holds ternary codes only, expected float masters to train on; give the folder of the run "
+        "or a checkpoint that is not packed (for 2B4T: the one called bf16)"
+    )

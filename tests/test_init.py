@@ -1,0 +1,176 @@
+"""`bitnet train --init`: a run that starts from another model, and a float model that turns ternary."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bitnet.checkpoint import read_save
+from bitnet.cli import main
+from bitnet.config import ModelConfig
+from bitnet.formats.gguf_export import export_gguf
+from bitnet.formats.hf_export import export_hf
+from bitnet.formats.source import TrainedSource
+from bitnet.layers import BitLinear, project, set_ease
+from bitnet.model import Transformer
+from bitnet.packed import write_packed
+from bitnet.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from bitnet.train.run import Run
+
+TEXT = "fade a cabbage\nbag the hedge and feed the bead to a badge\n" * 60
+
+
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
+    monkeypatch.delenv("BITNET_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return train_sentencepiece([TEXT], 280)
+
+
+def made(tokenizer: SentencePieceTokenizer, seed: int, **changes: object) -> Transformer:
+    shape = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=16, qk_norm=False, **shape)
+    model = Transformer(config.replace(**{"num_key_value_heads": 1, **changes}))
+    model.init_weights(seed)
+    return model
+
+
+def train(folder: Path, *args: object) -> int:
+    (folder / "toy.txt").write_text(TEXT)
+    base = [
+        "train",
+        "-q",
+        "--data",
+        folder / "toy.txt",
+        "--set",
+        "data.val_fraction=0.2",
+        "--set",
+        "train.batch_size=2",
+    ]
+    return main([str(arg) for arg in [*base, *args]])
+
+
+def first_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_save(run / "saves" / "step-00000001").tensors("model")
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "run"])
+def test_training_goes_on_from(kind: str, tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
+    """With a learning rate next to nothing, the first save holds the weights it started from, and the shape."""
+    linear = "plain" if kind == "gguf" else "ternary"
+    model = made(tokenizer, seed, linear=linear, **({"hidden_act": "silu"} if kind == "gguf" else {}))
+    source = TrainedSource(model, tokenizer, {})
+    if kind == "run":
+        export_hf(source, tmp_path / "hf", packed=False)
+        assert train(tmp_path, "--init", tmp_path / "hf", "--out", tmp_path / "start", "--steps", 2) == 0
+        start = tmp_path / "start"
+        model, _ = Run(start).load()
+    elif kind == "hf":
+        start = export_hf(source, tmp_path / "start", packed=False)
+    else:
+        start = export_gguf(source, tmp_path / "start.gguf", "f32")
+    still = ["--lr", "1e-12", "--set", "train.table_lr=1e-12", "--set", "train.save_every=1", "--set", "train.keep=9"]
+    out = tmp_path / "out"
+    assert train(tmp_path, "--init", start, "--out", out, "--steps", 2, *still) == 0
+    found = first_weights(out)
+    for name, parameter in model.named_parameters():
+        # Tables come at the bf16 values they are used at; a master on an edge between codes may move by 1e-5 of 0.02.
+        expected = parameter.bfloat16().float() if "embed" in name else parameter
+        torch.testing.assert_close(found[name], expected.detach(), rtol=0.0, atol=1e-6)
+    run = Run(out)
+    assert run.config().model.linear == linear
+    assert run.tokenizer().encode(TEXT) == tokenizer.encode(TEXT)
+    # The same command resumes, and so does a bare one where the model it began with is gone.
+    assert train(tmp_path, "--init", start, "--out", out, "--steps", 3, *still) == 0
+    shutil.rmtree(start) if start.is_dir() else start.unlink()
+    assert main(["train", "-q", "--out", str(out), "--steps", "4"]) == 0
+    assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
+    """The recipe: a float LlamaForCausalLM, --linear ternary, the quantisers eased in over half of the steps."""
+    model = made(tokenizer, seed, linear="plain", sub_norms=False, hidden_act="silu")
+    start = export_hf(TrainedSource(model, tokenizer, {}), tmp_path / "float", packed=False)
+    args = ["--init", start, "--linear", "ternary", "--set", "train.ease=0.5", "--set", "train.save_every=2"]
+    assert train(tmp_path, *args, "--out", tmp_path / "whole", "--steps", 8) == 0
+    ternary, _ = Run(tmp_path / "whole").load()
+    assert ternary.config == model.config.replace(linear="ternary", initializer_range=ternary.config.initializer_range)
+    assert all(layer.ease == 1.0 for layer in ternary.modules() if isinstance(layer, BitLinear))
+    # Stopped half-way and resumed, inside the easing: the same weights to the bit.
+    assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8, "--set", "train.eval_every=0") == 0
+    a, b = Run(tmp_path / "whole").load()[0].state_dict(), Run(tmp_path / "parts").load()[0].state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ease_blends_the_two_layers() -> None:
+    layers = [BitLinear(24, 40, bias=False), BitLinear(24, 8, bias=False)]
+    x = torch.randn(3, 24)
+    quantised = [layer(x) for layer in layers]
+    floats = [F.linear(x, layer.weight) for layer in layers]
+    for share in (0.0, 0.25, 1.0):
+        for layer in layers:
+            set_ease(layer, share)
+        for got, q, f in zip(project(x, *layers), quantised, floats, strict=True):
+            torch.testing.assert_close(got, share * q + (1 - share) * f)
+        torch.testing.assert_close(layers[0](x), share * quantised[0] + (1 - share) * floats[0])
+    set_ease(layers[0], 0.0)
+    layers[0](x).sum().backward()
+    torch.testing.assert_close(layers[0].weight.grad, x.sum(0).expand(40, 24))
+
+
+def test_what_cannot_be_trained_on(
+    tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = made(tokenizer, seed)
+    packed = write_packed(tmp_path / "m.safetensors", model, tokenizer)
+    bare = export_hf(TrainedSource(model, None, {}), tmp_path / "bare", packed=False)
+    codes = export_hf(TrainedSource(model, tokenizer, {}), tmp_path / "codes", packed=True)
+    whole = export_hf(TrainedSource(model, tokenizer, {}), tmp_path / "whole", packed=False)
+    for start, more, part in (
+        (packed, [], "ternary codes only"),
+        (codes, [], "ternary codes only"),
+        (bare, [], "no tokenizer"),
+        (tmp_path / "nothing", [], "nothing at"),
+        (whole, ["--preset", "nano"], "--preset nano and --init"),
+        (whole, ["--set", "model.hidden_size=64"], "shape"),
+        (whole, ["--set", "train.ease=0.5", "--compile"], "train.ease"),
+    ):
+        capsys.readouterr()
+        assert train(tmp_path, "--init", start, "--out", tmp_path / "out", "--steps", 1, *more) == 2, start
+        assert part in capsys.readouterr().err
+        assert not (tmp_path / "out" / "config.toml").exists()
+
+
+def test_an_imported_export_is_the_same_model(
+    tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line: train, export, import, write the same text; the reports as JSON."""
+    start = export_hf(TrainedSource(made(tokenizer, seed), tokenizer, {}), tmp_path / "hf", packed=False)
+    run, direct, back = tmp_path / "run", tmp_path / "direct.safetensors", tmp_path / "back.safetensors"
+    assert train(tmp_path, "--init", start, "--out", run, "--steps", 2) == 0
+    assert main(["pack", str(run), "-o", str(direct)]) == 0
+    for target, source in (("hf", "master"), ("hf-packed", "multiply")):
+        folder = str(tmp_path / f"new-{target}")
+        capsys.readouterr()
+        assert main(["export", str(run), "-o", folder, "--to", target, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["readers"][0][:2] == ["transformers 5", True]
+        assert main(["import", folder, "-o", str(back), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["source"] == f"Hugging Face, bitnet, {source}"
+        texts = []
+        for path in (direct, back):
+            assert main(["generate", "-m", str(path), "-p", "a", "-n", "5", "--temp", "0", "--json"]) == 0
+            texts.append(json.loads(capsys.readouterr().out)["ids"])
+        assert texts[0] == texts[1]
+        assert main(["export", str(run), "-o", folder, "--to", target]) == 2  # it is not empty any more
+    assert main(["export", str(run), "-o", str(tmp_path / "x"), "--to", "onnx"]) == 2
+    assert main(["export", str(run), "-o", str(tmp_path / "x"), "--to", "hf", "--type", "f16"]) == 2
+    assert main(["import", "nowhere", "-o", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
