@@ -56,11 +56,23 @@ class Engine(Protocol):
 class KVCache:
     """Keys and values of a batch of sequences, allocated once: per layer [B, G, S, E]."""
 
-    def __init__(self, config: ModelConfig, batch: int, limit: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        limit: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shape = (2, config.num_hidden_layers, batch, config.num_key_value_heads, limit, config.head_dim)
-        self._store = torch.empty(shape, device=device)
+        self._store = torch.empty(shape, device=device, dtype=dtype)
         self.position = 0
         self.layers = [_LayerView(self, i) for i in range(config.num_hidden_layers)]
+
+    def store(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as they are kept, [B, G, S, E] each, the unused end included."""
+        keys, values = self._store[:, layer]
+        return keys, values
 
 
 class _LayerView:
@@ -95,7 +107,7 @@ class TorchEngine:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32 on the CPU."""
-        ids = _check_ids(torch.as_tensor(ids), self.config)
+        ids = check_ids(torch.as_tensor(ids), self.config)
         with keep_codes(self.model):
             scores: Tensor = self.model(torch.atleast_2d(ids).to(self.device)).float().cpu()
         return scores if ids.dim() == 2 else scores[0]
@@ -135,17 +147,9 @@ class TorchSession:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
-        ids = _check_ids(ids, self._config)
-        if ids.dim() != 2 or ids.shape[0] != self._batch:
-            raise BitNetError(f"prefill: got ids of shape {tuple(ids.shape)}, expected [{self._batch}, T]")
-        length = ids.shape[1]
-        if self.position + length > self.limit:
-            raise BitNetError(
-                f"context is full: got {length} tokens after {self.position}, expected at most {self.limit} in all; "
-                "shorten the prompt or raise the limit (-c)"
-            )
+        ids = check_prefill(ids, self._config, self._batch, self.position, self.limit)
         hidden = self._model.hidden(ids.to(self._device), self.position, self._cache.layers)
-        self._cache.position += length
+        self._cache.position += ids.shape[1]
         return self._model.logits(hidden[:, -1]).float()
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -189,7 +193,8 @@ def stream(
         yield token
 
 
-def _check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
+def check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
+    """Token ids [T] or [B, T] as int64. Raises BitNetError for another dtype or shape and for ids out of range."""
     if ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0 or ids.dim() not in (1, 2):
         raise BitNetError(f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T] or [B, T], T >= 1")
     low, high = int(ids.min()), int(ids.max())
@@ -198,3 +203,16 @@ def _check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
             f"ids: got {low}..{high}, expected 0..{config.vocab_size - 1}; was the text tokenised for another model?"
         )
     return ids.long()
+
+
+def check_prefill(ids: Tensor, config: ModelConfig, batch: int, position: int, limit: int) -> Tensor:
+    """Ids [batch, T] as int64 that fit after `position`. Raises BitNetError for others."""
+    ids = check_ids(ids, config)
+    if ids.dim() != 2 or ids.shape[0] != batch:
+        raise BitNetError(f"prefill: got ids of shape {tuple(ids.shape)}, expected [{batch}, T]")
+    if position + ids.shape[1] > limit:
+        raise BitNetError(
+            f"context is full: got {ids.shape[1]} tokens after {position}, expected at most {limit} in all; "
+            "shorten the prompt or raise the limit (-c)"
+        )
+    return ids

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitnet.kernels.gpu.device import INTERPRET
 
+INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
 ASM: tl.constexpr = tl.constexpr(not INTERPRET)  # whether kernels may use inline PTX
 EXACT = {"enable_fp_fusion": False}  # launch option of every kernel that rounds; see above
 PDL_LAUNCH: dict[bool, dict[str, bool]] = {False: {}, True: {"launch_pdl": True}}  # programmatic dependent launch
