@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitnet.config import ModelConfig
 from bitnet.engine import KVCache, check_ids, check_prefill, stream
 from bitnet.errors import BitNetError
 from bitnet.kernels import packing

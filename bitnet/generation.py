@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitnet.engine import TorchEngine, stream
+from bitnet.engine import Engine, stream
 from bitnet.errors import BitNetError
 from bitnet.packed import load
 from bitnet.sampling import Sampling
@@ -71,7 +71,7 @@ def write_text(
     }
 
 
-def load_for_text(model: Path, device: torch.device, context: int = 0) -> tuple[TorchEngine, Tokenizer, int]:
+def load_for_text(model: Path, device: torch.device, context: int = 0) -> tuple[Engine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
 
     Raises BitNetError for a model without a tokenizer and for a context beyond the model's.

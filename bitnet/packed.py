@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -27,10 +27,13 @@ from bitnet.checkpoint import replacing, write_tensors
 from bitnet.config import ModelConfig
 from bitnet.engine import TorchEngine
 from bitnet.errors import BitNetError
-from bitnet.kernels import packing, reference
+from bitnet.kernels import ops, packing, reference
 from bitnet.layers import BitLinear, PackedLinear, Table
 from bitnet.model import Transformer, in_features
 from bitnet.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from bitnet.engine_gpu import TritonEngine
 
 FORMAT, VERSION = "bitnet-packed", 1
 EMBEDDINGS = ("bf16", "int8")
@@ -128,9 +131,16 @@ def read_packed(path: str | Path) -> PackedModel:
         ) from error
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> TorchEngine:
-    """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file."""
-    packed = read_packed(path)
+def load(path: str | Path, device: str | torch.device = "cpu") -> "TorchEngine | TritonEngine":
+    """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file.
+
+    The engine goes with the kernels that `ops.select` picks: Triton's where they run, else torch's.
+    """
+    packed, device = read_packed(path), torch.device(device)
+    if packed.config.linear != "plain" and ops.select(device) is ops.TRITON:
+        from bitnet.engine_gpu import TritonEngine  # imports Triton, which takes most of a second
+
+        return TritonEngine(packed, device)
     engine = TorchEngine(build(packed).to(device))
     engine.tokenizer = packed.tokenizer
     return engine

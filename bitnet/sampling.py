@@ -43,10 +43,9 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits: [B, V] float, any device. Returns ids [B] int64 on the CPU."""
-        logits = logits.detach().float().cpu()
-        if self.sampling.temperature == 0:
-            return logits.argmax(dim=-1)
-        probabilities = filtered_probabilities(logits, self.sampling)
+        if self.sampling.temperature == 0:  # where the logits are: one id travels, not a vocabulary
+            return logits.detach().argmax(dim=-1).cpu()
+        probabilities = filtered_probabilities(logits.detach().float().cpu(), self.sampling)
         return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import packing, reference
+from bitnet.kernels.gpu import device as gpu
 
 ENVIRONMENT = "BITNET_BACKEND"
 
@@ -75,6 +76,33 @@ def _float_matmul(q: Tensor, codes: Tensor) -> Tensor:
         return acc
 
 
+# Triton takes most of a second to import: only who multiplies on a GPU pays for it.
+def _triton_codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
+    from bitnet.kernels.gpu import products
+
+    return products.codes_matmul(q, codes)
+
+
+def _triton_prepare(packed: Tensor, k: int) -> Any:
+    from bitnet.kernels.gpu import layout
+
+    return layout.arrange(packed, k)
+
+
+def _triton_packed_matmul(q: Tensor, weights: Any) -> Tensor:
+    from bitnet.kernels.gpu import products
+
+    return products.packed_matmul(q, weights)
+
+
+TRITON = Backend(
+    "triton",
+    "Triton kernels on an NVIDIA GPU: dp4a and int8 tensor cores, weights at two bits",
+    gpu.why_not,
+    _triton_codes_matmul,
+    _triton_prepare,
+    _triton_packed_matmul,
+)
 ONEDNN = Backend(
     "onednn",
     "int8 x int8 products by oneDNN (VNNI where the CPU has it)",
@@ -99,7 +127,7 @@ REFERENCE = Backend(
     lambda packed, k: packed,
     reference.packed_matmul,
 )
-BACKENDS: tuple[Backend, ...] = (ONEDNN, FLOAT, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TRITON, ONEDNN, FLOAT, REFERENCE)
 
 
 def select(device: torch.device) -> Backend:

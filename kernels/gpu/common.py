@@ -36,16 +36,14 @@ def check_matrix(name: str, x: Tensor, dtype: torch.dtype, width: int | None = N
 
 
 @triton.jit
-def round_even(x):  # type: ignore[no-untyped-def]
+def round_even(x):
     """Nearest integer of an fp32 |x| < 2^22, halves to even, as fp32."""
     magic = 12582912.0  # 1.5 * 2^23: the last bit of the sum is worth one
     return (x + magic) - magic
 
 
 @triton.jit
-def scaled(  # type: ignore[no-untyped-def]
-    acc, scale_ptr, inv_scale, rows, first, start1, start2, SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr
-):
+def scaled(acc, scale_ptr, inv_scale, rows, first, start1, start2, SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr):
     """reference.scale_output of a tile [M, N]: acc * (scale / inv_scale[m]), int32 -> fp32, with its three roundings.
 
     Up to three matrices that share their input (q/k/v, gate/up) are one product with a scale each: scale_ptr
@@ -60,13 +58,12 @@ def scaled(  # type: ignore[no-untyped-def]
         if SEGMENTS > 2:
             segment += (first >= start2).to(tl.int32)
         return acc.to(tl.float32) * tl.div_rn(tl.load(scale_ptr + segment), inv_scale)[:, None]
-    else:
-        factor = tl.div_rn(tl.load(scale_ptr), inv_scale)[:, None]
-        factor = tl.where((rows >= start1)[None, :], tl.div_rn(tl.load(scale_ptr + 1), inv_scale)[:, None], factor)
-        if SEGMENTS > 2:
-            third = tl.div_rn(tl.load(scale_ptr + 2), inv_scale)[:, None]
-            factor = tl.where((rows >= start2)[None, :], third, factor)
-        return acc.to(tl.float32) * factor
+    factor = tl.div_rn(tl.load(scale_ptr), inv_scale)[:, None]
+    factor = tl.where((rows >= start1)[None, :], tl.div_rn(tl.load(scale_ptr + 1), inv_scale)[:, None], factor)
+    if SEGMENTS > 2:
+        third = tl.div_rn(tl.load(scale_ptr + 2), inv_scale)[:, None]
+        factor = tl.where((rows >= start2)[None, :], third, factor)
+    return acc.to(tl.float32) * factor
 
 
 MAX_SEGMENTS = 3

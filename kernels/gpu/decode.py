@@ -12,7 +12,7 @@
     product         down                                                        9, its sums read by the next `add`
 
 Nine with the last product. Why so few: a dependent kernel in a CUDA graph costs about 1 us on Hopper before it does
-anything, and a token of 2B4T has 30 layers and a floor of 121 us for all ternary weights (521 MB at 4.3 TB/s): launches,
+anything, and a token of 2B4T has 30 layers and a floor of 121 us for all ternary weights (521 MB, 4.3 TB/s): launches,
 not bytes, are the larger part of batch-1 decode. So products write raw int32 sums, split along K or not, and the kernel
 behind them adds the splits, applies the scales, and ends with the codes of the next product: no kernel only scales,
 adds, normalises or quantises.
@@ -43,7 +43,7 @@ from bitnet.kernels.gpu.quantize import quantize_row, rms
 
 
 @triton.jit
-def split_sum(acc_ptr, place, mask, stride, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def split_sum(acc_ptr, place, mask, stride, SPLITS: tl.constexpr):
     """The exact sums behind `SPLITS` partial sums that lie `stride` apart."""
     total = tl.load(acc_ptr + place, mask=mask, other=0)
     for split in tl.static_range(1, SPLITS):
@@ -52,14 +52,14 @@ def split_sum(acc_ptr, place, mask, stride, SPLITS: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _norm_and_quantize(y, gain_ptr, q_row, inv_ptr, sum_ptr, k, K, width, eps, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_and_quantize(y, gain_ptr, q_row, inv_ptr, sum_ptr, k, K, width, eps, NORM: tl.constexpr):
     if NORM:
         y = y * rms(y, K, eps) * tl.load(gain_ptr + k, mask=k < K, other=0.0)
     quantize_row(y, q_row, inv_ptr, sum_ptr, k, width)
 
 
 @triton.jit
-def enter_kernel(  # type: ignore[no-untyped-def]
+def enter_kernel(
     id_ptr,  # [M] int64
     table_ptr,  # [V, D] bf16 or int8
     table_scale_ptr,  # [V] fp32, if SCALED
@@ -94,7 +94,7 @@ def enter_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_kernel(  # type: ignore[no-untyped-def]
+def add_kernel(
     x_ptr,  # [M, D] fp32, read and written
     acc_ptr,  # [SPLITS, M, D] int32
     acc_inv_ptr,  # [M] fp32: inverse scale of the activations behind acc
@@ -134,7 +134,7 @@ def add_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gate_kernel(  # type: ignore[no-untyped-def]
+def gate_kernel(
     acc_ptr,  # [SPLITS, M, 2 F] int32: gate, then up
     acc_inv_ptr,  # [M] fp32
     scale_ptr,  # [2] fp32
@@ -173,13 +173,24 @@ def gate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _turn(first, second, cos, sin):  # type: ignore[no-untyped-def]
+def _turn(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def _heads(  # type: ignore[no-untyped-def]
-    acc_ptr, row, column, width, stride, factor, gain_ptr, e, HALF: tl.constexpr, eps, SPLITS: tl.constexpr, NORM: tl.constexpr
+def _heads(
+    acc_ptr,
+    row,
+    column,
+    width,
+    stride,
+    factor,
+    gain_ptr,
+    e,
+    HALF: tl.constexpr,
+    eps,
+    SPLITS: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     """Both halves [heads, HALF'] of the heads whose first columns are `column` [heads], scaled and normed."""
     inside = (e < HALF)[None, :] & (column >= 0)[:, None]
@@ -195,7 +206,7 @@ def _heads(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attend_kernel(  # type: ignore[no-untyped-def]
+def attend_kernel(
     acc_ptr,  # [SPLITS, B, (H + 2 G) E] int32: queries, keys, values
     inv_ptr,  # [B] fp32
     scale_ptr,  # [3] fp32
@@ -299,7 +310,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def merge_kernel(  # type: ignore[no-untyped-def]
+def merge_kernel(
     out_ptr,  # [B, H, P, E] fp32
     top_ptr,  # [B, H, P] fp32
     weight_ptr,  # [B, H, P] fp32
@@ -330,7 +341,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
     y = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, tl.cdiv(position + 1, span)):
+    for part in range(tl.cdiv(position + 1, span)):
         here = tl.load(top_ptr + slot + part, mask=inside, other=0.0)
         higher = tl.maximum(top, here)
         shrink, grow = tl.exp(top - higher), tl.exp(here - higher)
@@ -342,7 +353,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def head_kernel(  # type: ignore[no-untyped-def]
+def head_kernel(
     h_ptr,  # [3, M, D] bf16: three terms whose sum is the state
     w_ptr,  # [V, D] bf16 or int8
     scale_ptr,  # [V] fp32, if SCALED
@@ -359,8 +370,8 @@ def head_kernel(  # type: ignore[no-untyped-def]
 ):
     """Logits: a bf16 or int8 table times fp32 states, on tensor cores and still to fp32's accuracy.
 
-    An fp32 number is the sum of three bf16 numbers to 24 bits, and a product of two bf16 numbers is exact in fp32: three
-    products instead of one, while the time is that of reading the table. The table is the left operand: at most 16
+    An fp32 number is the sum of three bf16 numbers to 24 bits, and a product of two bf16 numbers is exact in fp32:
+    three products for one, while the time is that of reading the table. The table is the left operand: up to 16
     tokens are a narrow right one, and int8 rows become bf16 in registers.
     """
     rows = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)

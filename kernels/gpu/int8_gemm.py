@@ -3,8 +3,8 @@
     y  [M, N] = (q  [M, K] . codes   [N, K]) * (scale[n] / inv_scale[m])      forward
     dx [M, K] = (qg [M, N] . codes^T [K, N]) * (1 / inv_scale[m])             qg: (dy * scale) in int8, a scale a row
 
-One kernel serves both: int8 tensor cores want both operands contiguous along the summed dimension, so the gradient reads
-a transposed copy of the codes, one byte a weight. The sum is int32 and exact; the scales come after it, in the epilogue,
+One kernel for both: int8 tensor cores want both operands contiguous along the summed dimension, so the gradient reads
+a transposed copy of the codes, one byte a weight. The sum is int32 and exact; scales come after it, in the epilogue,
 with the roundings of `reference.scale_output`: `y` is the reference's to the last bit.
 
 Floors on an H200: 2 * M * N * K operations at ~1,580 Tops (twice the 790 measured in bf16) and M * K + N * K bytes in,
@@ -28,7 +28,7 @@ from bitnet.kernels.gpu.common import EXACT, check_matrix, scaled, starts
 
 
 @triton.jit
-def int8_gemm_kernel(  # type: ignore[no-untyped-def]
+def int8_gemm_kernel(
     a_ptr,  # [M, K] int8
     b_ptr,  # [N, K] int8
     out_ptr,  # [M, N] int32 if RAW, else float
@@ -79,8 +79,8 @@ def int8_gemm_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# Tiles by their reason. A 128 x 256 tile of int32 sums is 128 registers a thread of 256 and does the most products a byte
-# from shared memory; 128 x 128 fills the machine when M * N is small; the last one is for narrow outputs and few tokens.
+# Tiles by their reason. A 128 x 256 tile of int32 sums takes 128 registers a thread and does most products a byte
+# from shared memory; 128 x 128 fills the machine when M * N is small; the last is for narrow outputs and few tokens.
 # BLOCK_K of 128 bytes is the widest swizzle of shared memory: (128 + 256) * 128 bytes * 4 stages = 192 KiB of 227.
 CONFIGS: tuple[tune.Config, ...] = (
     {"block_m": 128, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 3},

@@ -34,7 +34,7 @@ from bitnet.kernels import packing
 BLOCK_K = 256  # weights of a row in one block
 BYTES = BLOCK_K // packing.CODES_PER_BYTE  # bytes of a row in one block: four 16-byte loads
 FIELDS = packing.CODES_PER_BYTE
-MAX_K = 2**17  # 2 * 128 * K < 2^31, and a row of activations fits one thread block
+MAX_K = 2**20  # 32 * 128 * K / 2, the largest partial sum of kernels/gpu/gemv.py, stays below 2^31
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class GpuWeights:
 def arrange(packed: Tensor, k: int) -> GpuWeights:
     """Rearrange a checked file image [N, ceil(k / 4)] uint8 into tiles, on its own device.
 
-    Raises ValueError for K beyond 131,072.
+    Raises ValueError for K beyond 1,048,576.
     """
     if k > MAX_K:
-        raise ValueError(f"packed weights: got K = {k}, expected at most {MAX_K} on a GPU; use BITNET_BACKEND=float")
+        raise ValueError(f"packed weights: got K = {k}, expected at most {MAX_K}; use BITNET_BACKEND=float")
     codes = packing.unpack(packed, k)
     n, blocks = codes.shape[0], -(-k // BLOCK_K)
     fields = torch.ones(n, blocks * BLOCK_K, dtype=torch.uint8, device=packed.device)

@@ -37,15 +37,15 @@ from bitnet.kernels.gpu.layout import BLOCK_K, GpuWeights
 
 
 @triton.jit
-def field(packed, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+def field(packed, SHIFT: tl.constexpr):
     """Field at SHIFT of each byte, as int8 0, 1 or 2; four bytes an instruction where inline PTX can be had."""
     if not ASM:
         return ((packed >> SHIFT) & 3).to(tl.int8)
-    elif SHIFT == 0:
+    if SHIFT == 0:
         return tl.inline_asm_elementwise(
             "and.b32 $0, $1, 0x03030303;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
         )
-    elif SHIFT == 2:
+    if SHIFT == 2:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }",
             "=r,r",
@@ -54,7 +54,7 @@ def field(packed, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
             is_pure=True,
             pack=4,
         )
-    elif SHIFT == 4:
+    if SHIFT == 4:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }",
             "=r,r",
@@ -63,19 +63,18 @@ def field(packed, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
             is_pure=True,
             pack=4,
         )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }",
-            "=r,r",
-            [packed],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }",
+        "=r,r",
+        [packed],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
-def packed_gemm_kernel(  # type: ignore[no-untyped-def]
+def packed_gemm_kernel(
     q_ptr,  # [M, blocks * 256] int8
     sum_ptr,  # [M] int32: sums of q
     w_ptr,  # [blocks, N, 64] uint8
@@ -114,10 +113,7 @@ def packed_gemm_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if WEIGHTS_LEFT:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    acc = tl.zeros((BLOCK_N if WEIGHTS_LEFT else BLOCK_M, BLOCK_M if WEIGHTS_LEFT else BLOCK_N), tl.int32)
     for block in range(split * share, min(split * share + share, blocks)):
         packed = tl.load(w_rows + block * block_bytes)
         for s in tl.static_range(4):
@@ -229,7 +225,7 @@ def _launch(
         WEIGHTS_LEFT=bool(c["weights_left"]),
         SCALED=scales is not None,
         SEGMENTS=len(sizes),
-            ALIGNED=all(start % c["block_n"] == 0 for start in (start1, start2)),
+        ALIGNED=all(start % c["block_n"] == 0 for start in (start1, start2)),
         PDL=pdl,
         num_warps=c["num_warps"],
         num_stages=c["num_stages"],

@@ -33,14 +33,14 @@ def candidates(tokens: int, weights: GpuWeights, device: torch.device) -> list[t
     programs = _PROGRAMS * multiprocessors(device)
     if tokens == 1:
         tiles = ((64, 2, 4), (32, 2, 4), (64, 1, 4), (32, 4, 4), (128, 2, 8), (16, 4, 2))
-        return [_gemv_config(weights, programs * 4 // warps, *tile, warps) for *tile, warps in tiles]
+        return [_gemv_config(weights, programs * 4 // warps, rows, step, warps) for rows, step, warps in tiles]
     if tokens <= gemv.MAX_TOKENS:
         few = [_gemv_config(weights, programs, 32, 1, 4)] if tokens <= 8 else []
         return [_gemm_config(weights, programs, 1, 16, bn, 4, stages, 1) for bn, stages in ((64, 4), (128, 4))] + few
     if tokens <= 64:
         bm, tiles_m = triton.next_power_of_2(tokens), 1
-        shapes = ((bm, 64, 4, 4, 1), (bm, 128, 4, 3, 1), (bm, 128, 8, 3, 1))
-        return [_gemm_config(weights, programs // 2, tiles_m, *shape) for shape in shapes]
+        small = ((bm, 64, 4, 4, 1), (bm, 128, 4, 3, 1), (bm, 128, 8, 3, 1))
+        return [_gemm_config(weights, programs // 2, tiles_m, *shape) for shape in small]
     shapes = (
         (128, 128, 8, 3, 1),  # 64 sums a thread; three stages of 40 KB
         (256, 128, 8, 3, 1),  # 128 sums a thread, most products for each decoded weight
@@ -48,8 +48,8 @@ def candidates(tokens: int, weights: GpuWeights, device: torch.device) -> list[t
         (128, 128, 8, 3, 0),
         (64, 128, 4, 3, 1),  # a few hundred tokens: more tiles than multiprocessors
     )
-    tiles = [triton.cdiv(tokens, shape[0]) for shape in shapes]
-    return [_gemm_config(weights, programs // _PROGRAMS, t, *shape) for t, shape in zip(tiles, shapes, strict=True)]
+    share = programs // _PROGRAMS
+    return [_gemm_config(weights, share, triton.cdiv(tokens, shape[0]), *shape) for shape in shapes]
 
 
 def _gemv_config(weights: GpuWeights, programs: int, block_n: int, step: int, warps: int) -> tune.Config:

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from bitnet.kernels import packing
 from bitnet.kernels.gpu.common import EXACT, round_even
-from bitnet.kernels.gpu.layout import BLOCK_K, MAX_K
+from bitnet.kernels.gpu.layout import BLOCK_K
 
+MAX_ROW = 2**17  # elements of a row: 128 a thread of the largest thread block
 _SUMS = 512  # partial sums of |W|: four programs a multiprocessor of the largest GPUs, and one load to add up
 _TILE = 4096  # elements of a weight in flight in one program: 16 to 32 a thread
 
@@ -49,13 +50,13 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def rms(x, size, eps):  # type: ignore[no-untyped-def]
+def rms(x, size, eps):
     """1 / sqrt(mean(x^2) + eps) of one row [BLOCK] fp32 that holds `size` values and zeros."""
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, axis=0), size * 1.0) + eps))
 
 
 @triton.jit
-def quantize_row(y, q_row, inv_ptr, sum_ptr, k, width):  # type: ignore[no-untyped-def]
+def quantize_row(y, q_row, inv_ptr, sum_ptr, k, width):
     """Write one row [BLOCK] fp32, zero behind its end, as `width` int8 codes with inverse scale and sum."""
     # |y| as integers: ordered as the numbers are, infinity above all of them and NaN above infinity.
     largest = tl.max(tl.abs(y).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
@@ -67,7 +68,7 @@ def quantize_row(y, q_row, inv_ptr, sum_ptr, k, width):  # type: ignore[no-untyp
 
 
 @triton.jit
-def quantize_kernel(  # type: ignore[no-untyped-def]
+def quantize_kernel(
     x_ptr,  # [M, K] float, rows `stride` apart
     gain_ptr,  # [K] fp32, if NORM
     q_ptr,  # [M, width] int8
@@ -92,7 +93,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def norm_backward_kernel(  # type: ignore[no-untyped-def]
+def norm_backward_kernel(
     dy_ptr,  # [M, K] float
     x_ptr,  # [M, K] float
     gain_ptr,  # [K] fp32
@@ -120,7 +121,7 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def abs_sum_kernel(w_ptr, sum_ptr, size, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def abs_sum_kernel(w_ptr, sum_ptr, size, TILE: tl.constexpr):
     total = tl.zeros((), tl.float64)
     # Steps of one tile a program over the whole weight; within a tile fp32, across tiles fp64.
     for start in range(tl.program_id(0) * TILE, size, tl.num_programs(0) * TILE):
@@ -131,20 +132,22 @@ def abs_sum_kernel(w_ptr, sum_ptr, size, TILE: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _mean_abs(sum_ptr, size, SUMS: tl.constexpr):  # type: ignore[no-untyped-def]
-    mean = (tl.sum(tl.load(sum_ptr + tl.arange(0, SUMS)), axis=0) / (size * tl.full((), 1.0, tl.float64))).to(tl.float32)
+def _mean_abs(sum_ptr, size, SUMS: tl.constexpr):
+    mean = (tl.sum(tl.load(sum_ptr + tl.arange(0, SUMS)), axis=0) / (size * tl.full((), 1.0, tl.float64))).to(
+        tl.float32
+    )
     return tl.where(mean < 1e-5, 1e-5, mean)
 
 
 @triton.jit
-def _code(w, scale):  # type: ignore[no-untyped-def]
+def _code(w, scale):
     # The clamp first: a lone huge weight would leave the range where adding 1.5 * 2^23 rounds.
     scaled = w.to(tl.float32) * tl.div_rn(1.0, scale)
     return round_even(tl.minimum(tl.maximum(scaled, -2.0), 2.0))
 
 
 @triton.jit
-def ternary_kernel(  # type: ignore[no-untyped-def]
+def ternary_kernel(
     w_ptr,  # [size] float
     sum_ptr,  # [SUMS] fp64
     code_ptr,  # [size] int8
@@ -163,7 +166,7 @@ def ternary_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ternary_pack_kernel(  # type: ignore[no-untyped-def]
+def ternary_pack_kernel(
     w_ptr,  # [N, K] float
     sum_ptr,  # [SUMS] fp64
     packed_ptr,  # [N, width] uint8: the file's layout, four neighbours a byte
@@ -205,8 +208,13 @@ def quantize_rows(
     width: columns of the codes, K or more (default K); what lies behind K is zero. rstd is empty without a gain.
     Raises ValueError for a wrong shape or dtype and for K beyond 131,072.
     """
-    if x.dim() != 2 or not x.is_floating_point() or not 1 <= x.shape[1] <= MAX_K or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"quantize: got {x.dtype} {tuple(x.shape)}, expected float [M, 1..{MAX_K}], contiguous rows")
+    if (
+        x.dim() != 2
+        or not x.is_floating_point()
+        or not 1 <= x.shape[1] <= MAX_ROW
+        or (x.shape[1] > 1 and x.stride(1) != 1)
+    ):
+        raise ValueError(f"quantize: got {x.dtype} {tuple(x.shape)}, expected float [M, 1..{MAX_ROW}], contiguous rows")
     (M, K), width = x.shape, width or x.shape[1]
     if width < K or (gain is not None and (gain.shape != (K,) or gain.dtype != torch.float32)):
         raise ValueError(

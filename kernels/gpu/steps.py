@@ -1,6 +1,6 @@
 """Wrappers of the kernels in kernels/gpu/decode.py: they check, allocate, launch.
 
-Between products travels one of two things: `Codes`, rows ready to be multiplied, or `Sums`, what a product of them left:
+Between products travels one of two: `Codes`, rows ready to be multiplied, or `Sums`, what a product of them left:
 integers without a scale.
 
 Dimensions: M rows, B sequences, T new positions, D model, F ffn, H heads, G key/value heads, E width of a head,
@@ -100,7 +100,7 @@ def enter(ids: Tensor, table: Table, gain: Tensor, eps: float, pdl: bool = False
 
 def add(x: Tensor, sums: Sums, scales: Tensor, gain: Tensor, eps: float, pdl: bool = False) -> Codes:
     """Add a product, scaled, to the residual stream x [M, D] in place. Returns the codes of RMSNorm(x)."""
-    out = _new_codes(*x.shape, x.device)
+    out = _new_codes(x.shape[0], x.shape[1], x.device)
     _add(x, sums, scales, gain, eps, out, out.codes.shape[1], False, pdl)
     return out
 

@@ -39,7 +39,9 @@ def bucket(tokens: int) -> int:
     return min(triton.next_power_of_2(max(tokens, 1)), 8192)
 
 
-def best(kernel: str, key: Key, candidates: Sequence[Config], run: Callable[[Config], None], device: torch.device) -> Config:
+def best(
+    kernel: str, key: Key, candidates: Sequence[Config], run: Callable[[Config], None], device: torch.device
+) -> Config:
     """The candidate to run for this key, measured on first use. `run` launches the kernel with a candidate.
 
     Raises RuntimeError when no candidate fits the GPU.
@@ -50,7 +52,9 @@ def best(kernel: str, key: Key, candidates: Sequence[Config], run: Callable[[Con
     name = "/".join(map(str, (file.stem, kernel, *key)))
     _read(file)
     known = _chosen.get(name)
-    if known in candidates:  # an entry of an older version that is no candidate any more is measured again
+    if (
+        known is not None and known in candidates
+    ):  # an entry of an older version that is no candidate any more is measured again
         return known
     if torch.cuda.is_current_stream_capturing():
         return candidates[0]  # a capture may not wait; engines run every shape once before they capture
