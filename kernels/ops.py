@@ -147,6 +147,12 @@ def select(device: torch.device) -> Backend:
     return next(backend for backend in BACKENDS if backend.why_not(device) is None)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def trains_fused(device: torch.device) -> bool:
+    """Whether linear layers on `device` train through the fused operators of kernels/gpu/training.py."""
+    return select(device) is TRITON
+
+
 def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
     """Integer product of int8 activations [M, K] and ternary codes [N, K] int8. Returns [M, N] int32, exact."""
     _check_activations(q, codes.shape[-1])
