@@ -43,6 +43,16 @@ def round_even(x):
 
 
 @triton.jit
+def narrow(x, kind: tl.constexpr):
+    """fp32 rounded to the float dtype `kind`, halves to even; the interpreter would cut a bf16 off."""
+    if INTERPRETED and kind == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(kind)
+
+
+@triton.jit
 def scaled(acc, scale_ptr, inv_scale, rows, first, start1, start2, SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr):
     """reference.scale_output of a tile [M, N]: acc * (scale / inv_scale[m]), int32 -> fp32, with its three roundings.
 

@@ -38,7 +38,7 @@ P parts of the positions, V vocabulary.
 import triton
 import triton.language as tl
 
-from bitnet.kernels.gpu.common import INTERPRETED
+from bitnet.kernels.gpu.common import INTERPRETED, narrow
 from bitnet.kernels.gpu.quantize import quantize_row, rms
 
 
@@ -125,7 +125,7 @@ def add_kernel(
     if LAST:
         y = x * rms(x, D, eps) * tl.load(gain_ptr + k, mask=inside, other=0.0)
         for term in tl.static_range(3):
-            part = y.to(tl.bfloat16)
+            part = narrow(y, tl.bfloat16)
             tl.store(q_ptr + term * stride + row * D + k, part, mask=inside)
             y -= part.to(tl.float32)
     else:
@@ -269,8 +269,8 @@ def attend_kernel(
         v1, v2 = _heads(acc_ptr, b, column, width, stride, factor, k_gain_ptr, e, HALF, eps, SPLITS, False)
         # As the cache will hold them, so that this step and later ones see the same key and value.
         kind = k_ptr.dtype.element_ty
-        k1, k2 = k1.to(kind).to(tl.float32), k2.to(kind).to(tl.float32)
-        v1, v2 = v1.to(kind).to(tl.float32), v2.to(kind).to(tl.float32)
+        k1, k2 = narrow(k1, kind).to(tl.float32), narrow(k2, kind).to(tl.float32)
+        v1, v2 = narrow(v1, kind).to(tl.float32), narrow(v2, kind).to(tl.float32)
         cached = (b * G + g) * limit * E
         if end == position + 1:
             place = cached + position * E + e[None, :]

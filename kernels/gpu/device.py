@@ -32,5 +32,5 @@ def why_not(device: torch.device) -> str | None:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; in the interpreter a small number that still splits K."""
     if device.type != "cuda":
-        return 4
+        return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

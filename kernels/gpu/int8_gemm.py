@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet.kernels.gpu import tune
-from bitnet.kernels.gpu.common import EXACT, check_matrix, scaled, starts
+from bitnet.kernels.gpu.common import EXACT, check_matrix, narrow, scaled, starts
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def int8_gemm_kernel(
     else:
         inv_scale = tl.load(inv_ptr + tokens, mask=tokens < M, other=1.0)
         y = scaled(acc, scale_ptr, inv_scale, rows, tile_n * BLOCK_N, start1, start2, SEGMENTS, ALIGNED)
-        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + place, narrow(y, out_ptr.dtype.element_ty), mask=mask)
 
 
 # Tiles by their reason. A 128 x 256 tile of int32 sums takes 128 registers a thread and does most products a byte

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet.kernels.gpu import tune
-from bitnet.kernels.gpu.common import ASM, EXACT, PDL_LAUNCH, check_matrix, scaled, starts
+from bitnet.kernels.gpu.common import ASM, EXACT, PDL_LAUNCH, check_matrix, narrow, scaled, starts
 from bitnet.kernels.gpu.layout import BLOCK_K, GpuWeights
 
 
@@ -132,7 +132,7 @@ def packed_gemm_kernel(
     if SCALED:
         inv_scale = tl.load(inv_ptr + tokens, mask=tokens < M, other=1.0)
         y = scaled(acc, scale_ptr, inv_scale, rows, tile_n * BLOCK_N, start1, start2, SEGMENTS, ALIGNED)
-        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + place, narrow(y, out_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(out_ptr + place, acc, mask=mask)
 

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet.kernels import packing
-from bitnet.kernels.gpu.common import EXACT, round_even
+from bitnet.kernels.gpu.common import EXACT, narrow, round_even
 from bitnet.kernels.gpu.layout import BLOCK_K
 
 MAX_ROW = 2**17  # elements of a row: 128 a thread of the largest thread block
@@ -115,7 +115,7 @@ def norm_backward_kernel(
         normed = tl.load(x_ptr + place, mask=k < K, other=0.0).to(tl.float32) * rstd
         scaled = dy * gain
         dx = rstd * (scaled - normed * (tl.sum(scaled * normed, axis=0) / K))
-        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=k < K)
+        tl.store(dx_ptr + place, narrow(dx, dx_ptr.dtype.element_ty), mask=k < K)
         dgain += dy * normed
     tl.store(dgain_ptr + tl.program_id(0).to(tl.int64) * K + k, dgain, mask=k < K)
 

@@ -260,7 +260,7 @@ def head(terms: Tensor, table: Table, pdl: bool = False) -> Tensor:
     # Reading the table is all the time for few tokens: 128 x 64 bf16 are 16 KB a stage, three in flight, two programs
     # a multiprocessor. For scoring, more tokens share a read.
     block_m = 16 if M <= 16 else 64
-    block_v, block_d = (16, 16) if INTERPRET else (128, 64)
+    block_v, block_d = (64, 32) if INTERPRET else (128, 64)
     decode.head_kernel[(triton.cdiv(V, block_v), triton.cdiv(M, block_m))](
         terms,
         table.rows,
