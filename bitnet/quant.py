@@ -27,8 +27,8 @@ from bitnet.kernels import ops, reference
 from bitnet.kernels.reference import WeightCodes
 
 _FUSED_MATRICES = 3  # q/k/v, gate/up: what one fused product takes
-# On a GPU: whether the gradient of a layer's input is computed from int8 gradients, at twice the rate and with an error of
-# up to max|dy| / 254 an element. Off until a training run has shown that the loss holds.
+# On a GPU: whether the gradient of a layer's input is computed from int8 gradients, at twice the rate and with an
+# error of up to max|dy| / 254 an element. Off until a training run has shown that the loss holds.
 int8_gradient = SimpleNamespace(on=False)
 
 QUANTIZERS = {"ternary": reference.ternary_weights, "binary": reference.binary_weights}

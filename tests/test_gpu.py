@@ -26,8 +26,18 @@ ON_GPU = torch.cuda.is_available() and not gpu.INTERPRET
 if not ON_GPU and not gpu.INTERPRET:
     pytest.skip("no GPU: run in the interpreter by tests/test_gpu_interpreter.py", allow_module_level=True)
 
-from bitnet.engine_gpu import TritonEngine
-from bitnet.kernels.gpu import gemv, int8_gemm, layout, packed_gemm, products, quantize, steps, training, tune
+from bitnet.engine_gpu import TritonEngine  # noqa: E402
+from bitnet.kernels.gpu import (  # noqa: E402 - below the skip: a machine without Triton gets here
+    gemv,
+    int8_gemm,
+    layout,
+    packed_gemm,
+    products,
+    quantize,
+    steps,
+    training,
+    tune,
+)
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 U = 2.0**-24  # half the distance between 1 and the next fp32: the relative error of one rounding
