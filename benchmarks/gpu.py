@@ -374,9 +374,8 @@ def table(results: Result) -> str:
         f"MFU {r['mfu_of_989_tflops']:.1%}, {r['ratio_to_plain']:.2f} of the float twin's time (714k/s published)"
         for r in results.get("train", {}).get("rows", [])
     )
-    for part in PARTS:
-        if "error" in results.get(part, {}):
-            lines.append(f"{part} FAILED: {results[part]['error'].strip().splitlines()[-1][:300]}")
+    failed = {part: results[part]["error"].strip() for part in PARTS if "error" in results.get(part, {})}
+    lines.extend(f"{part} FAILED: {(text or 'no message').splitlines()[-1][:300]}" for part, text in failed.items())
     return "\n".join(lines)
 
 
