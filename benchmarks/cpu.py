@@ -25,7 +25,7 @@ from rich.table import Table
 from worker import Worker
 
 from bitnet.config import ModelConfig
-from bitnet.cpu_engine import CpuEngine
+from bitnet.engine_cpu import CpuEngine
 from bitnet.kernels import native, packing
 from bitnet.packed import load
 
@@ -167,7 +167,10 @@ class Ours:
         ids = torch.randint(0, self.engine.config.vocab_size, (1, prefill + decode))
         session = self.engine.session(1, prefill + decode)
         read = seconds(lambda: session.prefill(ids[:, :prefill]))
-        return {"prefill": read, "decode": seconds(lambda: [session.decode(ids[:, prefill + i]) for i in range(decode)])}
+        return {
+            "prefill": read,
+            "decode": seconds(lambda: [session.decode(ids[:, prefill + i]) for i in range(decode)]),
+        }
 
 
 def model(name: str, config: ModelConfig, rounds: int, llama: str, cache: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """llama.cpp as a contender: a TQ2_0 model of random ternary weights in a given shape, prefill and decode timed.
 
-Runs in a Python that has llama-cpp-python compiled for this CPU (pip install --no-binary llama-cpp-python ...) and gguf:
+Runs in a Python that has gguf and llama-cpp-python, compiled for this CPU (pip install --no-binary llama-cpp-python):
 
     python llama_worker.py '{"hidden_size": 2560, ...}' MODEL.gguf THREADS
 
@@ -46,7 +46,9 @@ def write_model(config: dict, path: Path) -> None:
     writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
 
     def ternary(name: str, n: int, k: int) -> None:
-        codes = rng.choice(3, size=(n, k // 256, 2, 4, 32), p=[(1 - ZEROS) / 2, ZEROS, (1 - ZEROS) / 2]).astype(np.uint8)
+        codes = rng.choice(3, size=(n, k // 256, 2, 4, 32), p=[(1 - ZEROS) / 2, ZEROS, (1 - ZEROS) / 2]).astype(
+            np.uint8
+        )
         qs = codes[:, :, :, 0] | codes[:, :, :, 1] << 2 | codes[:, :, :, 2] << 4 | codes[:, :, :, 3] << 6
         scale = np.full((n, k // 256, 1), 1 / np.sqrt(k), np.float16).view(np.uint8).reshape(n, k // 256, 2)
         blocks = np.concatenate([qs.reshape(n, k // 256, 64), scale], axis=-1).reshape(n, -1)
@@ -81,9 +83,7 @@ class Llama:
 
     def __init__(self, path: Path, threads: int, context: int) -> None:
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
         params.n_threads = params.n_threads_batch = threads

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, asked one at a time: other Pythons, other environment variables, no shared state.
+"""Contenders in processes of their own, asked one at a time: other Pythons, other environments, no shared state.
 
 A worker is a script that reads one JSON command a line from stdin and answers each with one JSON line on stdout.
 """

@@ -56,11 +56,23 @@ class Engine(Protocol):
 class KVCache:
     """Keys and values of a batch of sequences, allocated once: per layer [B, G, S, E]."""
 
-    def __init__(self, config: ModelConfig, batch: int, limit: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        limit: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shape = (2, config.num_hidden_layers, batch, config.num_key_value_heads, limit, config.head_dim)
-        self._store = torch.empty(shape, device=device)
+        self._store = torch.empty(shape, device=device, dtype=dtype)
         self.position = 0
         self.layers = [_LayerView(self, i) for i in range(config.num_hidden_layers)]
+
+    def store(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as they are kept, [B, G, S, E] each, the unused end included."""
+        keys, values = self._store[:, layer]
+        return keys, values
 
 
 class _LayerView:
@@ -134,11 +146,9 @@ class TorchSession:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
-        ids = check_ids(ids, self._config)
-        check_room(self._batch, self.limit, ids, self.position)
-        length = ids.shape[1]
+        ids = check_prefill(ids, self._config, self._batch, self.position, self.limit)
         hidden = self._model.hidden(ids.to(self._device), self.position, self._cache.layers)
-        self._cache.position += length
+        self._cache.position += ids.shape[1]
         return self._model.logits(hidden[:, -1]).float()
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -183,7 +193,7 @@ def stream(
 
 
 def check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
-    """The ids as int64; raises BitNetError for another dtype or rank, for none, and for ids the model lacks."""
+    """Token ids [T] or [B, T] as int64. Raises BitNetError for another dtype or shape and for ids out of range."""
     if ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0 or ids.dim() not in (1, 2):
         raise BitNetError(f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T] or [B, T], T >= 1")
     low, high = int(ids.min()), int(ids.max())
@@ -194,12 +204,15 @@ def check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
     return ids.long()
 
 
-def check_room(batch: int, limit: int, ids: Tensor | None = None, position: int = 0) -> None:
-    """Refuse a session of no size, and ids [B, T] that are not one row a sequence or do not fit behind `position`."""
+def check_room(batch: int, limit: int) -> None:
+    """Refuse a session of no size."""
     if batch < 1 or limit < 1:
         raise BitNetError(f"session: got batch {batch} and limit {limit}, expected 1 or more of both")
-    if ids is None:
-        return
+
+
+def check_prefill(ids: Tensor, config: ModelConfig, batch: int, position: int, limit: int) -> Tensor:
+    """Ids [batch, T] as int64 that fit after `position`. Raises BitNetError for others."""
+    ids = check_ids(ids, config)
     if ids.dim() != 2 or ids.shape[0] != batch:
         raise BitNetError(f"prefill: got ids of shape {tuple(ids.shape)}, expected [{batch}, T]")
     if position + ids.shape[1] > limit:
@@ -207,3 +220,4 @@ def check_room(batch: int, limit: int, ids: Tensor | None = None, position: int 
             f"context is full: got {ids.shape[1]} tokens after {position}, expected at most {limit} in all; "
             "shorten the prompt or raise the limit (-c)"
         )
+    return ids

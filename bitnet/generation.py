@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bitnet.cpu_engine import CpuEngine
-from bitnet.engine import TorchEngine, stream
+from bitnet.engine import Engine, stream
 from bitnet.errors import BitNetError
 from bitnet.json_tokenizer import JsonTokenizer
 from bitnet.packed import load
@@ -82,9 +81,7 @@ def write_text(
     }
 
 
-def load_for_text(
-    model: Path, device: torch.device, context: int = 0, **options: str
-) -> tuple[TorchEngine | CpuEngine, Tokenizer, int]:
+def load_for_text(model: Path, device: torch.device, context: int = 0, **options: str) -> tuple[Engine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
 
     options: engine, head and cache of `bitnet.load`. A big file shows a progress bar on a terminal.

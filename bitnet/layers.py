@@ -145,12 +145,19 @@ def packed_linear(x: Tensor, layers: Sequence[PackedLinear]) -> tuple[Tensor, ..
     return tuple(y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Apply bias-free linears that share the input x [..., K] (q/k/v, gate/up), one output [..., N_i] each."""
+def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tuple[Tensor, ...]:
+    """Apply bias-free linears that share the input x [..., K] (q/k/v, gate/up), one output [..., N_i] each.
+
+    norm: applied to x first; one with the quantiser where the kernels can.
+    """
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
     if len(bit_layers) == len(layers):
         weights, codes = [layer.weight for layer in bit_layers], [layer.quantized_weight() for layer in bit_layers]
-        return _eased(x, bit_layers, quant.bit_linear(x, weights, codes))
+        fused = None if norm is None else quant.Norm(norm.weight, norm.eps)
+        outputs = quant.bit_linear(x, weights, codes, fused)
+        return _eased(x, bit_layers, outputs)
+    if norm is not None:
+        x = norm(x)
     packed_layers = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed_layers) == len(layers):
         return packed_linear(x, packed_layers)
@@ -194,8 +201,8 @@ class RMSNorm(nn.Module):
         x = x.float()
         if torch.is_grad_enabled():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # Engines sum the squares in fp64 and round once: an fp32 sum would show the order of its terms in the last bit, and
-        # with it flip an int8 activation here and there against the next engine.
+        # Engines sum the squares in fp64 and round once: an fp32 sum would show the order of its terms in the last bit,
+        # and with it flip an int8 activation here and there against the next engine.
         mean_square = x.double().square().mean(dim=-1, keepdim=True).float()
         return x * (mean_square + self.eps).sqrt().reciprocal() * self.weight
 
@@ -240,11 +247,17 @@ class Attention(nn.Module):
         self.attn_sub_norm = RMSNorm(d, config.rms_norm_eps) if config.sub_norms else None
         self.head_dim = config.head_dim
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        """x: [B, T, D], rotary: tables [T, E] of the positions of x. Returns [B, T, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        norm: "RMSNorm | None" = None,
+    ) -> Tensor:
+        """x: [B, T, D], behind `norm` if one is given, rotary: tables [T, E] of its positions. Returns [B, T, D]."""
         q, k, v = (
             rearrange(y, "b t (h e) -> b h t e", e=self.head_dim)
-            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -252,9 +265,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         y = rearrange(attend(q, k, v), "b h t e -> b t (h e)")
-        if self.attn_sub_norm is not None:
-            y = self.attn_sub_norm(y)
-        return self.o_proj(y)
+        return project(y, self.o_proj, norm=self.attn_sub_norm)[0]
 
 
 # Up to this context a bf16 training step on a CPU attends by two plain products: torch's flash attention takes twice as
@@ -298,10 +309,8 @@ class FeedForward(nn.Module):
         self.ffn_sub_norm = RMSNorm(f, config.rms_norm_eps) if config.sub_norms else None
         self.squared_relu = config.hidden_act == "relu2"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, D]. Returns [B, T, D]."""
-        gate, up = project(x, self.gate_proj, self.up_proj)
+    def forward(self, x: Tensor, norm: "RMSNorm | None" = None) -> Tensor:
+        """x: [B, T, D], behind `norm` if one is given. Returns [B, T, D]."""
+        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm)
         h = (F.relu(gate).square() if self.squared_relu else F.silu(gate)) * up
-        if self.ffn_sub_norm is not None:
-            h = self.ffn_sub_norm(h)
-        return self.down_proj(h)
+        return project(h, self.down_proj, norm=self.ffn_sub_norm)[0]

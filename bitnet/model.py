@@ -31,8 +31,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         """x: [B, T, D], rotary: tables [T, E]. Returns [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, rotary, cache, self.input_layernorm)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

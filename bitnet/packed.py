@@ -15,26 +15,28 @@ Everything is checked before it is used: a file that is cut, altered or unknown 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
-from bitnet import cpu_engine
+from bitnet import engine_cpu
 from bitnet.checkpoint import replacing, write_tensors
 from bitnet.config import ModelConfig
-from bitnet.cpu_engine import CpuEngine
 from bitnet.engine import TorchEngine
+from bitnet.engine_cpu import CpuEngine
 from bitnet.errors import BitNetError
-from bitnet.kernels import ops, packing, reference
+from bitnet.kernels import native, ops, packing, reference
 from bitnet.layers import BitLinear, PackedLinear, Table
 from bitnet.model import Transformer, in_features
 from bitnet.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from bitnet.engine_gpu import TritonEngine
 
 _log = logging.getLogger("bitnet")
 
@@ -134,7 +136,7 @@ def read_packed(path: str | Path) -> PackedModel:
         ) from error
 
 
-ENGINES = ("auto", "cpu", "torch")
+ENGINES = ("auto", "cpu", "torch", "triton")
 
 
 def load(
@@ -145,23 +147,27 @@ def load(
     head: str = "file",
     cache: str = "fp32",
     progress: Callable[[int], None] | None = None,
-) -> TorchEngine | CpuEngine:
+) -> "TorchEngine | CpuEngine | TritonEngine":
     """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file.
 
-    engine: "cpu" (C++), "torch" (any device), or "auto": C++ on a CPU wherever it can run. head, cache: see CpuEngine;
-    the torch engine computes in fp32 and has no such choice. progress: called with each layer that is ready.
+    engine: "cpu" (C++), "triton" (a GPU), "torch" (any device), or "auto": the first of them that runs there. head,
+    cache: see CpuEngine; the others have no such choice. progress: called with each layer that is ready.
     Raises BitNetError for a file that is not a whole, known model and for an engine that cannot run it.
     """
     if engine not in ENGINES:
         raise BitNetError(f"engine: got '{engine}', expected one of {', '.join(ENGINES)}")
-    packed = read_packed(path)
-    device = torch.device(device)
+    packed, device = read_packed(path), torch.device(device)
+    reason = _why_not(engine, packed.config, device)
+    if reason:
+        raise BitNetError(f"engine: '{engine}' cannot be used: {reason}")
     if engine == "auto":
         engine = _choose_engine(packed.config, device)
+    if engine == "triton":
+        from bitnet.engine_gpu import TritonEngine  # imports Triton, which takes most of a second
+
+        return TritonEngine(packed, device)
     loaded: TorchEngine | CpuEngine
     if engine == "cpu":
-        if device.type != "cpu":
-            raise BitNetError(f"engine: got 'cpu' for device {device}, expected --device cpu or another engine")
         loaded = CpuEngine(packed.config, packed.tensors, head=head, cache=cache, progress=progress)
     else:
         loaded = TorchEngine(build(packed).to(device))
@@ -169,13 +175,24 @@ def load(
     return loaded
 
 
+def _why_not(engine: str, config: ModelConfig, device: torch.device) -> str | None:
+    if engine == "cpu":
+        return ops.CPU.why_not(device) or engine_cpu.why_not(config)
+    if engine == "triton":
+        return ops.TRITON.why_not(device) or ("it runs no plain linears" if config.linear == "plain" else None)
+    return None
+
+
 def _choose_engine(config: ModelConfig, device: torch.device) -> str:
-    if device.type != "cpu" or os.environ.get(ops.ENVIRONMENT, "cpu") != "cpu":  # a forced product backend is torch's
-        return "torch"
-    reason = cpu_engine.why_not(config)
-    if reason and config.linear != "plain":
-        _log.warning("%s; running through torch meanwhile, several times slower", reason)
-    return "torch" if reason else "cpu"
+    """The engine that goes with the kernels `ops.select` picks; one warning where C++ is missing."""
+    chosen = ops.select(device)
+    if chosen is ops.TRITON and config.linear != "plain":
+        return "triton"
+    if chosen is ops.CPU and config.linear != "plain":
+        return "cpu"
+    if device.type == "cpu" and native.why_not() and config.linear != "plain":
+        _log.warning("%s; running through torch meanwhile, several times slower", native.why_not())
+    return "torch"
 
 
 def build(packed: PackedModel) -> Transformer:

@@ -16,31 +16,63 @@ Dimensions: M rows (tokens), N out-features, K in-features.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet.kernels import ops, reference
 from bitnet.kernels.reference import WeightCodes
+
+_FUSED_MATRICES = 3  # q/k/v, gate/up: what one fused product takes
+# On a GPU: whether the gradient of a layer's input is computed from int8 gradients, at twice the rate and with an
+# error of up to max|dy| / 254 an element. Off until a training run has shown that the loss holds.
+int8_gradient = SimpleNamespace(on=False)
 
 QUANTIZERS = {"ternary": reference.ternary_weights, "binary": reference.binary_weights}
 
 
 def quantize_weight(weight: Tensor, linear: str) -> WeightCodes:
     """Codes [N, K] int8 and scale [] fp32 of a weight [N, K]; linear: "ternary" or "binary"."""
+    if linear == "ternary" and ops.trains_fused(weight.device):
+        from bitnet.kernels.gpu import training
+
+        return WeightCodes(*training.ternary_weights(weight.detach()))
     return QUANTIZERS[linear](weight.detach())
 
 
-def bit_linear(x: Tensor, weights: Sequence[Tensor], codes: Sequence[WeightCodes]) -> tuple[Tensor, ...]:
+class Norm(NamedTuple):
+    """An RMSNorm in front of a linear layer: gain [K] fp32 and epsilon."""
+
+    gain: Tensor
+    eps: float
+
+
+def bit_linear(
+    x: Tensor, weights: Sequence[Tensor], codes: Sequence[WeightCodes], norm: Norm | None = None
+) -> tuple[Tensor, ...]:
     """Apply quantised linears that share the input x, one output each.
 
-    x: [..., K] float; weights: masters [N_i, K], which receive the gradient; codes: their quantised form.
-    Returns [..., N_i] in the autocast dtype if autocast is on, else in x's dtype.
+    x: [..., K] float; weights: masters [N_i, K], which receive the gradient; codes: their quantised form; norm: an
+    RMSNorm to apply first, which a GPU does in the kernel that quantises.
+    Returns [..., N_i] in the autocast dtype if autocast is on, else in x's dtype (behind a norm: fp32).
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    plain = x.dtype if norm is None else torch.float32
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else plain
     scales = torch.stack([c.scale for c in codes])
     merged = codes[0].codes if len(codes) == 1 else torch.cat([c.codes for c in codes])
+    if len(codes) <= _FUSED_MATRICES and ops.trains_fused(x.device):
+        from bitnet.kernels.gpu import training
+
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            parts = training.bit_linear(rows, merged, scales, weights, dtype, norm, int8_gradient.on)
+            return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in parts)
+    if norm is not None:
+        x = F.rms_norm(x.float(), norm.gain.shape, norm.gain, norm.eps)
     outputs: tuple[Tensor, ...] = _BitLinear.apply(x, merged, scales, dtype, *weights)
     return outputs
 

@@ -43,10 +43,9 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits: [B, V] float, any device. Returns ids [B] int64 on the CPU."""
-        logits = logits.detach().float().cpu()
-        if self.sampling.temperature == 0:
-            return logits.argmax(dim=-1)
-        probabilities, index = likeliest(logits, self.sampling)
+        if self.sampling.temperature == 0:  # where the logits are: one id travels, not a vocabulary
+            return logits.detach().argmax(dim=-1).cpu()
+        probabilities, index = likeliest(logits.detach().float().cpu(), self.sampling)
         drawn = torch.multinomial(probabilities, 1, generator=self._generator)
         return index.gather(-1, drawn).squeeze(1)
 

@@ -1,7 +1,7 @@
 """The compiled CPU kernels from Python: which instruction sets there are, and the product as an op of torch.
 
-The C++ lies in kernels/cpu/ and is installed as bitnet.kernels._cpu where a compiler was at hand. BITNET_CPU=name forces
-one instruction set; an unknown one, or one this CPU lacks, is an error and never silently replaced.
+The C++ lies in kernels/cpu/ and is installed as bitnet.kernels._cpu where a compiler was at hand. BITNET_CPU=name
+forces one instruction set; an unknown one, or one this CPU lacks, is an error and never silently replaced.
 
     torch.ops.bitnet.ternary_matmul(q, prepared, n, isa)     int8 [M, K] x prepared weights -> int32 [M, n], exact
 
@@ -83,7 +83,7 @@ def read_bandwidth(size: int, repeats: int) -> float:
 
 
 def prepare(packed: Tensor, k: int, isa: str | None = None) -> tuple[Tensor, str]:
-    """Rearrange packed weights [N, ceil(k / 4)] uint8. Returns the bytes [*] uint8 and the instruction set they suit."""
+    """Rearrange packed weights [N, ceil(k / 4)] uint8. Returns bytes [*] uint8 and the instruction set they suit."""
     isa = isa or select()
     size = module().prepared_bytes(isa, packed.shape[0], k)
     out = torch.empty(size, dtype=torch.uint8)
@@ -100,5 +100,5 @@ def ternary_matmul(q: Tensor, prepared: Tensor, n: int, isa: str) -> Tensor:
 
 
 @ternary_matmul.register_fake
-def _(q: Tensor, prepared: Tensor, n: int, isa: str) -> Tensor:
+def _(q: Tensor, prepared: Tensor, n: int, isa: str) -> Tensor:  # noqa: ARG001 - the op's arguments
     return q.new_empty((q.shape[0], n), dtype=torch.int32)

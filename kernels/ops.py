@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import native, packing, reference
+from bitnet.kernels.gpu import device as gpu
 
 ENVIRONMENT = "BITNET_BACKEND"
 
@@ -108,6 +109,35 @@ CPU = Backend(
     _native_prepare,
     _native_matmul,
 )
+
+
+# Triton takes most of a second to import: only who multiplies on a GPU pays for it.
+def _triton_codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
+    from bitnet.kernels.gpu import products
+
+    return products.codes_matmul(q, codes)
+
+
+def _triton_prepare(packed: Tensor, k: int) -> Any:
+    from bitnet.kernels.gpu import layout
+
+    return layout.arrange(packed, k)
+
+
+def _triton_packed_matmul(q: Tensor, weights: Any) -> Tensor:
+    from bitnet.kernels.gpu import products
+
+    return products.packed_matmul(q, weights)
+
+
+TRITON = Backend(
+    "triton",
+    "Triton kernels on an NVIDIA GPU: dp4a and int8 tensor cores, weights at two bits",
+    gpu.why_not,
+    _triton_codes_matmul,
+    _triton_prepare,
+    _triton_packed_matmul,
+)
 ONEDNN = Backend(
     "onednn",
     "int8 x int8 products by oneDNN (VNNI where the CPU has it)",
@@ -133,18 +163,19 @@ REFERENCE = Backend(
     reference.packed_matmul,
 )
 
+
 def cpu_backend(isa: str) -> Backend:
     """The C++ backend on one instruction set, whichever is selected."""
     return replace(CPU, prepare=lambda packed, k: _native_prepare(packed, k, isa))
 
 
-BACKENDS: tuple[Backend, ...] = (CPU, ONEDNN, FLOAT, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TRITON, CPU, ONEDNN, FLOAT, REFERENCE)
 
 
 def select(device: torch.device) -> Backend:
     """The backend for a device: the one BITNET_BACKEND names, else the first that can run.
 
-    Raises ValueError when the named one does not exist or cannot run on this device.
+    Raises ValueError when the named one, or the instruction set that BITNET_CPU names, does not exist or cannot run.
     """
     forced = os.environ.get(ENVIRONMENT)
     if forced:
@@ -155,7 +186,15 @@ def select(device: torch.device) -> Backend:
         if reason:
             raise ValueError(f"{ENVIRONMENT}={forced} cannot be used: {reason}; unset it to let bitnet choose")
         return known[forced]
+    if device.type == "cpu" and native.why_not() is None:
+        native.select()  # a BITNET_CPU that cannot be had is an error, not a reason to take another backend
     return next(backend for backend in BACKENDS if backend.why_not(device) is None)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def trains_fused(device: torch.device) -> bool:
+    """Whether linear layers on `device` train through the fused operators of kernels/gpu/training.py."""
+    return select(device) is TRITON
 
 
 def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:

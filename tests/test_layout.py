@@ -154,7 +154,7 @@ def imported_roots(*rooms: str) -> set[str]:
 
 
 def test_no_dead_dependency() -> None:
-    excused = {"triton"}  # its kernels, kernels/gpu/, come with the GPU engine
+    excused: set[str] = set()
     core = requirement_names(project()["dependencies"])
     unused = core - excused - imported_roots("bitnet", "kernels", "train")
     assert not unused, f"in pyproject.toml but never imported: {sorted(unused)}"

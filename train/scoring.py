@@ -27,7 +27,8 @@ def score_text(
 ) -> dict[str, Any]:
     """Score all text behind `paths` in windows of `context` tokens, each token but the first exactly once.
 
-    options: engine, head and cache of `bitnet.load`. documents: what begins with a BOS token: a "file", "line" or "paragraph"; that of the training run compares.
+    options: engine, head and cache of `bitnet.load`.
+    documents: what begins with a BOS token: a "file", "line" or "paragraph"; that of the training run compares.
     Returns bits per byte, perplexity, their standard errors and what was scored, as JSON values. Raises BitNetError
     for a model without a tokenizer, a context beyond the model's, and text that cannot be read.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitnet.config import ModelConfig
-from bitnet.engine import check_ids, check_room, stream
+from bitnet.engine import check_ids, check_prefill, check_room, stream
 from bitnet.errors import BitNetError
 from bitnet.kernels import native
 from bitnet.layers import rotary_table
@@ -53,10 +53,10 @@ def why_not(config: ModelConfig) -> str | None:
 class CpuEngine:
     """A packed model in C++. Takes the tensors out of `tensors` (names and dtypes of bitnet/packed.py) as it goes.
 
-    head: "file" (as stored, exact), "int8" (a scale a row) or "int4" (a scale for 32 weights, 4.5 bits each). cache: what
-    keys and values are kept in, "fp32" (exact), "bf16" or "int8". The others are rounded and smaller; README says what
-    they cost. threads: default, torch's. progress: called after each layer with its number.
-    Raises BitNetError for a config it cannot run and for unknown options; ValueError for a BITNET_CPU that cannot be had.
+    head: "file" (as stored, exact), "int8" (a scale a row) or "int4" (a scale for 32 weights, 4.5 bits each).
+    cache: what keys and values are kept in, "fp32" (exact), "bf16" or "int8". README says what rounding costs.
+    threads: default, torch's. progress: called after each layer with its number.
+    Raises BitNetError for a config it cannot run and for unknown options; ValueError for a BITNET_CPU it cannot have.
     """
 
     name = "cpu"
@@ -193,8 +193,7 @@ class CpuSession:
         return self._forward(ids, True).view(*ids.shape, -1)
 
     def _forward(self, ids: Tensor, every: bool) -> Tensor:
-        ids = check_ids(ids, self._config)
-        check_room(self._batch, self._limit, ids, self.position)
+        ids = check_prefill(ids, self._config, self._batch, self.position, self._limit)
         rows = ids.numel() if every else self._batch
         out = torch.empty(rows, self._config.vocab_size)
         self._session.forward(ids.cpu().contiguous().numpy(), every, out.numpy())

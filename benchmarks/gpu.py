@@ -1,0 +1,414 @@
+"""How fast on this GPU: floors first, then copy bandwidth, GEMV, GEMM, decode of the 2B4T shape, training steps.
+
+    bash benchmarks/gpu.sh        sets up the import path, runs the tests on the device, then this
+
+Each part is a process of its own with a time limit: a part that fails or hangs costs its own figures only. Weights are
+rotated through more memory than the L2 cache holds, contenders take turns within a round, figures are medians. Launches
+are timed as replays of a CUDA graph that holds one launch for each copy of the weights, so Python is not measured.
+The last lines are a short table; everything is in gpu.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What is expected of an H200 until the run has measured it: bytes/s copied, bf16 operations/s; int8 is twice bf16.
+EXPECTED = {"copy": 4.3e12, "bf16": 790e12}
+SHAPES = ((13824, 2560), (2560, 6912), (3840, 2560), (2560, 2560))  # gate/up, down, q/k/v, o of 2B4T
+LIMITS = {"machine": 40, "gemv": 80, "gemm": 80, "decode": 110, "train": 190}  # seconds; 160 more are the tests'
+ROTATED = 512 * 2**20  # bytes of weights a contender walks through: ten times the L2 cache of an H200
+ROUNDS = 9
+Result = dict[str, Any]
+
+
+def floors() -> list[Result]:
+    """Least times of each product, from bytes and operations alone."""
+    rows = []
+    for n, k in SHAPES:
+        packed, full = n * k / 4, 2 * n * k
+        row: Result = {"n": n, "k": k, "gemv_us": packed / EXPECTED["copy"] * 1e6}
+        row["gemv_bf16_us"] = full / EXPECTED["copy"] * 1e6
+        for m in (512, 4096):
+            row[f"gemm_{m}_us"] = (
+                max(2 * m * n * k / 2 / EXPECTED["bf16"], (packed + m * (k + 2 * n)) / EXPECTED["copy"]) * 1e6
+            )
+            row[f"gemm_{m}_bf16_us"] = 2 * m * n * k / EXPECTED["bf16"] * 1e6
+        rows.append({key: round(value, 2) for key, value in row.items()})
+    return rows
+
+
+def median_times(contenders: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each contender, which take turns in every round."""
+    for run in contenders.values():
+        run()
+    torch.cuda.synchronize()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds):
+        order = list(contenders) if i % 2 else list(contenders)[::-1]
+        for name in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            contenders[name]()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def graph_of(run: Callable[[int], Any], count: int) -> Callable[[], None]:
+    """A graph with one launch for each of `count` copies, as a callable."""
+    for i in range(min(count, 3)):
+        run(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            run(i)
+    return graph.replay
+
+
+def bandwidth() -> float:
+    """Bytes a second of a device-to-device copy, read and written both counted."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_times({"copy": lambda: target.copy_(source)})["copy"]
+
+
+def machine() -> Result:
+    """What the GPU is, and its two ceilings in this very run."""
+    import triton
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    c, d = (torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8) for _ in range(2))
+    times = median_times({"bf16": lambda: a @ b, "int8": lambda: torch._int_mm(c, d.T)})
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "date": date.today().isoformat(),
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "copy_bytes_per_second": bandwidth(),
+        "bf16_flops": 2 * 8192**3 / times["bf16"],
+        "int8_ops_cublas": 2 * 8192**3 / times["int8"],
+    }
+
+
+def random_weights(n: int, k: int) -> Any:
+    """Packed random trits on the GPU, in the kernels' tiles."""
+    from bitnet.kernels import packing
+    from bitnet.kernels.gpu import layout
+
+    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
+    return layout.arrange(packing.pack(codes), k)
+
+
+def copies_of(weights: Any) -> list[Any]:
+    """Enough copies of packed weights to leave the cache."""
+    from bitnet.kernels.gpu.layout import GpuWeights
+
+    count = max(2, -(-ROTATED // weights.data.nbytes))
+    return [weights, *(GpuWeights(weights.data.clone(), weights.n, weights.k) for _ in range(count - 1))]
+
+
+def gemv() -> Result:
+    """1 to 16 tokens at the 2B4T shapes: every candidate and cuBLAS in bf16."""
+    from bitnet.kernels.gpu import products, quantize
+
+    copy, rows = bandwidth(), []
+    for n, k in SHAPES:
+        weights = copies_of(random_weights(n, k))
+        full = [
+            torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, -(-ROTATED // (2 * n * k))))
+        ]
+        for m in (1, 4, 16) if n == 13824 else (1,):
+            x = torch.randn(m, k, device="cuda")
+            q, half = quantize.quantize_rows(x, width=quantize.padded(k)), x.bfloat16()
+            configs = products.candidates(m, weights[0], q.codes.device)
+            contenders = {"cublas": graph_of(lambda i, h=half, f=full: h @ f[i].T, len(full))}
+            for j, config in enumerate(configs):
+                contenders[str(j)] = graph_of(
+                    lambda i, c=config, w=weights, r=q: products.partial_sums(r.codes, r.sums, w[i], c), len(weights)
+                )
+            times = median_times(contenders)
+            each = {name: s / len(full if name == "cublas" else weights) * 1e6 for name, s in times.items()}
+            best = min((name for name in each if name != "cublas"), key=lambda name: each[name])
+            packed = n * k / 4
+            rows.append({
+                "m": m, "n": n, "k": k, "us": each[best], "cublas_bf16_us": each["cublas"],
+                "floor_us": packed / copy * 1e6, "bandwidth_share": packed / (each[best] / 1e6) / copy,
+                "speedup": each["cublas"] / each[best], "config": configs[int(best)],
+                "all_us": {json.dumps(c): each[str(j)] for j, c in enumerate(configs)},
+            })  # fmt: skip
+        del weights, full
+    return {"copy_bytes_per_second": copy, "rows": rows}
+
+
+def gemm() -> Result:
+    """Prefill products with the scales in the epilogue against cuBLAS in bf16."""
+    from bitnet.kernels.gpu import packed_gemm, products, quantize
+
+    rows = []
+    for n, k in SHAPES[:3]:
+        weights = copies_of(random_weights(n, k))[:8]
+        full = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        one = torch.ones(1, device="cuda")
+        for m in (512, 1024, 2048, 4096):
+            x = torch.randn(m, k, device="cuda")
+            q, half = quantize.quantize_rows(x, width=quantize.padded(k)), x.bfloat16()
+            configs = [c for c in products.candidates(m, weights[0], half.device) if not c["gemv"]]
+            contenders: dict[str, Callable[[], Any]] = {"cublas": graph_of(lambda i, h=half, f=full: h @ f[i % 4].T, 8)}
+            for j, config in enumerate(configs):
+                contenders[str(j)] = graph_of(
+                    lambda i, c=config, w=weights, r=q, s=one: packed_gemm.packed_gemm_scaled(
+                        r.codes, r.sums, w[i], r.inv_scale, s, torch.bfloat16, c
+                    ),
+                    8,
+                )
+            each = {name: s / 8 * 1e6 for name, s in median_times(contenders, 7).items()}
+            best = min((name for name in each if name != "cublas"), key=lambda name: each[name])
+            rows.append({
+                "m": m, "n": n, "k": k, "us": each[best], "cublas_bf16_us": each["cublas"],
+                "floor_us": max(m * n * k / EXPECTED["bf16"], (n * k / 4 + m * (k + 2 * n)) / EXPECTED["copy"]) * 1e6,
+                "tops": 2 * m * n * k / (each[best] / 1e6) / 1e12, "speedup": each["cublas"] / each[best],
+                "config": configs[int(best)],
+                "all_us": {json.dumps(c): each[str(j)] for j, c in enumerate(configs)},
+            })  # fmt: skip
+    return {"rows": rows}
+
+
+def random_model(config: Any, embedding: str) -> Any:
+    """A packed model of random trits, made on the GPU."""
+    from bitnet.kernels import packing
+    from bitnet.packed import PackedModel, expected_tensors
+
+    tensors = {}
+    for name, (shape, kinds) in expected_tensors(config).items():
+        if torch.uint8 in kinds:
+            k = config.intermediate_size if "down_proj" in name else config.hidden_size
+            codes = torch.randint(-1, 2, (shape[0], k), dtype=torch.int8, device="cuda")
+            tensors[name] = packing.pack(codes)
+        elif name.endswith("_scale"):
+            tensors[name] = torch.full(shape, 0.02, device="cuda")
+        elif torch.int8 in kinds and embedding == "int8":
+            tensors[name] = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+            tensors[name.removesuffix("weight") + "scale"] = torch.full((shape[0], 1), 2e-4, device="cuda")
+        elif torch.int8 in kinds:
+            tensors[name] = (torch.randn(shape, device="cuda") * 0.02).bfloat16()
+        else:
+            tensors[name] = torch.ones(shape, device="cuda")
+    return PackedModel(config, tensors, None, {})
+
+
+def decode() -> Result:
+    """Tokens a second of the 2B4T shape, end to end: ids in, logits, greedy choice on the device, ids in again."""
+    from bitnet.config import preset
+    from bitnet.engine import stream
+    from bitnet.engine_gpu import TritonEngine
+    from bitnet.sampling import GREEDY
+
+    config, rows = preset("2b4t"), []
+    for embedding in ("int8", "bf16"):
+        packed, written = random_model(config, embedding), {}
+        for pdl in (False, True):
+            if pdl and torch.cuda.get_device_capability() < (9, 0):
+                continue
+            engine = TritonEngine(packed, torch.device("cuda"), pdl=pdl)
+            for batch in (1, 8, 64) if pdl else (1,):
+                row: Result = {"head": embedding, "pdl": pdl, "batch": batch, "weight_bytes": engine.weight_bytes()}
+                prompt = torch.arange(batch * 512).view(batch, 512) % config.vocab_size
+                session = engine.session(batch, 1024)
+                prompt = prompt if batch == 1 else prompt[:, :32]
+                logits = session.prefill(prompt)
+                if batch == 1:
+                    again = engine.session(1, 1024)
+                    torch.cuda.synchronize()
+                    started = time.perf_counter()
+                    again.prefill(prompt)
+                    torch.cuda.synchronize()
+                    row["prefill_512_tokens_per_second"] = 512 / (time.perf_counter() - started)
+                ids, kept = logits.argmax(dim=-1), []
+                for _ in range(5):
+                    ids = session.decode(ids).argmax(dim=-1)
+                    kept.append(ids)
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                for _ in range(128):
+                    ids = session.decode(ids).argmax(dim=-1)
+                    kept.append(ids)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
+                row |= {"us_per_step": seconds / 128 * 1e6, "tokens_per_second": batch * 128 / seconds}
+                row["floor_us"] = engine.weight_bytes() / EXPECTED["copy"] * 1e6
+                if batch == 1:
+                    written[pdl] = torch.stack(kept)
+                    started = time.perf_counter()
+                    count = len(list(stream(engine, [1, 2, 3], 128, GREEDY, limit=256)))
+                    row["stream_tokens_per_second"] = count / (time.perf_counter() - started)
+                rows.append(row)
+            del engine
+        if True in written:
+            rows[-1]["pdl_same_ids"] = torch.equal(written[False], written[True])
+    return {"rows": rows}
+
+
+TRAINED = {
+    # 75.5M parameters, 69.2M of them ternary, vocabulary of parameter-golf's record; 65,536 tokens a step
+    "74M": ({"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 11,
+             "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 1024}, 64),
+    "350M": ({"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 28,
+              "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 2048}, 8),
+}  # fmt: skip
+
+
+def train() -> Result:
+    """A training step under torch.compile in bf16: ternary (and with int8 gradients) against the float twin."""
+    from bitnet import quant
+    from bitnet.config import ModelConfig
+    from bitnet.model import Transformer, flops_per_token, parameters
+    from bitnet.train.pretrain import next_token_loss
+
+    rows = []
+    for name, (changes, batch) in TRAINED.items():
+        steps: dict[str, Callable[[], Any]] = {}
+        for kind in ("plain", "ternary", "ternary-int8-dx"):
+            config = ModelConfig(**changes).replace(linear="plain" if kind == "plain" else "ternary")
+            model = Transformer(config)
+            model.init_weights(0)
+            model.cuda()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            network = torch.compile(model)
+            tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
+
+            def step(network: Any = network, optimizer: Any = optimizer, tokens: Any = tokens, kind: str = kind) -> Any:
+                quant.int8_gradient.on = kind.endswith("dx")  # the compiled graph is guarded by it
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = next_token_loss(network, tokens[:, :-1], tokens[:, 1:])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                return loss
+
+            started = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            print(f"{name} {kind}: first step {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            steps[kind] = step
+        times = median_times(steps, 9)
+        quant.int8_gradient.on = False
+        torch._dynamo.reset()  # the models share their code, and a code object keeps a few compiled forms only
+        count = batch * config.context
+        for kind, seconds in times.items():
+            flops = flops_per_token(config, config.context, training=True)
+            rows.append({
+                "model": name, "parameters": parameters(config), "kind": kind, "ms": seconds * 1e3,
+                "tokens_per_second": count / seconds, "mfu_of_989_tflops": flops * count / seconds / 989e12,
+                "ratio_to_plain": seconds / times["plain"],
+            })  # fmt: skip
+        print(json.dumps({"rows": rows}), flush=True)  # what is known so far, should the next model take too long
+    return {"rows": rows, "published": {"tokens_per_second": 714_000, "what": "73.7M ternary, one H100 of eight"}}
+
+
+PARTS: dict[str, Callable[[], Result]] = {
+    "machine": machine, "gemv": gemv, "gemm": gemm, "decode": decode, "train": train,
+}  # fmt: skip
+
+
+def run_part(part: str) -> Result:
+    """Run a part in a process of its own. Returns its last JSON line, or what went wrong."""
+    command = [sys.executable, __file__, "--part", part]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMITS[part], check=False)
+        out, errors, code = done.stdout, done.stderr, done.returncode
+    except subprocess.TimeoutExpired as late:
+        out, errors = (text.decode() if isinstance(text, bytes) else text or "" for text in (late.stdout, late.stderr))
+        code = -1
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    result: Result = json.loads(lines[-1]) if lines else {}
+    if code:
+        result["error"] = ("ran out of its time; " if code == -1 else "") + errors[-3000:]
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def table(results: Result) -> str:
+    """The short version: one line a figure, with its floor and its target."""
+    lines = []
+    m = results.get("machine", {})
+    if "gpu" in m:
+        lines.append(
+            f"{m['gpu']}, torch {m['torch']}, Triton {m['triton']}: copy {m['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"bf16 {m['bf16_flops'] / 1e12:.0f} TFLOP/s, cuBLAS int8 {m['int8_ops_cublas'] / 1e12:.0f} Tops"
+        )
+    lines.append(f"tests on the device: exit {results.get('tests')}")
+    lines.extend(
+        f"gemv M{r['m']} {r['n']}x{r['k']}: {r['us']:.2f} us, floor {r['floor_us']:.2f}, {r['bandwidth_share']:.0%} of "
+        f"copy (60 %), {r['speedup']:.1f}x cuBLAS bf16 {r['cublas_bf16_us']:.1f} us (4x)"
+        for r in results.get("gemv", {}).get("rows", [])
+    )
+    lines.extend(
+        f"gemm M{r['m']} {r['n']}x{r['k']}: {r['us']:.0f} us, floor {r['floor_us']:.0f}, {r['tops']:.0f} Tops, "
+        f"{r['speedup']:.2f}x cuBLAS bf16 (1.2x)"
+        for r in results.get("gemm", {}).get("rows", [])
+    )
+    lines.extend(
+        f"2B4T decode batch {r['batch']} head {r['head']} pdl {r['pdl']}: {r['tokens_per_second']:,.0f} tokens/s, "
+        f"{r['us_per_step']:.0f} us (floor {r['floor_us']:.0f}; 1,500/s at batch 1)"
+        + "".join(f", {key} {r[key]:,.0f}" for key in r if key.startswith(("stream", "prefill")))
+        + (f", same ids {r['pdl_same_ids']}" if "pdl_same_ids" in r else "")
+        for r in results.get("decode", {}).get("rows", [])
+    )
+    lines.extend(
+        f"train {r['model']} {r['kind']}: {r['ms']:.1f} ms, {r['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {r['mfu_of_989_tflops']:.1%}, {r['ratio_to_plain']:.2f} of the float twin's time (714k/s published)"
+        for r in results.get("train", {}).get("rows", [])
+    )
+    failed = {part: results[part]["error"].strip() for part in PARTS if "error" in results.get(part, {})}
+    lines.extend(f"{part} FAILED: {(text or 'no message').splitlines()[-1][:300]}" for part, text in failed.items())
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run one part or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=list(PARTS))
+    parser.add_argument("--floors", action="store_true", help="print the floors and stop")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tests", default="not run")
+    options = parser.parse_args()
+    if options.floors:
+        print(
+            f"floors at {EXPECTED['copy'] / 1e12} TB/s and {EXPECTED['bf16'] / 1e12:.0f} TFLOP/s bf16, int8 twice that"
+        )
+        for row in floors():
+            print("  " + ", ".join(f"{key} {value:g}" for key, value in row.items()))
+        return 0
+    if not torch.cuda.is_available():
+        print("error: got no CUDA device, expected an NVIDIA GPU; the floors alone: --floors", file=sys.stderr)
+        return 2
+    if options.part:
+        print(json.dumps(PARTS[options.part]()))
+        return 0
+    results: Result = {"benchmark": "gpu", "floors": floors(), "tests": options.tests}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        results[part] = run_part(part)
+        (options.out / "gpu.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        print(f"{part}: {results[part]['seconds']} s", flush=True)
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The training path as torch operators: registered, with fake kernels and autograd, so that torch.compile sees through.
+
+    bitnet::ternary_weights   W -> codes, scale                              two launches, no wait for the device
+    bitnet::bit_linear        [RMSNorm,] int8, product, scales -> y          two launches for up to three matrices
+    bitnet::norm_backward     gradients of the norm that was fused away      one launch and a small sum
+    bitnet::int8_gradient     dx from int8 gradients                         two launches, by option
+
+    forward     y  = (q . codes) * (s / inv)            the integers and the roundings of kernels/reference.py
+    backward    dx = dy . (codes * s)                   s in dy's dtype, so codes * s is exact there; cuBLAS
+                dW = dy^T . (q / inv)                   cuBLAS
+                through the norm, if it is fused        kernels/gpu/quantize.py
+
+What is kept for the backward pass is q, one byte an element, and with a fused norm its input, which the residual stream
+keeps anyway, and one number a row.
+
+Why dx and dW run in cuBLAS: in bf16 they are plain products, and a float twin pays the same for them. What a ternary
+step saves is the forward product in int8; what it adds is quantising (bytes over bandwidth, kernels/gpu/quantize.py),
+codes to bf16 (3 bytes a weight), and q to bf16 (3 bytes an activation). At 65,536 tokens x 768 -> 2048 on an H200 (790
+Tops bf16): 261 us a product in bf16, 131 us in int8; 35 us to quantise with the norm inside; 35 us for q to bf16.
+`int8_gradient=True` quantises dy * s row by row to int8 for dx, another product at twice the rate, at the price of
+|error| <= max|dy s| / 254 an element of dy: an option, since only a training run can tell whether the loss holds.
+
+Dimensions: M rows (tokens), N out-features of all matrices together, K in-features.
+"""
+
+# ruff: noqa: ARG001 - fake kernels and backward functions take the arguments of their operators
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels.gpu import quantize
+from bitnet.kernels.gpu.int8_gemm import int8_gemm
+
+
+@torch.library.custom_op("bitnet::ternary_weights", mutates_args=())
+def ternary_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmean codes [N, K] int8 and scale [] fp32 of a weight [N, K] float."""
+    return quantize.ternary_weights(weight)
+
+
+@ternary_weights.register_fake
+def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("bitnet::bit_linear", mutates_args=())
+def _bit_linear(
+    x: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    codes: Tensor,
+    scales: Tensor,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    int8_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = quantize.quantize_rows(x.contiguous(), gain, eps)
+    sizes = [weight.shape[0] for weight in weights]
+    y = int8_gemm(rows.codes, codes, rows.inv_scale, scales, dtype, sizes)
+    return y, rows.codes, rows.inv_scale, rows.rstd
+
+
+@_bit_linear.register_fake
+def _(
+    x: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    codes: Tensor,
+    scales: Tensor,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    int8_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M = x.shape[0]
+    return (
+        x.new_empty((M, codes.shape[0]), dtype=dtype),
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((M,), dtype=torch.float32),
+        x.new_empty((0 if gain is None else M,), dtype=torch.float32),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gain, _, codes, scales, weights, _, int8 = inputs
+    _, q, inv_scale, rstd = output
+    ctx.save_for_backward(q, inv_scale, codes, scales, *(() if gain is None else (x, gain, rstd)))
+    ctx.mark_non_differentiable(q, inv_scale, rstd)
+    ctx.x_dtype, ctx.sizes, ctx.int8 = x.dtype, [weight.shape[0] for weight in weights], int8
+    ctx.weight_dtypes = [weight.dtype for weight in weights]
+    ctx.wants_x = x.requires_grad or (gain is not None and gain.requires_grad)
+
+
+def _backward(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Any, ...]:
+    q, inv_scale, codes, scales, *norm = ctx.saved_tensors
+    dtype, dx, dgain = dy.dtype, None, None
+    if ctx.wants_x:
+        columns = torch.cat([scale.expand(size) for scale, size in zip(scales, ctx.sizes, strict=True)])
+        if ctx.int8:
+            dx = int8_gradient((dy * columns).contiguous(), codes)
+        else:
+            dx = dy @ (codes.to(dtype) * columns.to(dtype)[:, None])
+        if norm:
+            dx, dgain = norm_backward(dx, *norm)
+        else:
+            dx = dx.to(ctx.x_dtype)
+    x = (q * inv_scale.reciprocal()[:, None]).to(dtype)
+    parts = (dy.T @ x).split(ctx.sizes)
+    dw = [part.to(weight_dtype) for part, weight_dtype in zip(parts, ctx.weight_dtypes, strict=True)]
+    return dx, dgain, None, None, None, dw, None, None
+
+
+_bit_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("bitnet::norm_backward", mutates_args=())
+def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients dx [M, K] in x's dtype and dgain [K] fp32 of RMSNorm."""
+    return quantize.norm_backward(dy, x, gain, rstd)
+
+
+@norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(gain)
+
+
+@torch.library.custom_op("bitnet::int8_gradient", mutates_args=())
+def int8_gradient(dy: Tensor, codes: Tensor) -> Tensor:
+    """dy [M, N] float, quantised row by row to int8, times codes [N, K]. Returns [M, K] in dy's dtype."""
+    rows = quantize.quantize_rows(dy)
+    one = torch.ones(1, dtype=torch.float32, device=dy.device)
+    return int8_gemm(rows.codes, codes.T.contiguous(), rows.inv_scale, one, dy.dtype)
+
+
+@int8_gradient.register_fake
+def _(dy: Tensor, codes: Tensor) -> Tensor:
+    return dy.new_empty((dy.shape[0], codes.shape[1]))
+
+
+def bit_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    norm: tuple[Tensor, float] | None = None,
+    int8_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    """y_i [M, N_i] in `dtype` of x [M, K] float through up to three matrices that share it.
+
+    codes: [sum N_i, K] int8, scales: [S] fp32, weights: masters [N_i, K], which receive the gradient; norm: gain [K]
+    fp32 and eps of an RMSNorm in front. Raises ValueError for wrong shapes.
+    """
+    gain, eps = norm or (None, 0.0)
+    y, _, _, _ = _bit_linear(x, gain, eps, codes, scales, list(weights), dtype, int8_gradient)
+    return y.split([weight.shape[0] for weight in weights], dim=1)
