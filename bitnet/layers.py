@@ -130,13 +130,13 @@ def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tup
     norm: applied to x first; one with the quantiser where the kernels can.
     """
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
+    if norm is not None and not (len(bit_layers) == len(layers) and ops.trains_fused(x.device)):
+        x, norm = norm(x), None
     if len(bit_layers) == len(layers):
         fused = None if norm is None else quant.Norm(norm.weight, norm.eps)
         return quant.bit_linear(
             x, [layer.weight for layer in bit_layers], [layer.quantized_weight() for layer in bit_layers], fused
         )
-    if norm is not None:
-        x = norm(x)
     packed_layers = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed_layers) == len(layers):
         return packed_linear(x, packed_layers)
