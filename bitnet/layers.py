@@ -151,13 +151,13 @@ def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tup
     norm: applied to x first; one with the quantiser where the kernels can.
     """
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
+    fuses = len(bit_layers) == len(layers) and all(layer.ease == 1.0 for layer in bit_layers)
+    if norm is not None and not (fuses and ops.trains_fused(x.device)):
+        x, norm = norm(x), None
     if len(bit_layers) == len(layers):
         weights, codes = [layer.weight for layer in bit_layers], [layer.quantized_weight() for layer in bit_layers]
         fused = None if norm is None else quant.Norm(norm.weight, norm.eps)
-        outputs = quant.bit_linear(x, weights, codes, fused)
-        return _eased(x, bit_layers, outputs)
-    if norm is not None:
-        x = norm(x)
+        return _eased(x, bit_layers, quant.bit_linear(x, weights, codes, fused))
     packed_layers = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed_layers) == len(layers):
         return packed_linear(x, packed_layers)

@@ -191,10 +191,14 @@ def select(device: torch.device) -> Backend:
     return next(backend for backend in BACKENDS if backend.why_not(device) is None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def trains_fused(device: torch.device) -> bool:
     """Whether linear layers on `device` train through the fused operators of kernels/gpu/training.py."""
     return select(device) is TRITON
+
+
+# What torch.compiler.assume_constant_result sets: the answer does not change while a graph lives, and reading the
+# environment would break it. The decorator itself imports the whole compiler: seconds that `bitnet --help` lacks.
+trains_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_packed_products_of_every_candidate(shape: tuple[int, int, int], rng: to
             assert torch.equal(got.sum(0, dtype=torch.int32).cpu(), expected), config
 
 
-@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize("tokens", range(1, 17) if ON_GPU else (1, 2, 3, 7, 16))
 def test_gemv_takes_one_to_sixteen_tokens(tokens: int, rng: torch.Generator, poison: Poison) -> None:
     q, codes = draw(tokens, 37, 600, rng)
     weights = layout.arrange(packing.pack(codes).to(DEVICE), 600)
@@ -423,10 +423,11 @@ def test_the_same_greedy_ids(variant: str, tmp_path: Path, seed: int, monkeypatc
         monkeypatch.setenv(ops.ENVIRONMENT, "reference")  # the torch engine, on the CPU
         torch_engine, engine = engines(tmp_path, seed + attempt, variant)
         ids = torch.randint(61, (5,)).tolist()
-        wanted = torch_engine.generate(ids, 12, GREEDY)
+        tokens = 32 if ON_GPU else 8
+        wanted = torch_engine.generate(ids, tokens, GREEDY)
         top = torch_engine.logits(torch.tensor(ids + wanted))[len(ids) - 1 : -1].topk(2).values
         monkeypatch.delenv(ops.ENVIRONMENT)
-        if engine.generate(ids, 12, GREEDY) == wanted:
+        if engine.generate(ids, tokens, GREEDY) == wanted:
             return
         assert float((top[:, 0] - top[:, 1]).min()) < 0.05, "not a near tie: the engines differ"
     pytest.fail("five models in a row with a near tie: the engines differ")
@@ -459,12 +460,12 @@ def test_many_parts_and_positions(tmp_path: Path, seed: int) -> None:
     packed_model.init_weights(seed)
     engine = TritonEngine(read_packed(write_packed(tmp_path / "m.safetensors", packed_model, None)), DEVICE)
     assert steps._parts(2, 200, DEVICE) > 1
-    ids = torch.randint(61, (1, 100))
+    ids = torch.randint(61, (1, 71))
     session = engine.session(1, 200)
-    session.prefill(ids[:, :98])
-    session._cache._store[..., 98:, :] = math.nan
+    session.prefill(ids[:, :69])
+    session._cache._store[..., 69:, :] = math.nan
     whole = engine.logits(ids)
-    for t in (98, 99):
+    for t in (69, 70):
         got = session.decode(ids[:, t]).cpu()
         assert torch.isfinite(got).all()
         assert float((got - whole[:, t]).abs().max()) < 0.1 * float(whole[:, t].abs().max())

@@ -25,7 +25,7 @@ def test_every_kernel_in_the_interpreter(seed: int) -> None:
     print(done.stdout[-20_000:], done.stderr[-2000:])
     assert done.returncode == 0
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    assert counts.get("passed", 0) > 100, "the tests of the kernels were not run"
+    assert counts.get("passed", 0) > 80, "the tests of the kernels were not run"
     assert set(counts) <= {"passed", "skipped"}
 
 

@@ -33,10 +33,13 @@ from torch import Tensor
 
 from bitnet.kernels import packing
 from bitnet.kernels.gpu.common import EXACT, narrow, round_even
+from bitnet.kernels.gpu.device import INTERPRET
 from bitnet.kernels.gpu.layout import BLOCK_K
 
 MAX_ROW = 2**17  # elements of a row: 128 a thread of the largest thread block
-_SUMS = 512  # partial sums of |W|: four programs a multiprocessor of the largest GPUs, and one load to add up
+_SUMS = (
+    8 if INTERPRET else 512
+)  # partial sums of |W|: four programs a multiprocessor of the largest GPUs, and one load to add up
 _TILE = 4096  # elements of a weight in flight in one program: 16 to 32 a thread
 
 
