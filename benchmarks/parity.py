@@ -87,7 +87,7 @@ def main() -> int:
     run = Run(options.run)
     model, save = run.load()
     with tempfile.TemporaryDirectory() as folder:
-        packed = load(write_packed(Path(folder) / "model.safetensors", model, run.tokenizer()))
+        packed = load(write_packed(Path(folder) / "model.safetensors", model, run.tokenizer()), engine="torch")
         stream = tokenize(tuple(options.data), run.tokenizer(), Path(folder))
         trained = TorchEngine(model)
         windows = eval_windows(stream, packed.config.context, limit_tokens=options.tokens)

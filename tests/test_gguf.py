@@ -285,7 +285,7 @@ def test_i2_s_of_the_published_2b4t(seed: int, tmp_path: Path) -> None:
     import_model(back, tmp_path / "m.safetensors", None)
     ids = torch.randint(400, (2, 30))
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "m.safetensors").logits(ids), model(ids))
+        assert torch.equal(load(tmp_path / "m.safetensors", engine="torch").logits(ids), model(ids))
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["d1", "scale"])

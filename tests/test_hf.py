@@ -332,7 +332,7 @@ def test_models_of_transformers_run_here(variant: str, kind: str, shape: str, tm
     for backend in [b for b in ops.BACKENDS if b.why_not(torch.device("cpu")) is None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(ops.ENVIRONMENT, backend.name)
-            engine = load(tmp_path / "m.safetensors")
+            engine = load(tmp_path / "m.safetensors", engine="torch")
             assert_same_layers(theirs, engine.model, ids)
             got = engine.logits(ids)
         assert kl(expected, got) <= 1e-3, backend.name
@@ -372,7 +372,7 @@ def test_the_older_names_of_1bitllm(tmp_path: Path) -> None:
     assert source.config.sub_norms
     import_model(source, tmp_path / "m.safetensors", None)
     ids = torch.randint(300, (1, 40))
-    assert_same_layers(theirs, load(tmp_path / "m.safetensors").model, ids)
+    assert_same_layers(theirs, load(tmp_path / "m.safetensors", engine="torch").model, ids)
 
 
 def test_a_model_that_transformers_unpacked_and_saved(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_model_that_transformers_unpacked_and_saved(tmp_path: Path) -> None:
     assert state[UP].shape == (100, 64)
     save_tensors(state, folder / "model.safetensors")
     import_model(HfSource(folder), tmp_path / "m.safetensors", None)
-    assert_same_layers(theirs, load(tmp_path / "m.safetensors").model, torch.randint(300, (1, 20)))
+    assert_same_layers(theirs, load(tmp_path / "m.safetensors", engine="torch").model, torch.randint(300, (1, 20)))
 
 
 def test_a_name_on_the_hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +510,7 @@ def test_the_right_sense_can_be_given(published: Path, tmp_path: Path) -> None:
     theirs = load_there(published)
     quantization(folder, linear_class="bitlinear")
     import_model(HfSource(folder, "multiply"), tmp_path / "m.safetensors", None)
-    assert_same_layers(theirs, load(tmp_path / "m.safetensors").model, torch.randint(300, (1, 20)))
+    assert_same_layers(theirs, load(tmp_path / "m.safetensors", engine="torch").model, torch.randint(300, (1, 20)))
 
 
 def test_shards(tmp_path: Path) -> None:
