@@ -67,7 +67,7 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t stride, in
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
                 const __m256i word = _mm256_load_si256((const __m256i*)(w + 32 * p));
-                _mm_prefetch((const char*)w + 32 * p + 2048, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + 32 * p + 4096, _MM_HINT_T1);
                 __m256i index = _mm256_and_si256(word, nibble);
                 __m256i low = _mm256_shuffle_epi8(low0, index), high = _mm256_shuffle_epi8(high0, index);
                 s[p][0] = _mm256_add_epi16(s[p][0], _mm256_unpacklo_epi8(low, high));

@@ -85,7 +85,7 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t words, con
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
                 index[p] = _mm512_load_si512(w + 64 * p);
-                _mm_prefetch((const char*)w + 64 * p + 2048, _MM_HINT_T0);  // across the page, where hardware stops
+                _mm_prefetch((const char*)w + 64 * p + 4096, _MM_HINT_T1);  // across the page, where hardware stops
             }
             w += 64 * P;
 #pragma GCC unroll 8

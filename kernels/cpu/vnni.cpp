@@ -46,7 +46,7 @@ __attribute__((noinline)) void multiply_rows(const uint8_t* w, int64_t stride, i
 #pragma GCC unroll 8
         for (int p = 0; p < 2 * P; p++) {
             word[p] = _mm512_load_si512(w + 64 * p);
-            _mm_prefetch((const char*)w + 64 * p + 2048, _MM_HINT_T0);
+            _mm_prefetch((const char*)w + 64 * p + 4096, _MM_HINT_T1);
         }
 #pragma GCC unroll 8
         for (int shift = 0; shift < 4; shift++) {
