@@ -26,6 +26,7 @@ static inline void to_i8(int8_t* p, __m256i v) {
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(s, s));
 }
 
+#define NIBBLE(codes) (__builtin_convertvector(((codes) & 15) - 8, F))
 #include "elementwise.inl"
 #include "columns.inl"
 
@@ -67,7 +68,8 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t stride, in
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
                 const __m256i word = _mm256_load_si256((const __m256i*)(w + 32 * p));
-                _mm_prefetch((const char*)w + 32 * p + 4096, _MM_HINT_T1);
+                _mm_prefetch((const char*)w + 32 * p + 8192, _MM_HINT_T1);
+                _mm_prefetch((const char*)w + 32 * p + 1024, _MM_HINT_T0);
                 __m256i index = _mm256_and_si256(word, nibble);
                 __m256i low = _mm256_shuffle_epi8(low0, index), high = _mm256_shuffle_epi8(high0, index);
                 s[p][0] = _mm256_add_epi16(s[p][0], _mm256_unpacklo_epi8(low, high));

@@ -227,7 +227,10 @@ static void dots_of(const uint8_t* table, const float* scales, int64_t k, const 
     for (; i + kStep <= k; i += kStep) {
         // The rows that come after these, at the same place: hardware gives up on four short streams.
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) __builtin_prefetch(table + ((R + r) * k + i) * bytes, 0, 2);
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(table + ((R + r) * k + i) * bytes, 0, 2);
+            __builtin_prefetch(table + (r * k + i) * bytes + 512);
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < kStep; j += W) {
             F v[T];
@@ -258,7 +261,7 @@ static void dots_of(const uint8_t* table, const float* scales, int64_t k, const 
         }
 }
 
-// The same for i4: a group's products are summed and then scaled.
+// The same for i4: a group's products are summed and then scaled. NIBBLE(codes): the low four bits of each lane, less 8.
 template <int R, int T>
 static void dots_of_groups(const uint8_t* table, int64_t k, const float* x, int64_t x_stride, float* out,
                            int64_t out_stride) {
@@ -274,7 +277,7 @@ static void dots_of_groups(const uint8_t* table, int64_t k, const float* x, int6
 #pragma GCC unroll 8
             for (int j = 0; j < 16; j += W) {
                 const I codes = FROM_U8(group + 2 + j);
-                const F low = __builtin_convertvector((codes & 15) - 8, F), high = __builtin_convertvector((codes >> 4) - 8, F);
+                const F low = NIBBLE(codes), high = NIBBLE(codes >> 4);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
                     sum[t] = FMA(low, load(x + t * x_stride + i + j), sum[t]);

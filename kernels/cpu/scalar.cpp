@@ -14,6 +14,7 @@ namespace scalar {
 #define FROM_I8(p) (I{((const int8_t*)(p))[0], ((const int8_t*)(p))[1], ((const int8_t*)(p))[2], ((const int8_t*)(p))[3]})
 typedef uint16_t U16 __attribute__((vector_size(8), aligned(1), may_alias));
 #define TO_I8(p, v) for (int lane = 0; lane < W; lane++) (p)[lane] = (int8_t)(v)[lane]
+#define NIBBLE(codes) (__builtin_convertvector(((codes) & 15) - 8, F))
 #include "elementwise.inl"
 
 static int signed_by(int digit, int x) { return digit == 0 ? -x : digit == 2 ? x : 0; }

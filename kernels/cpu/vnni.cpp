@@ -18,6 +18,8 @@ namespace vnni {
 #define FROM_U8(p) ((I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p))))
 #define FROM_I8(p) ((I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p))))
 #define TO_I8(p, v) _mm_storeu_si128((__m128i*)(p), _mm512_cvtepi32_epi8((__m512i)(v)))
+#define NIBBLE(codes) ((F)_mm512_permutexvar_ps((__m512i)(codes), kNibbles))
+#define kNibbles _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
 #include "elementwise.inl"
 
 // The "tables" are the activations themselves, 16 bytes a word.
@@ -46,7 +48,8 @@ __attribute__((noinline)) void multiply_rows(const uint8_t* w, int64_t stride, i
 #pragma GCC unroll 8
         for (int p = 0; p < 2 * P; p++) {
             word[p] = _mm512_load_si512(w + 64 * p);
-            _mm_prefetch((const char*)w + 64 * p + 4096, _MM_HINT_T1);
+            _mm_prefetch((const char*)w + 64 * p + 8192, _MM_HINT_T1);
+            _mm_prefetch((const char*)w + 64 * p + 1024, _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int shift = 0; shift < 4; shift++) {
