@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test install format lint types pytest fuzz clean
+.PHONY: help demo test install format lint types pytest sanitize fuzz clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -42,6 +42,19 @@ types: $(STAMP)  ## check types
 pytest: $(STAMP)
 	@echo "running the tests"
 	@$(BIN)/pytest --quiet
+
+# Needs cmake and a C++20 compiler, no Python. Rounds for two minutes on two slow cores, the builds included.
+sanitize:  ## C++ tests under the address, undefined behaviour and thread sanitizers
+	@mkdir -p build
+	@for kinds in address,undefined thread; do \
+	  echo "building the C++ tests for the sanitizers: $$kinds"; \
+	  build=build/sanitize-$${kinds%%,*}; \
+	  cmake -S . -B $$build -DBITNET_TESTS=ON -DBITNET_SANITIZE=$$kinds >$$build.log 2>&1 \
+	    && cmake --build $$build --parallel 2 >>$$build.log 2>&1 || { cat $$build.log; exit 1; }; \
+	  case $$kinds in thread) products=8 forward=1;; *) products=60 forward=4;; esac; \
+	  $$build/products $$products; \
+	  $$build/forward $$forward; \
+	done
 
 # The bar is a million inputs; FUZZ=20000 for a quick look.
 FUZZ ?= 1000000

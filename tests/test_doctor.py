@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitnet.cli import main
 from bitnet.doctor import examine
-from bitnet.kernels import ops, reference
+from bitnet.kernels import native, ops, reference
 
 CPU = torch.device("cpu")
 Captured = pytest.CaptureFixture[str]
@@ -23,6 +23,7 @@ Captured = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(native.ENVIRONMENT, raising=False)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
@@ -50,6 +51,12 @@ def test_a_healthy_machine(capsys: Captured) -> None:
         assert row["status"] == ("unavailable" if backend.why_not(CPU) else "ok")
         assert row["reason"]
     assert report["selected"]["cpu"] == next(row["backend"] for row in on_cpu if row["status"] == "ok")
+    assert report["native_problem"] == native.why_not()
+    assert report["instruction_set"] == (native.select() if native.why_not() is None else None)
+    for row, one in zip(report["instruction_sets"], native.instruction_sets(), strict=True):
+        assert (row["instruction_set"], row["summary"]) == (one.name, one.summary)
+        assert row["status"] == ("unavailable" if one.why_not else "ok")
+        assert row["reason"] == one.why_not or "equal the reference" in row["reason"]
 
 
 def test_the_same_as_a_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +66,9 @@ def test_the_same_as_a_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) 
     assert "everything works" in out
     assert f"torch {torch.__version__}" in out or f"torch {version('torch')}" in out
     assert all(backend.name in out for backend in ops.BACKENDS)
-    assert out.count("in use") - out.count("threads in use") == 1 + torch.cuda.device_count()  # one a device
+    in_use = 1 + torch.cuda.device_count() + bool(native.instruction_sets())  # one a device, and one instruction set
+    assert out.count("in use") - out.count("threads in use") == in_use
+    assert all(one.name in out for one in native.instruction_sets())
 
 
 def off_by_one(q: Tensor, codes: Tensor) -> Tensor:
@@ -133,3 +142,57 @@ def test_an_unknown_forced_backend_is_a_problem(monkeypatch: pytest.MonkeyPatch,
     assert all(backend.name in report["problem"] for backend in ops.BACKENDS)
     assert main(["doctor"]) == 1
     assert "abacus" in capsys.readouterr().out
+
+
+needs_module = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+
+@needs_module
+def test_a_broken_instruction_set_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """Each is tested, not only the one in use."""
+    make = ops.cpu_backend
+
+    def broken(isa: str) -> ops.Backend:
+        backend = make(isa)
+        if isa != "scalar":
+            return backend
+        return dataclasses.replace(backend, packed_matmul=lambda q, data: backend.packed_matmul(q, data) + 1)
+
+    monkeypatch.setattr(ops, "cpu_backend", broken)
+    report = examine()
+    assert not report["healthy"]
+    (row,) = (row for row in report["instruction_sets"] if row["status"] == "failed")
+    assert row["instruction_set"] == "scalar"
+    assert "packed product" in row["reason"]
+    assert main(["doctor"]) == 1
+    assert "do not trust" in capsys.readouterr().out
+
+
+@needs_module
+def test_an_instruction_set_this_cpu_lacks_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalar = next(one for one in native.instruction_sets() if one.name == "scalar")
+    lacking = dataclasses.replace(scalar, name="avx1024", why_not="this CPU has no AVX-1024")
+    monkeypatch.setattr(native, "instruction_sets", lambda: [lacking, scalar])
+    report = examine()
+    assert report["healthy"]
+    assert report["instruction_set"] == "scalar"
+    first = report["instruction_sets"][0]
+    assert (first["status"], first["reason"]) == ("unavailable", "this CPU has no AVX-1024")
+
+
+@needs_module
+def test_a_forced_instruction_set_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setenv(native.ENVIRONMENT, "scalar")
+    assert examine()["instruction_set"] == "scalar"
+    monkeypatch.setenv(native.ENVIRONMENT, "abacus")
+    assert main(["doctor", "--json"]) == 1
+    assert "BITNET_CPU: got 'abacus'" in json.loads(capsys.readouterr().out)["problem"]
+
+
+def test_without_a_build_the_doctor_says_why(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "_reason", "nothing is built")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 0  # torch computes meanwhile: no failure
+    assert capsys.readouterr().out.count("nothing is built") == 2  # the backend, and its instruction sets
+    assert examine()["instruction_sets"] == []

@@ -24,7 +24,10 @@ TOP_FOLDERS = {*ROOMS, ".ci", ".github", "docs"}
 
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 NATIVE = sorted(
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob("*") if path.suffix in {".cpp", ".h", ".hpp"}
+    path.relative_to(ROOT).as_posix()
+    for room in ("kernels", "tests")
+    for path in (ROOT / room).rglob("*")
+    if path.suffix in {".cpp", ".h", ".inl"}
 )
 PLAIN = ["Makefile", "CMakeLists.txt", ".ci/run", "pyproject.toml", "README.md", "CONTRIBUTING.md"]
 OTHER_TEXT = [name for name in PLAIN if (ROOT / name).is_file()]
@@ -165,7 +168,8 @@ def test_no_undeclared_dependency() -> None:
     for extra in project()["optional-dependencies"].values():
         declared |= requirement_names(extra)
     siblings = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # scripts that share code by file name
-    unknown = imported_roots(*ROOMS) - declared - set(sys.stdlib_module_names) - {"bitnet"} - siblings
+    contenders = imported_roots("benchmarks") & {"llama_cpp", "gguf"}  # measured against, never needed to run
+    unknown = imported_roots(*ROOMS) - declared - set(sys.stdlib_module_names) - {"bitnet"} - siblings - contenders
     assert not unknown, f"imported but not in pyproject.toml: {sorted(unknown)}"
 
 
@@ -174,8 +178,11 @@ def test_no_undeclared_dependency() -> None:
 VERBS = {
     "train": {"--preset", "--data", "--out", "--steps", "--seed", "--linear", "--init"},
     "pack": {"-o"},
-    "generate": {"-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"},
-    "eval": {"-m", "--data", "--json"},
+    "generate": {
+        *("-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"),
+        *("--engine", "--head", "--cache"),
+    },
+    "eval": {"-m", "--data", "--json", "--engine", "--head", "--cache"},
     "inspect": {"--json"},
     "export": {"-o", "--to", "--type", "--json"},
     "import": {"-o", "--tokenizer", "--weight-scale", "--json"},
@@ -214,6 +221,38 @@ def test_command_line_imports_little() -> None:
     loaded = json.loads(subprocess.run(python, capture_output=True, text=True, check=True).stdout)
     heavy = ("bitnet.train", "bitnet.formats", "bitnet.serve", "matplotlib", "tensorboard", "wandb")
     assert not [name for name in loaded if within(name, *heavy)]
+
+
+# ---- the C++ ----------------------------------------------------------------------------------------------
+
+CORE = [path for path in NATIVE if path.startswith("kernels/cpu/")]
+# Compiled once for each instruction set: what they include must bring no inline function of its own, or the linker
+# merges the copies and a portable build runs AVX code.
+PER_SET = [path for path in CORE if Path(path).name in {"scalar.cpp", "avx2.cpp", "avx512.cpp", "vnni.cpp", "isa.h"}]
+PER_SET += [path for path in CORE if path.endswith(".inl")]
+PLAIN_HEADERS = {"<immintrin.h>", "<string.h>", "<stddef.h>", "<stdint.h>"}
+
+
+def native_complaints(path: str, source: str) -> Iterator[str]:
+    for number, line in enumerate(source.splitlines(), 1):
+        code = line.partition("//")[0]
+        if words := re.search(r"\b(?:printf|puts|cout|cerr|abort|exit|assert|rand)\b", code):
+            yield f"{path}:{number}: {words[0]}: the core does not print or end the process; the binding raises"
+        if not line.isascii():
+            yield f"{path}:{number}: not ASCII"
+        include = re.match(r"\s*#\s*include\s+(\S+)", code) if path in PER_SET else None
+        if include and include[1] not in PLAIN_HEADERS and not re.fullmatch(r'"(?:isa\.h|\w+\.inl)"', include[1]):
+            yield f"{path}:{number}: includes {include[1]}: only plain C headers in a file of one instruction set"
+
+
+@pytest.mark.parametrize("path", CORE)
+def test_the_core_keeps_its_rules(path: str) -> None:
+    assert not list(native_complaints(path, text(path)))
+
+
+def test_every_instruction_set_has_its_file() -> None:
+    names = {Path(path).name for path in PER_SET}
+    assert {"scalar.cpp", "avx2.cpp", "avx512.cpp", "vnni.cpp", "isa.h", "elementwise.inl"} <= names
 
 
 # ---- words that stay out -----------------------------------------------------------------------------------
@@ -315,6 +354,16 @@ def test_rule_sees_catch_all(caught: str) -> None:
     handler = f"try:\n    f()\nexcept {caught}:\n    "
     assert list(except_complaints("bitnet/x.py", handler + "pass"))
     assert not list(except_complaints("bitnet/x.py", handler + "g()\n    raise"))
+
+
+@pytest.mark.parametrize(
+    "line", ["#include <algorithm>", '#include "pool.h"', 'printf("x");', "std::abort();", "// 3 µs", "std::cerr << 1;"]
+)
+def test_rule_sees_bad_core(line: str) -> None:
+    assert list(native_complaints("kernels/cpu/avx2.cpp", line))
+    assert not list(
+        native_complaints("kernels/cpu/avx2.cpp", '#include <string.h>\n#include "isa.h"\n// abort\nint x;')
+    )
 
 
 @pytest.mark.parametrize("folder", ["home", "root", "tmp", "work", "Users"])

@@ -111,7 +111,7 @@ def test_there_and_back(variant: str, seed: int, tmp_path: Path) -> None:
 def test_engine_of_the_file_is_the_trained_model(variant: str, seed: int, tmp_path: Path) -> None:
     """Bit for bit: the same integers, the same scales, an embedding that training already uses at bf16 values."""
     model = trained(seed, **VARIANTS[variant])
-    engine = load(write_packed(tmp_path / "m.safetensors", model, None))
+    engine = load(write_packed(tmp_path / "m.safetensors", model, None), engine="torch")
     assert engine.tokenizer is None
     ids = torch.randint(61, (3, 20))
     with torch.no_grad():
@@ -255,7 +255,8 @@ def test_int8_embedding(variant: str, seed: int, tmp_path: Path) -> None:
     tensors = content(path)[1]
     tables = [name for name in tensors if name.endswith((".embed_tokens.weight", "lm_head.weight"))]
     assert len(tables) == (1 if variant == "ternary" else 2)
-    engine = load(path)
+    engine = load(path, engine="torch")
+    assert isinstance(engine, TorchEngine)
     state = engine.model.state_dict()
     for name in tables:
         assert tensors[name].dtype == torch.int8
@@ -524,7 +525,7 @@ def test_not_a_safetensors_file(tmp_path: Path) -> None:
 
 
 def test_engine_lets_go_of_the_packed_copy(file: Path) -> None:
-    engine = load(file)
+    engine = load(file, engine="torch")
     assert isinstance(engine, TorchEngine)
     layers = [module for module in engine.model.modules() if isinstance(module, PackedLinear)]
     assert layers
