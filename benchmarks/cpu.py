@@ -102,7 +102,7 @@ def kernels(rounds: int) -> dict[str, Any]:
     times: dict[str, dict[int, list[float]]] = {name: {} for name in contenders}
     bandwidth = []
     with torch.inference_mode():
-        for turn in range(rounds):
+        for turn in range(rounds + 1):
             bandwidth.append(machine.read_bandwidth(1))
             for name, (call, copies, _) in contenders.items():
                 for tokens in (1, 8, 64, 256):

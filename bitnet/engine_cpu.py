@@ -85,7 +85,7 @@ class CpuEngine:
         cos, sin = self._rotary(self._positions)
         self._engine: Any = native.module().Engine(
             isa=self.instruction_set,
-            threads=threads or torch.get_num_threads(),
+            threads=torch.get_num_threads() if threads is None else threads,
             vocab=config.vocab_size,
             width=config.hidden_size,
             ffn=config.intermediate_size,
@@ -140,8 +140,9 @@ class CpuEngine:
         check_room(batch, limit)
         with self._growing:  # beyond the context: rotary tables in powers of two
             if limit > self._positions:
-                self._positions = 1 << (limit - 1).bit_length()
-                self._engine.rotary(*self._rotary(self._positions))
+                positions = 1 << (limit - 1).bit_length()
+                self._engine.rotary(*self._rotary(positions))
+                self._positions = positions
         return CpuSession(self, batch, limit)
 
     def logits(self, ids: Tensor) -> Tensor:

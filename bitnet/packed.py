@@ -162,6 +162,11 @@ def load(
         raise BitNetError(f"engine: '{engine}' cannot be used: {reason}")
     if engine == "auto":
         engine = _choose_engine(packed.config, device)
+    if engine != "cpu" and (head, cache) != ("file", "fp32"):
+        raise BitNetError(
+            f"head, cache: got '{head}', '{cache}' for the {engine} engine, which has no such choice; "
+            "leave them out or use the C++ engine on a CPU"
+        )
     if engine == "triton":
         from bitnet.engine_gpu import TritonEngine  # imports Triton, which takes most of a second
 

@@ -102,7 +102,7 @@ def chosen(functions: dict[str, list[Instruction]], pattern: str) -> dict[str, l
     return {name: body for name, body in functions.items() if re.fullmatch(pattern, base(name))}
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "scalar"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_products_do_not_multiply(kernel: str, functions: dict[str, list[Instruction]]) -> None:
     assert kernel in SETS
     assert not SETS[kernel].multiplies
@@ -129,7 +129,7 @@ def test_products_look_up_and_add(kernel: str, functions: dict[str, list[Instruc
             assert wanted[kernel] <= names, name
 
 
-@pytest.mark.parametrize("kernel", ["avx512", "avx2"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_tables_do_not_multiply(kernel: str, functions: dict[str, list[Instruction]]) -> None:
     tables = chosen(functions, rf"bitnet::{kernel}::tables")
     assert tables

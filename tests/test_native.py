@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,7 +178,7 @@ def test_a_million_weights_a_row(isa: str) -> None:
         assert got.tolist() == [[127 * k * sign]]
 
 
-@pytest.mark.parametrize("k", [100, 255])
+@pytest.mark.parametrize("k", [100, 255, 3000])
 def test_minus_128_does_not_overflow(isa: str, k: int) -> None:
     """The quantiser never makes it, yet int8 holds it."""
     for m in (1, 4, 40):
@@ -382,14 +383,21 @@ def read_only(array: np.ndarray) -> np.ndarray:
 
 WRONG_PRODUCTS: dict[str, tuple[Callable[[Call], dict[str, object]], type[Exception], str]] = {
     "unknown set": (lambda c: {"isa": "abacus"}, ValueError, "instruction set: got 'abacus'"),
-    "too few bytes": (lambda c: {"prepared": c.prepared[:-64]}, ValueError, r"prepared weights: got \d+ bytes, which"),
+    "too few bytes": (lambda c: {"prepared": c.prepared[:-64]}, ValueError, r"got \d+ bytes that were not prepared"),
     "no bytes": (lambda c: {"prepared": c.prepared[:0]}, ValueError, "prepared weights: got 0 bytes"),
-    "too many rows": (lambda c: {"n": 65, "out": np.zeros((4, 65), np.int32)}, ValueError, r"is not \[65, 21\]"),
-    "negative rows": (lambda c: {"n": -1}, ValueError, "prepared weights: got"),
-    "rows that overflow": (lambda c: {"n": 2**62}, ValueError, "prepared weights: got"),
-    "no weights": (lambda c: {"k": 0}, ValueError, "prepared weights: got"),
-    "too many weights": (lambda c: {"k": 2**24}, ValueError, "prepared weights: got"),
-    "negative weights": (lambda c: {"k": -(2**40)}, ValueError, "prepared weights: got"),
+    "too many rows": (lambda c: {"n": 65, "out": np.zeros((4, 65), np.int32)}, ValueError, r"not prepared for \w+ \[65, 21\]"),
+    "negative rows": (lambda c: {"n": -1}, ValueError, "weights: got"),
+    "rows that overflow": (lambda c: {"n": 2**62}, ValueError, "weights: got"),
+    "no weights": (lambda c: {"k": 0}, ValueError, "weights: got"),
+    "too many weights": (lambda c: {"k": 2**24}, ValueError, "weights: got"),
+    "negative weights": (lambda c: {"k": -(2**40)}, ValueError, "weights: got"),
+    # As many bytes as a matrix of this shape has, yet not its words.
+    "another shape": (lambda c: {"k": 20, "q": c.q[:, :20].copy()}, ValueError, r"not prepared for \w+ \[33, 20\]"),
+    "another set": (
+        lambda c: {"isa": "scalar" if c.isa != "scalar" else "avx512"},
+        ValueError,
+        "not prepared for|this CPU has no|does not have",
+    ),
     "short activations": (
         lambda c: {"q": c.q[:, :20].copy()},
         ValueError,
@@ -627,7 +635,7 @@ def test_without_a_build_torch_runs_the_model_with_one_warning(
 def test_without_a_build_the_cpu_engine_is_an_error(
     not_built: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BitNetError, match=r"engine: the C\+\+ kernels are not built; install a C"):
+    with pytest.raises(BitNetError, match=r"engine: 'cpu' cannot be used: the C\+\+ kernels are not built; install a C"):
         load(file, engine="cpu")
     assert main(["generate", "-m", str(file), "--engine", "cpu", "-n", "1"]) == 2
     err = capsys.readouterr().err
@@ -655,3 +663,9 @@ def test_the_doctor_sees_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["selected"]["cpu"] == "cpu"
     assert next(row for row in report["backends"] if row["backend"] == "cpu")["status"] == "ok"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here: the fallback is what is right")
+def test_a_compiler_means_a_build() -> None:
+    """The install goes on without C++ where it fails to compile: here, where it should not, that must show."""
+    assert native.why_not() is None

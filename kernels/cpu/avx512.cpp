@@ -34,7 +34,7 @@ namespace avx512 {
 // Ties an addition to its place: left alone, gcc does all lookups first and spills them (twice the time for 4 tokens).
 #define KEEP(v) asm("" : "+v"(v))
 
-constexpr int64_t kWordsInt16 = 28;  // 84 triples of at most 381 make 32,004: the most an int16 can take
+constexpr int64_t kWordsInt16 = 28;  // 84 triples of at most 3 * 128 make 32,256: the most an int16 can take
 constexpr int64_t kTable = 64;       // bytes of a triple's 27 (32) sums of one token
 
 // Entries of a table whose digit d is +1 or -1: masks over the 32 entries.
@@ -254,7 +254,7 @@ static void block(const uint8_t* data, int64_t all, int64_t first, int tiles, in
 
 const Isa kAvx512 = {
     "avx512", "AVX-512: vpermw looks up 32 rows at a time; many tokens add cache lines of ready sums", false, kTriples,
-    3 * avx512::kTable, avx512::kWordsInt16, avx512::tables, avx512::rows, 64, 16, avx512::columns, avx512::block_scratch, avx512::block,
+    3 * avx512::kTable, avx512::tables, avx512::rows, 64, 16, avx512::columns, avx512::block_scratch, avx512::block,
     avx512::rms_norm, avx512::quantize, avx512::gate, avx512::scale, avx512::attend, avx512::dots,
 };
 

@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <float.h>
 #include <string.h>
 
 #include <algorithm>
@@ -45,22 +46,24 @@ Engine::Engine(const Shape& shape, const Isa& isa, int threads)
     : shape(shape), isa(isa), pool(threads), layers((size_t)shape.layers) {}
 
 void Engine::rotary(const float* cos, const float* sin, int64_t positions) {
-    const std::lock_guard<std::mutex> lock(busy_);
+    const std::lock_guard<std::mutex> lock(busy);
     const int64_t n = positions * (shape.head_width() / 2);
-    cos_.assign(cos, cos + n);
-    sin_.assign(sin, sin + n);
+    std::vector<float> c(cos, cos + n), s(sin, sin + n);
+    cos_.swap(c), sin_.swap(s);
+    positions_ = positions;
 }
 
 namespace {
 
-// One row to groups of 32; `row` is filled up with zeros. Signed so that the largest value is met exactly by code 0.
+// One row to groups of 32; `row` is filled up with zeros. The scale has the sign that gives the largest value code 0.
 void to_groups(const float* row, int64_t n, uint8_t* out) {
     for (int64_t i = 0; i < n; i += kGroup, row += kGroup, out += kGroupBytes) {
         float top = 0;
         for (int j = 0; j < kGroup; j++)
             if (std::fabs(row[j]) > std::fabs(top)) top = row[j];
         const uint16_t half = to_bf16(top / -8);
-        const float scale = from_bf16(half), inverse = scale == 0 ? 0 : 1 / scale;
+        const float scale = from_bf16(half);
+        const float inverse = std::fabs(scale) < FLT_MIN ? 0 : 1 / scale;  // of a subnormal it would be infinite
         memcpy(out, &half, 2);
         const auto code = [&](float v) { return (uint8_t)std::clamp(std::nearbyint(v * inverse) + 8.0f, 0.0f, 15.0f); };
         for (int j = 0; j < 16; j++) out[2 + j] = (uint8_t)(code(row[j]) | code(row[16 + j]) << 4);
@@ -79,14 +82,16 @@ void Engine::quantize(const Table& from, Store store, Table& to) {
         to.own_scales = Buffer(shape.vocab * 4);
         to.scales = to.own_scales.as<float>();
     }
+    std::vector<Buffer> rows((size_t)pool.threads());  // made here: nothing may throw inside the team
+    for (auto& row : rows) row = Buffer(round_up(n, kGroup) * 4);
     pool.run([&](Team& team) {
-        std::vector<float> row((size_t)round_up(n, kGroup));
+        float* row = rows[team.thread].as<float>();
         for (int64_t r = team.begin(shape.vocab); r < team.end(shape.vocab); r++) {
-            read_row(from, r, n, row.data());
+            read_row(from, r, n, row);
             if (store == Store::i8)
-                to.own_scales.as<float>()[r] = 1.0f / isa.quantize(row.data(), n, to.own.as<int8_t>() + r * n);
+                to.own_scales.as<float>()[r] = 1.0f / isa.quantize(row, n, to.own.as<int8_t>() + r * n);
             else
-                to_groups(row.data(), n, to.own.data() + r * bytes);
+                to_groups(row, n, to.own.data() + r * bytes);
         }
     });
 }
@@ -103,6 +108,12 @@ struct Session::Slice {
     int64_t rows;
 };
 
+// How attention is cut, see `attention`.
+struct Session::Plan {
+    int64_t queries, blocks, items, spans, part;  // part: floats of one task's output
+    bool apart;
+};
+
 Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     : batch(batch),
       limit(limit),
@@ -115,8 +126,10 @@ Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     const Shape& s = engine.shape;
     rows_ = std::max(batch, std::min(kRows, batch * limit));
     const int64_t heads = s.layers * batch * s.kv_heads;
-    keys_ = Buffer(heads * positions_ * width_ * bytes_);
-    values_ = Buffer(heads * positions_ * padded_width_ * bytes_);
+    // On small pages: a layer's head is some megabytes apart from the next, and on huge ones the first token would make
+    // the whole cache resident.
+    keys_ = Buffer(heads * positions_ * width_ * bytes_, Pages::small);
+    values_ = Buffer(heads * positions_ * padded_width_ * bytes_, Pages::small);
     if (cache == Store::i8) {
         key_scales_ = Buffer(heads * positions_ * 4);
         value_scales_ = Buffer(heads * positions_ * 4);
@@ -129,7 +142,10 @@ Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     visible_ = Buffer(rows_ * (s.heads / s.kv_heads) * 8);
     activations_ = Activations(engine.isa, rows_, std::max(s.width, s.ffn));
     scratch_.resize((size_t)engine.pool.threads());
-    for (auto& scratch : scratch_) scratch.row = Buffer((std::max(s.width, s.ffn) + s.width) * 4);
+    for (auto& scratch : scratch_) {
+        scratch.row = Buffer((std::max(s.width, s.ffn) + s.width) * 4);
+        scratch.product.reserve(engine.isa, rows_);
+    }
 }
 
 uint8_t* Session::key(int64_t layer, int64_t sequence, int64_t head) const {
@@ -149,7 +165,7 @@ float* Session::cache_scale(bool values, int64_t layer, int64_t sequence, int64_
 }
 
 void Session::forward(const int64_t* ids, int64_t tokens, bool all, float* logits) {
-    const std::lock_guard<std::mutex> lock(engine_.busy_);
+    const std::lock_guard<std::mutex> lock(engine_.busy);
     const int64_t vocab = engine_.shape.vocab, step = std::max<int64_t>(1, rows_ / batch);
     for (int64_t done = 0; done < tokens; done += step) {
         Slice s{};
@@ -160,6 +176,7 @@ void Session::forward(const int64_t* ids, int64_t tokens, bool all, float* logit
         s.logit_tokens = all ? s.tokens : last ? 1 : 0;
         s.logit_stride = all ? tokens * vocab : vocab;
         s.logits = all ? logits + done * vocab : logits;
+        reserve(plan(s));  // nothing may throw inside the team
         engine_.pool.run([&](Team& team) { run(team, s); });
         position += s.tokens;
     }
@@ -318,23 +335,39 @@ void merge(const float* parts, int64_t stride, const float* highest, const float
 // Tasks are (sequence, key/value head, up to 16 queries, span of 256 positions). Where there are enough queries a thread
 // takes all spans of some of them; a single long sequence is cut by spans, and merged behind a meeting. The spans and
 // their order of merging are the same either way.
+Session::Plan Session::plan(const Slice& s) const {
+    const Shape& shape = engine_.shape;
+    Plan p{};
+    p.queries = s.tokens * (shape.heads / shape.kv_heads);
+    p.blocks = (p.queries + kQueries - 1) / kQueries;
+    p.items = batch * shape.kv_heads * p.blocks;
+    p.spans = (s.start + s.tokens + kSpan - 1) / kSpan;
+    p.part = kQueries * padded_width_;
+    p.apart = p.spans > 1 && p.items < 8 * engine_.pool.threads();
+    return p;
+}
+
+void Session::reserve(const Plan& p) {
+    if (p.apart) {
+        partial_.reserve(p.items * p.spans * p.part * 4);
+        tops_.reserve(p.items * p.spans * 2 * kQueries * 4);
+        return;
+    }
+    for (auto& scratch : scratch_) {
+        scratch.partial.reserve(p.spans * p.part * 4);
+        scratch.tops.reserve(p.spans * 2 * kQueries * 4);
+    }
+}
+
 void Session::attention(Team& team, const Slice& s, int64_t index) {
     const Shape& shape = engine_.shape;
-    const int64_t group = shape.heads / shape.kv_heads, queries = s.tokens * group;
-    const int64_t blocks = (queries + kQueries - 1) / kQueries, items = batch * shape.kv_heads * blocks;
-    const int64_t spans = (s.start + s.tokens + kSpan - 1) / kSpan;
-    const bool apart = spans > 1 && items < 8 * team.threads;
-    const int64_t part = kQueries * padded_width_, count = apart ? items * spans : spans;
+    const auto [queries, blocks, items, spans, part, apart] = plan(s);
+    const int64_t group = shape.heads / shape.kv_heads;
     Scratch& scratch = scratch_[team.thread];
-    Buffer& partial = apart ? partial_ : scratch.partial;
-    Buffer& tops = apart ? tops_ : scratch.tops;
-    if (!apart || team.thread == 0) {
-        partial.reserve(count * part * 4);
-        tops.reserve(count * 2 * kQueries * 4);
-    }
-    if (apart) team.meet();
+    const Buffer& partial = apart ? partial_ : scratch.partial;
+    const Buffer& tops = apart ? tops_ : scratch.tops;
 
-    const auto compute = [&](int64_t item, int64_t span, int64_t slot) {
+    const auto compute = [&, queries = queries, blocks = blocks, part = part](int64_t item, int64_t span, int64_t slot) {
         const int64_t block = item % blocks, head = item / blocks;  // head over sequences and key/value heads
         const int64_t sequence = head / shape.kv_heads, g = head % shape.kv_heads, first = block * kQueries;
         AttentionTask task{};
@@ -352,7 +385,7 @@ void Session::attention(Team& team, const Slice& s, int64_t index) {
         task.total = task.highest + kQueries;
         engine_.isa.attend(task);
     };
-    const auto collect = [&](int64_t item, int64_t slot) {
+    const auto collect = [&, queries = queries, blocks = blocks, part = part, spans = spans](int64_t item, int64_t slot) {
         const int64_t block = item % blocks, head = item / blocks;
         const int64_t sequence = head / shape.kv_heads, g = head % shape.kv_heads;
         for (int64_t j = block * kQueries; j < std::min((block + 1) * kQueries, queries); j++) {

@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -53,9 +54,9 @@ class Engine {
 
     // cos, sin [positions][E / 2]; waits for a forward pass to end.
     void rotary(const float* cos, const float* sin, int64_t positions);
-    int64_t positions() const { return (int64_t)cos_.size() / (shape.head_width() / 2); }
+    int64_t positions() const { return positions_; }
 
-    // Quantise a table in parallel: to i8, scale = max |row| / 127, or to i4, scale = the value of largest magnitude / -8.
+    // Quantise a table in parallel (hold `busy`): to i8, scale = max |row| / 127, or to i4, scale = the value of largest magnitude / -8.
     void quantize(const Table& from, Store store, Table& to);
 
     const Shape shape;
@@ -64,11 +65,12 @@ class Engine {
     std::vector<Layer> layers;
     std::vector<float> final_norm;
     Table embedding, head;
+    std::mutex busy;  // one forward pass or change of weights at a time: the team is shared
 
   private:
     friend class Session;
     std::vector<float> cos_, sin_;
-    std::mutex busy_;  // one forward pass at a time: the team is shared
+    std::atomic<int64_t> positions_{0};
 };
 
 // Keys and values of B sequences, and the buffers of a forward pass.
@@ -80,11 +82,15 @@ class Session {
     // The caller has checked: 1 <= T, position + T <= limit, ids in range.
     void forward(const int64_t* ids, int64_t tokens, bool all, float* logits);
 
-    int64_t position = 0;
+    std::atomic<int64_t> position{0};  // read by others while a pass goes on
     const int64_t batch, limit;
 
   private:
     struct Slice;  // of the tokens: as many as the buffers take
+    struct Plan;   // how attention is cut
+
+    Plan plan(const Slice& s) const;
+    void reserve(const Plan& plan);
 
     void run(Team& team, const Slice& s);
     void block(Team& team, const Slice& s, int64_t layer);

@@ -11,7 +11,7 @@
 //     table[a + 3 b + 9 c] = (a - 1) x0 + (b - 1) x1 + (c - 1) x2        a, b, c in {0, 1, 2}
 //     y[n] = sum over groups g of table_g[index of row n in group g]
 //
-// Partial sums are int16: |sum| <= 3 * 127 a group, so 84 groups of three (or 128 groups of two) stay below 32,767 and
+// Partial sums are int16: |sum| <= 3 * 128 a group, so 84 groups of three (or 126 groups of two) stay below 32,767 and
 // are then widened to int32 (design: numerics, "no overflow by proof"). An int32 sum is exact up to K = 16.9 million.
 //
 // Dimensions: M tokens, N out-features, K in-features. Rows of weights lie in tiles of 32, tiles in panels of up to 4.
@@ -43,7 +43,7 @@ struct Layout {
 
 constexpr Layout kTriples{3, 3, 5, 2, 108};  // 16 bits for 9 weights: 1.78 bits a weight; 21 KB of tables
 constexpr Layout kPairs{2, 2, 4, 1, 320};    // 8 bits for 4 weights: 2 bits a weight, indices of a byte shuffle; 20 KB
-constexpr Layout kCodes{16, 1, 2, 4, 256};   // plain two-bit codes (weight + 1), for the VNNI comparison: see weights.cpp
+constexpr Layout kCodes{16, 1, 2, 4, 256};   // plain two-bit codes (weight + 1), for the VNNI comparison: see vnni.cpp
 
 // Where a word of a tile lies, and how far it is to the next word of that tile within the chunk.
 struct Place {
@@ -94,7 +94,6 @@ struct Isa {
     bool multiplies;  // by weights: the VNNI comparison alone
     Layout layout;
     int64_t table_bytes;  // of one word and one token
-    int64_t run;          // words whose int16 sums cannot overflow
 
     // ---- products, exact in int32
 
@@ -102,7 +101,7 @@ struct Isa {
     void (*tables)(const int8_t* q, int64_t words, uint8_t* out);
 
     // `words` words of a panel of 1..4 tiles times 1..4 tokens, whose tables lie `token_bytes` apart: added to
-    // sums [token][tiles * 32]. `run` words at a time use the int16 sums to the full.
+    // sums [token][tiles * 32].
     void (*rows)(const uint8_t* panel, int tiles, int64_t words, const uint8_t* tables, int64_t token_bytes, int tokens,
                  int32_t* sums);
 

@@ -21,7 +21,7 @@ constexpr int64_t kHuge = 2 << 20;
 
 }  // namespace
 
-Buffer::Buffer(int64_t bytes) : bytes_((bytes + 63) / 64 * 64) {
+Buffer::Buffer(int64_t bytes, Pages pages) : bytes_((bytes + 63) / 64 * 64) {
     if (bytes_ == 0) return;
     // mmap for what is large: its pages come when they are first written, and on 2 MB ones where the kernel has them,
     // which spares a stream of weights one table walk in 4 KB.
@@ -30,7 +30,7 @@ Buffer::Buffer(int64_t bytes) : bytes_((bytes + 63) / 64 * 64) {
         void* p = mmap(nullptr, (size_t)bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (p == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-        madvise(p, (size_t)bytes_, MADV_HUGEPAGE);
+        if (pages == Pages::huge) madvise(p, (size_t)bytes_, MADV_HUGEPAGE);
 #endif
         data_ = static_cast<uint8_t*>(p);
         return;
@@ -173,9 +173,12 @@ bool Matrix::rearrange(const Isa& isa, const std::vector<PackedRows>& parts, int
     const int64_t n = rows_of(parts), words = layout.words(k), tiles = (n + kTile - 1) / kTile, packed = (k + 3) / 4;
     const auto convert = layout.group == 3 ? triples : layout.group == 2 ? pairs : codes;
     std::atomic<bool> good{true};
+    // A row for each thread, filled up with zeros: words reach behind K, and reads behind the words. Made here: nothing may
+    // throw inside the team.
+    std::vector<Buffer> copies((size_t)pool.threads());
+    for (auto& copy : copies) copy = Buffer(words * layout.weights() / 4 + 64);
     pool.run([&](Team& team) {
-        // A row of its own, filled up with zeros: words reach behind K, and reads behind the words.
-        Buffer copy(words * layout.weights() / 4 + 64);
+        const Buffer& copy = copies[team.thread];
         const int64_t panels = (tiles + kPanel - 1) / kPanel;
         const int64_t end = std::min(team.end(panels) * kPanel, tiles) * kTile;
         for (int64_t row = team.begin(panels) * kPanel * kTile; row < end; row++) {
@@ -208,7 +211,7 @@ Activations::Activations(const Isa& isa, int64_t capacity, int64_t k) : isa_(&is
     inv_scale_ = Buffer(rows * (int64_t)sizeof(float));
     const int64_t few = isa.block_tokens ? std::min<int64_t>(capacity, isa.block_from) : capacity;
     tables_ = Buffer(few * isa.layout.words(k) * isa.table_bytes);
-    if (isa.block_tokens && capacity >= isa.block_from) columns_ = Buffer(rows * padded * 2);
+    if (isa.block_tokens && capacity >= isa.block_from && !isa.multiplies) columns_ = Buffer(rows * padded * 2);
 }
 
 void Activations::shape(int64_t tokens_, int64_t k_) {
@@ -274,6 +277,13 @@ constexpr int64_t kSumBytes = 256 << 10;
 
 }  // namespace
 
+void Product::reserve(const Isa& isa, int64_t tokens) {
+    const int64_t few = isa.block_tokens ? std::min<int64_t>(tokens, isa.block_from) : tokens;
+    sums_.reserve(std::max(kSumBytes, kPanel * kTile * few * (int64_t)sizeof(int32_t)));
+    if (isa.block_tokens && tokens >= isa.block_from)
+        scratch_.reserve(std::max(isa.block_scratch(kChunk, 32), isa.block_scratch(kChunk, isa.block_tokens)));
+}
+
 // K outside, panels inside: the tables of a stretch of K stay in the first cache while weights stream past them. Read
 // again for every panel from the second cache they would take three lines for every four of weights. Four tokens have
 // four times the tables: shorter stretches.
@@ -286,7 +296,6 @@ void Product::rows(const Team& team, const Matrix& matrix, const Activations& x,
     const int64_t group = std::max<int64_t>(1, kSumBytes / (kPanel * kTile * few * (int64_t)sizeof(int32_t)));
     for (int64_t from = team.begin(panels); from < team.end(panels); from += group) {
         const int64_t until = std::min(from + group, team.end(panels));
-        sums_.reserve((until - from) * kPanel * kTile * few * (int64_t)sizeof(int32_t));
         memset(sums_.data(), 0, (size_t)((until - from) * kPanel * kTile * few) * sizeof(int32_t));
         for (int64_t w = 0; w < matrix.words;) {
             const int64_t words = std::min(std::min(stretch, layout.chunk - w % layout.chunk), matrix.words - w);
@@ -319,7 +328,6 @@ void Product::blocks(const Team& team, const Matrix& matrix, const Activations& 
         const int count = (int)std::min<int64_t>(kChunk, end - first);
         for (int64_t start = 0; start < x.in_blocks_;) {
             const int size = x.block_size(start);
-            scratch_.reserve(isa.block_scratch(count, size));
             isa.block(matrix.data, matrix.tiles, first, count, matrix.words,
                       x.columns_.as<int16_t>() + start * x.padded_, x.row(start), x.padded_, size, scratch_.data());
             const int32_t* sums = scratch_.as<int32_t>();

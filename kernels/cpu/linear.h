@@ -13,11 +13,14 @@
 
 namespace bitnet {
 
-// Memory for the engine: 64-byte aligned, zeroed, huge pages where the system gives them; pages never touched cost nothing.
+// Memory for the engine: 64-byte aligned and zeroed. Pages cost nothing before they are touched; `huge` ones, where the
+// system gives them, are 2 MB each.
+enum class Pages { huge, small };
+
 class Buffer {
   public:
     Buffer() = default;
-    explicit Buffer(int64_t bytes);
+    explicit Buffer(int64_t bytes, Pages pages = Pages::huge);
     Buffer(Buffer&&) noexcept;
     Buffer& operator=(Buffer&&) noexcept;
     ~Buffer();
@@ -108,6 +111,9 @@ struct Target {
 // Scratch of one thread for products.
 class Product {
   public:
+    // Room for products of so many tokens with any matrix; `run` allocates nothing.
+    void reserve(const Isa& isa, int64_t tokens);
+
     // This thread's rows of matrix x activations. The activations are `ready`; meet before the target is read.
     void run(const Team& team, const Matrix& matrix, const Activations& x, const Target& to);
 

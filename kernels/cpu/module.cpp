@@ -1,6 +1,5 @@
-// The Python module bitnet.kernels._cpu: matrices, engines and sessions. Arrays are checked here for type, order and
-// device, and sizes against each other; kernels/native.py says what was wrong in words. The GIL is released while threads
-// work.
+// The Python module bitnet.kernels._cpu: prepared weights, engines and sessions. Every array is checked here for type,
+// order, device, alignment and size. The GIL is released while threads work, and locks are taken without it.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -19,6 +18,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -39,6 +40,12 @@ void expect(bool condition, const std::string& message) {
 }
 
 std::string shape_text(int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; }
+
+// numpy can make an array of floats that starts at an odd byte.
+template <typename A> void expect_natural(const A& array) {
+    expect(reinterpret_cast<uintptr_t>(array.data()) % (array.itemsize() ? array.itemsize() : 1) == 0,
+           "array: got memory that is not aligned to its elements of " + std::to_string(array.itemsize()) + " bytes");
+}
 
 const Isa& isa_named(const std::string& name) {
     for (int i = 0; i < kChoiceCount; i++)
@@ -95,7 +102,28 @@ struct Workspace {
     std::vector<Product> products;
 } workspace;
 
-int64_t prepared_bytes(const std::string& isa, int64_t n, int64_t k) { return Matrix::bytes(isa_named(isa), n, k); }
+// What stands before the words of prepared weights: bytes alone would not say which product they are for.
+struct alignas(64) Header {
+    char format[16], isa[16];
+    int64_t n, k;
+    char unused[16];  // named, so that every byte is initialised and can be compared
+};
+static_assert(std::has_unique_object_representations_v<Header>);
+constexpr char kFormat[16] = "bitnet ternary";
+
+Header header_of(const Isa& isa, int64_t n, int64_t k) {
+    Header header{};
+    memcpy(header.format, kFormat, sizeof header.format);
+    strncpy(header.isa, isa.name, sizeof header.isa - 1);
+    header.n = n, header.k = k;
+    return header;
+}
+
+int64_t prepared_bytes(const std::string& isa, int64_t n, int64_t k) {
+    expect(n >= 1 && n <= INT32_MAX && k >= 1 && k < kMaxK,
+           "weights: got " + shape_text(n, k) + ", expected 1 or more rows, and columns up to " + std::to_string(kMaxK - 1));
+    return (int64_t)sizeof(Header) + Matrix::bytes(isa_named(isa), n, k);
+}
 
 void expect_aligned(const void* data) {
     expect(reinterpret_cast<uintptr_t>(data) % 64 == 0, "prepared weights: expected memory aligned to 64 bytes");
@@ -106,14 +134,16 @@ void prepare(const std::string& isa, const Array<const uint8_t, 2>& packed, int6
              int threads) {
     const Isa& chosen = isa_named(isa);
     const PackedRows rows = packed_rows(packed, k);
-    expect((int64_t)out.shape(0) == Matrix::bytes(chosen, rows.n, k),
-           "prepared weights: got " + std::to_string(out.shape(0)) + " bytes, expected " +
-               std::to_string(Matrix::bytes(chosen, rows.n, k)));
+    const int64_t bytes = prepared_bytes(isa, rows.n, k);
+    expect((int64_t)out.shape(0) == bytes, "prepared weights: got " + std::to_string(out.shape(0)) + " bytes, expected " +
+                                               std::to_string(bytes));
     expect_aligned(out.data());
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(team_lock);
-    expect(Matrix::rearrange(chosen, {rows}, k, products_pool(threads), out.data()),
+    expect(Matrix::rearrange(chosen, {rows}, k, products_pool(threads), out.data() + sizeof(Header)),
            "packed weights: got code 3; only 0, 1 and 2 exist: the data is damaged");
+    const Header header = header_of(chosen, rows.n, k);
+    memcpy(out.data(), &header, sizeof header);
 }
 
 // q [M][K] int8 x prepared weights [N][K] -> out [M][N] int32.
@@ -121,30 +151,36 @@ void matmul(const std::string& isa, const Array<const uint8_t, 1>& prepared, int
             const Array<const int8_t, 2>& q, const Array<int32_t, 2>& out, int threads) {
     const Isa& chosen = isa_named(isa);
     const int64_t m = (int64_t)q.shape(0);
-    expect(n >= 0 && k >= 1 && k < kMaxK && (int64_t)prepared.shape(0) == Matrix::bytes(chosen, n, k),
-           "prepared weights: got " + std::to_string(prepared.shape(0)) + " bytes, which is not " + shape_text(n, k));
+    const Header header = header_of(chosen, n, k);
     expect_aligned(prepared.data());
+    expect((int64_t)prepared.shape(0) == prepared_bytes(isa, n, k) && memcmp(prepared.data(), &header, sizeof header) == 0,
+           "prepared weights: got " + std::to_string(prepared.shape(0)) + " bytes that were not prepared for " + isa + " " +
+               shape_text(n, k));
     expect((int64_t)q.shape(1) == k,
            "activations: got " + shape_text(m, q.shape(1)) + ", expected rows of " + std::to_string(k));
     expect((int64_t)out.shape(0) == m && (int64_t)out.shape(1) == n,
            "out: got " + shape_text(out.shape(0), out.shape(1)) + ", expected " + shape_text(m, n));
+    expect_natural(out);
     const int8_t* from = q.data();
     int32_t* to = out.data();
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(team_lock);
     Pool& pool = products_pool(threads);
-    const Matrix matrix(chosen, n, k, prepared.data());
-    constexpr int64_t kMost = 512;  // tokens at a time: buffers of a few megabytes whatever M is
+    const Matrix matrix(chosen, n, k, prepared.data() + sizeof(Header));
+    // Tokens at a time: at most 512, and fewer of very long rows, so that the buffers stay at some dozen megabytes.
+    const int64_t step = std::clamp<int64_t>((int64_t{8} << 20) / k, 16, 512);
     Workspace& w = workspace;
-    const int64_t most = std::min(m, kMost);
-    if (w.isa != &chosen || most > w.tokens || k > w.k) {
-        w.tokens = std::max(most, w.isa == &chosen ? w.tokens : 0), w.k = std::max(k, w.isa == &chosen ? w.k : 0);
-        w.isa = &chosen;
-        w.activations = Activations(chosen, w.tokens, w.k);
+    const int64_t most = std::min(m, step);
+    if (w.isa != &chosen || most > w.tokens || k > w.k || (w.tokens * w.k > most * k && w.tokens * w.k > 512 * 16384)) {
+        w.isa = nullptr;  // until all is made: a failed allocation must not leave sizes that are not there
+        w.activations = Activations();
+        w.activations = Activations(chosen, most, k);
+        w.isa = &chosen, w.tokens = most, w.k = k;
     }
     w.products.resize(std::max(w.products.size(), (size_t)threads));
-    for (int64_t start = 0; start < m; start += kMost) {
-        const int64_t count = std::min(kMost, m - start);
+    for (Product& product : w.products) product.reserve(chosen, most);
+    for (int64_t start = 0; start < m; start += step) {
+        const int64_t count = std::min(step, m - start);
         w.activations.shape(count, k);
         pool.run([&](Team& team) {
             for (int64_t i = team.begin(count); i < team.end(count); i++) {
@@ -191,7 +227,7 @@ class PyEngine {
         expect(threads >= 1, "threads: got " + std::to_string(threads) + ", expected 1 or more");
         expect(vocab >= 1 && width >= 1 && ffn >= 1 && layers >= 1 && heads >= 1 && kv_heads >= 1 &&
                    width % heads == 0 && heads % kv_heads == 0 && width / heads % 2 == 0 && width < kMaxK && ffn < kMaxK,
-               "shape: got sizes that no model has");
+               "shape: got sizes that no model has, expected 1 or more of each, whole heads of even width");
         const Shape shape{vocab, width, ffn, layers, heads, kv_heads, squared_relu, sub_norms, qk_norm, eps};
         engine = std::make_shared<Engine>(shape, isa_named(isa), threads);
         rotary(cos, sin);
@@ -200,11 +236,17 @@ class PyEngine {
     // Tables [positions][E / 2]; as many positions as the longest session will have.
     void rotary(const Array<const float, 2>& cos, const Array<const float, 2>& sin) {
         const int64_t positions = (int64_t)cos.shape(0), half = engine->shape.head_width() / 2;
+        expect_natural(cos), expect_natural(sin);
         for (const auto* table : {&cos, &sin})
             expect((int64_t)table->shape(0) == positions && (int64_t)table->shape(1) == half,
                    "rotary table: got " + shape_text(table->shape(0), table->shape(1)) + ", expected " +
                        shape_text(positions, half));
-        engine->rotary(cos.data(), sin.data(), positions);
+        expect(positions >= engine->positions(), "rotary table: got " + std::to_string(positions) +
+                                                     " positions, expected at least the " +
+                                                     std::to_string(engine->positions()) + " there are");
+        const float *c = cos.data(), *s = sin.data();
+        nb::gil_scoped_release release;
+        engine->rotary(c, s, positions);
     }
 
     // parts: packed weights and scale of each projection, in the order q, k, v, o, gate, up, down.
@@ -212,14 +254,14 @@ class PyEngine {
                const Array<const float, 1>& input_norm, const Array<const float, 1>& post_norm, const Gain& sub_norm,
                const Gain& ffn_sub_norm, const Gain& q_norm, const Gain& k_norm) {
         const Shape& s = engine->shape;
-        expect(index >= 0 && index < s.layers, "layer: got " + std::to_string(index));
+        expect(index >= 0 && index < s.layers, "layer: got " + std::to_string(index) + ", expected 0 to " + std::to_string(s.layers - 1));
         expect(parts.size() == 7, "layer: got " + std::to_string(parts.size()) + " projections, expected seven");
         const int64_t rows[7] = {s.width, s.kv_width(), s.kv_width(), s.width, s.ffn, s.ffn, s.width};
         for (int i = 0; i < 7; i++)
             expect((int64_t)parts[i].first.shape(0) == rows[i], "projection " + std::to_string(i) + ": got " +
                                                                     std::to_string(parts[i].first.shape(0)) +
                                                                     " rows, expected " + std::to_string(rows[i]));
-        Layer& layer = engine->layers[index];
+        Layer layer;  // complete before the engine sees it
         layer.input_norm = gain(input_norm, s.width), layer.post_norm = gain(post_norm, s.width);
         layer.sub_norm = gain(sub_norm, s.width, s.sub_norms), layer.ffn_sub_norm = gain(ffn_sub_norm, s.ffn, s.sub_norms);
         layer.q_norm = gain(q_norm, s.head_width(), s.qk_norm), layer.k_norm = gain(k_norm, s.head_width(), s.qk_norm);
@@ -230,28 +272,43 @@ class PyEngine {
                 scale.insert(scale.end(), (size_t)rows[i], parts[i].second);
             }
             nb::gil_scoped_release release;
+            const std::lock_guard<std::mutex> lock(engine->busy);
             matrix = checked(Matrix(engine->isa, packed, k, engine->pool));
         };
         fill(layer.qkv, layer.qkv_scale, 0, 2, s.width);
         fill(layer.output, layer.output_scale, 3, 3, s.width);
         fill(layer.gate_up, layer.gate_up_scale, 4, 5, s.width);
         fill(layer.down, layer.down_scale, 6, 6, s.ffn);
+        nb::gil_scoped_release release;
+        const std::lock_guard<std::mutex> lock(engine->busy);
+        engine->layers[index] = std::move(layer);
     }
 
     // Tables as the file holds them, bf16 as uint16 or int8 with a scale a row; head_bits 0 (as in the file), 8 or 4.
     void tables(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding, const Gain& embedding_scale,
                 const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& head, const Gain& head_scale,
                 const Array<const float, 1>& final_norm, int head_bits) {
-        engine->embedding = table(embedding, embedding_scale);
-        engine->head = table(head, head_scale);
-        engine->final_norm = gain(final_norm, engine->shape.width);
-        kept_ = {nb::cast(embedding), nb::cast(head), nb::cast(embedding_scale), nb::cast(head_scale)};
-        expect(head_bits == 0 || head_bits == 8 || head_bits == 4, "head_bits: expected 0, 8 or 4");
-        if (head_bits == 4 || (head_bits == 8 && engine->head.store != Store::i8)) {
-            const Table whole = table(head, head_scale);
+        expect(head_bits == 0 || head_bits == 8 || head_bits == 4,
+               "head_bits: got " + std::to_string(head_bits) + ", expected 0, 8 or 4");
+        Table first = table(embedding, embedding_scale), last = table(head, head_scale);
+        std::vector<float> norm = gain(final_norm, engine->shape.width);
+        std::vector<nb::object> kept = {nb::cast(embedding), nb::cast(embedding_scale)};
+        if (head_bits == 0 || (head_bits == 8 && last.store == Store::i8)) {
+            kept.push_back(nb::cast(head));
+            kept.push_back(nb::cast(head_scale));
+        } else {
+            Table small;
             nb::gil_scoped_release release;
-            engine->quantize(whole, head_bits == 4 ? Store::i4 : Store::i8, engine->head);
+            const std::lock_guard<std::mutex> lock(engine->busy);
+            engine->quantize(last, head_bits == 4 ? Store::i4 : Store::i8, small);
+            last = std::move(small);
         }
+        {
+            nb::gil_scoped_release release;
+            const std::lock_guard<std::mutex> lock(engine->busy);
+            engine->embedding = std::move(first), engine->head = std::move(last), engine->final_norm = std::move(norm);
+        }
+        kept_ = std::move(kept);
     }
 
     int64_t weight_bytes() const {
@@ -269,6 +326,7 @@ class PyEngine {
 
   private:
     static std::vector<float> gain(const Array<const float, 1>& values, int64_t n) {
+        expect_natural(values);
         expect((int64_t)values.shape(0) == n,
                "norm: got " + std::to_string(values.shape(0)) + " gains, expected " + std::to_string(n));
         return {values.data(), values.data() + n};
@@ -281,6 +339,7 @@ class PyEngine {
         const Shape& s = engine->shape;
         expect((int64_t)array.shape(0) == s.vocab && (int64_t)array.shape(1) == s.width,
                "table: got " + shape_text(array.shape(0), array.shape(1)) + ", expected " + shape_text(s.vocab, s.width));
+        expect_natural(array);
         Table out;
         out.data = static_cast<const uint8_t*>(array.data());
         if (array.dtype() == nb::dtype<uint16_t>()) {
@@ -289,6 +348,7 @@ class PyEngine {
             out.store = Store::f32;
         } else {
             expect(array.dtype() == nb::dtype<int8_t>(), "table: expected bf16 (as uint16), float32 or int8");
+            if (scale) expect_natural(*scale);
             expect(scale && (int64_t)scale->shape(0) == s.vocab, "table: int8 needs a scale a row");
             out.store = Store::i8;
             out.scales = scale->data();
@@ -301,8 +361,11 @@ class PyEngine {
 class PySession {
   public:
     PySession(PyEngine& engine, int64_t batch, int64_t limit, const std::string& cache) : engine_(engine.engine) {
-        expect(batch >= 1 && limit >= 1 && limit <= engine_->positions(), "session: got sizes that do not fit");
-        expect(engine_->head.data && !engine_->layers.back().down_scale.empty(), "session: the engine has no weights yet");
+        expect(batch >= 1 && limit >= 1 && limit <= engine_->positions(), "session: got batch " + std::to_string(batch) + " and limit " + std::to_string(limit) + ", expected 1 or more, and a " +
+                   "limit within the " + std::to_string(engine_->positions()) + " positions of the rotary table");
+        bool whole = engine_->head.data != nullptr;
+        for (const Layer& layer : engine_->layers) whole &= layer.down.data != nullptr;
+        expect(whole, "session: the engine has no weights yet");
         session_ = std::make_unique<Session>(*engine_, batch, limit, store_named(cache));
     }
 
@@ -311,14 +374,20 @@ class PySession {
         expect((int64_t)ids.shape(0) == batch && tokens >= 1,
                "ids: got " + shape_text(ids.shape(0), tokens) + ", expected [" + std::to_string(batch) + ", T]");
         expect((int64_t)logits.shape(0) == batch * (all ? tokens : 1) && (int64_t)logits.shape(1) == vocab,
-               "logits: got " + shape_text(logits.shape(0), logits.shape(1)));
-        const int64_t* from = ids.data();
-        for (int64_t i = 0; i < batch * tokens; i++)
-            expect(from[i] >= 0 && from[i] < vocab, "ids: got " + std::to_string(from[i]));
+               "logits: got " + shape_text(logits.shape(0), logits.shape(1)) + ", expected " +
+                   shape_text(batch * (all ? tokens : 1), vocab));
+        expect_natural(ids), expect_natural(logits);
+        // A copy: what was checked must not change while threads read it.
+        const std::vector<int64_t> own(ids.data(), ids.data() + batch * tokens);
+        for (const int64_t id : own)
+            expect(id >= 0 && id < vocab, "ids: got " + std::to_string(id) + ", expected 0 to " + std::to_string(vocab - 1));
+        float* to = logits.data();
         nb::gil_scoped_release release;
         const std::lock_guard<std::mutex> lock(busy_);
-        expect(session_->position + tokens <= session_->limit, "context is full");
-        session_->forward(from, tokens, all, logits.data());
+        expect(session_->position + tokens <= session_->limit,
+               "context is full: got " + std::to_string(tokens) + " tokens after " + std::to_string(session_->position) +
+                   ", expected at most " + std::to_string(session_->limit) + " in all");
+        session_->forward(own.data(), tokens, all, to);
     }
 
     int64_t position() const { return session_->position; }

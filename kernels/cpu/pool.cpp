@@ -29,18 +29,36 @@ void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
 Pool::Pool(int threads) : threads_(threads), process_(getpid()) { start(); }
 
 void Pool::start() {
-    for (int t = 1; t < threads_; t++) workers_.emplace_back(&Pool::serve, this, t, job_.load());
+    try {
+        for (int t = 1; t < threads_; t++) workers_.emplace_back(&Pool::serve, this, t, job_.load());
+    } catch (...) {  // no more threads to be had: end those that run, so that the error can be told
+        end();
+        throw;
+    }
 }
 
-Pool::~Pool() {
-    if (process_ != getpid()) {  // a forked child: these threads are not here, nobody to wait for
-        for (auto& worker : workers_) worker.detach();
-        return;
-    }
+void Pool::end() {
     stop_.store(true);
     job_.fetch_add(1, std::memory_order_release);
     job_.notify_all();
     for (auto& worker : workers_) worker.join();
+    workers_.clear();
+    stop_.store(false);
+}
+
+// The threads of the process we were forked from: not ours to join or detach, their handles may by now be somebody
+// else's. They are left where they are.
+void Pool::forget() {
+    new std::vector<std::thread>(std::move(workers_));
+    workers_.clear();
+}
+
+Pool::~Pool() {
+    if (process_ != getpid()) {  // a forked child: these threads are not here, nobody to wait for
+        forget();
+        return;
+    }
+    end();
 }
 
 void Pool::serve(int thread, uint32_t seen) {
@@ -58,10 +76,10 @@ void Pool::run(const std::function<void(Team&)>& work) {
     Team team(*this, 0, threads_);
     if (threads_ > 1) {
         if (process_ != getpid()) {
-            for (auto& worker : workers_) worker.detach();
-            workers_.clear();
-            process_ = getpid();
+            forget();
+            count_ = 0;
             start();
+            process_ = getpid();
         }
         work_ = &work;
         job_.fetch_add(1, std::memory_order_release);

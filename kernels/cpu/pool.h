@@ -51,6 +51,8 @@ class Pool {
   private:
     friend class Team;
     void start();
+    void end();
+    void forget();
     void serve(int thread, uint32_t seen);
     void arrive(std::atomic<uint32_t>& phase, std::atomic<uint32_t>& count);
 

@@ -22,8 +22,10 @@ static int signed_by(int digit, int x) { return digit == 0 ? -x : digit == 2 ? x
 static void tables(const int8_t* q, int64_t words, uint8_t* out) {
     int16_t* table = (int16_t*)out;
     for (int64_t g = 0; g < 3 * words; g++, q += 3, table += 32)
-        for (int e = 0; e < 27; e++)
-            table[e] = (int16_t)(signed_by(e % 3, q[0]) + signed_by(e / 3 % 3, q[1]) + signed_by(e / 9, q[2]));
+        for (int e = 0, c = 0; c < 3; c++)
+            for (int b = 0; b < 3; b++)
+                for (int a = 0; a < 3; a++, e++)
+                    table[e] = (int16_t)(signed_by(a, q[0]) + signed_by(b, q[1]) + signed_by(c, q[2]));
 }
 
 // One tile and one token: w [words], `stride` bytes apart, of 32 uint16 -> added to sums [32].
@@ -32,7 +34,7 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t stride, in
     for (; words > 0; words--, w += stride, table += 3 * 32) {
         const uint16_t* word = (const uint16_t*)w;
         for (int r = 0; r < kTile; r++)
-            sums[r] += table[word[r] & 31] + table[32 + (word[r] >> 5 & 31)] + table[64 + (word[r] >> 10)];
+            sums[r] += table[word[r] & 31] + table[32 + (word[r] >> 5 & 31)] + table[64 + (word[r] >> 10 & 31)];
     }
 }
 
@@ -47,7 +49,7 @@ static void rows(const uint8_t* panel, int tiles, int64_t words, const uint8_t* 
 }  // namespace scalar
 
 const Isa kScalar = {
-    "scalar", "portable C++: table lookups, one row at a time", false, kTriples, 3 * 64, 1, scalar::tables, scalar::rows, 0, 0,
+    "scalar", "portable C++: table lookups, one row at a time", false, kTriples, 3 * 64, scalar::tables, scalar::rows, 0, 0,
     nullptr, nullptr, nullptr, scalar::rms_norm, scalar::quantize, scalar::gate, scalar::scale, scalar::attend, scalar::dots,
 };
 

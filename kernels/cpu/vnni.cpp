@@ -184,7 +184,7 @@ static void block(const uint8_t* data, int64_t all, int64_t first, int tiles, in
 
 const Isa kVnni = {
     "vnni", "AVX-512 VNNI: multiplies two-bit codes by activations; a comparison, never the default", true, kCodes,
-    16, 1, vnni::tables, vnni::rows, 64, 8, vnni::columns, vnni::block_scratch, vnni::block,
+    16, vnni::tables, vnni::rows, 64, 8, vnni::columns, vnni::block_scratch, vnni::block,
     vnni::rms_norm, vnni::quantize, vnni::gate, vnni::scale, vnni::attend, vnni::dots,
 };
 

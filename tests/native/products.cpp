@@ -56,6 +56,7 @@ bool check(const Isa& isa, Pool& pool, const Case& c) {
     std::vector<float> scaled(c.m * c.n, 0.25f), row_scale(c.n);
     for (auto& s : row_scale) s = (float)draw(1, 1000) / 256;
     std::vector<Product> products(pool.threads());
+    for (auto& product : products) product.reserve(isa, c.m);
     pool.run([&](Team& team) {
         x.ready(team);
         team.meet();
