@@ -117,5 +117,8 @@ def chat_ids(tokenizer: Tokenizer, message: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that start a document with `text`: BOS, where the tokenizer has one, and the text's own."""
-    return ([tokenizer.bos_id] if tokenizer.bos_id is not None else []) + tokenizer.encode(text)
+    """The ids that start a document with `text`: BOS, where the model's texts start with one, and the text's own."""
+    bos = tokenizer.bos_id
+    if isinstance(tokenizer, JsonTokenizer) and not tokenizer.settings.add_bos:
+        bos = None
+    return ([bos] if bos is not None else []) + tokenizer.encode(text)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 FORMAT = "bitnet-tokenizer-json"
+_MAX_CHAT = 1 << 22  # characters of a rendered conversation; a template may loop as long as it likes
 _WRONG = "expected what the import wrote; import the model again"
 
 
@@ -31,6 +32,7 @@ class Settings:
     bos_id: int | None
     end_ids: tuple[int, ...]  # each of them ends a text: end of text, end of turn
     chat_template: str | None
+    add_bos: bool = True  # whether a text starts with bos_id, where there is one
 
 
 class JsonTokenizer:
@@ -64,6 +66,10 @@ class JsonTokenizer:
     def tokens(self) -> list[str]:
         """The spelling of every id, "" for those that no token has."""
         return [self._model.id_to_token(id) or "" for id in range(self.vocab_size)]
+
+    def starts_with_bos(self) -> bool:
+        """Whether tokenizer.json itself puts BOS before a text."""
+        return self.bos_id is not None and self._model.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -107,19 +113,35 @@ class JsonTokenizer:
             self._model.encode_special_tokens = True
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        try:
+            import jinja2
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise BitNetError(
+                "chat: got a model with a chat template, expected the jinja2 package to run it; "
+                "pip install 'bitnet-ternary[tokenizers]'"
+            ) from None
 
         def refuse(reason: str) -> str:
             raise jinja2.TemplateError(reason)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # {% break %} and {% continue %}: published templates use them.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
         name = {id: None if id is None else self._model.id_to_token(id) for id in (self.bos_id, self.eos_id)}
         values = {"bos_token": name[self.bos_id] or "", "eos_token": name[self.eos_id] or ""}
         try:
             template = environment.from_string(self.settings.chat_template or "")
-            return template.render(messages=[dict(m) for m in messages], add_generation_prompt=True, **values)
+            pieces: list[str] = []
+            size = 0
+            for piece in template.generate(messages=[dict(m) for m in messages], add_generation_prompt=True, **values):
+                size += len(piece)
+                if size > _MAX_CHAT:
+                    refuse(f"it wrote more than {_MAX_CHAT:,} characters")
+                pieces.append(piece)
+            return "".join(pieces)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise BitNetError(f"chat: the model's template cannot be used: {error}; leave --chat away") from error
 
@@ -137,6 +159,9 @@ def load_json_tokenizer(data: bytes) -> JsonTokenizer:
             raise
         raise BitNetError(f"got a tokenizer that cannot be read ({error}), {_WRONG}") from error
     ids = [settings.bos_id, *settings.end_ids]
+    template = settings.chat_template
+    if type(settings.add_bos) is not bool or not (template is None or isinstance(template, str)):
+        raise BitNetError(f"got a tokenizer whose settings are of other types, {_WRONG}")
     if type(settings.vocab_size) is not int or not all(i is None or type(i) is int for i in ids):
         raise BitNetError(f"got a tokenizer whose ids are no numbers, {_WRONG}")
     return JsonTokenizer(text, settings)

@@ -57,8 +57,8 @@ class BitLinear(nn.Linear):
 def set_ease(model: nn.Module, share: float) -> None:
     """Let every BitLinear of `model` give `share` of its quantised output and the rest of its float one.
 
-    A float model that is to become ternary by training on loses less when the quantisers come in over some hundred
-    steps than at once. 1 is the ternary layer; evaluation and packing know no other.
+    For a float model that is to become ternary by training on; whether it gains over quantising at once has not been
+    measured. 1 is the ternary layer; evaluation and packing know no other.
     """
     for module in model.modules():
         if isinstance(module, BitLinear):

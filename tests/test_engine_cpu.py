@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bitnet import engine_cpu
 from bitnet.config import ModelConfig
-from bitnet.engine_cpu import CACHES, HEADS, CpuEngine
 from bitnet.engine import TorchEngine
+from bitnet.engine_cpu import CACHES, HEADS, CpuEngine
 from bitnet.errors import BitNetError
 from bitnet.kernels import native, ops
 from bitnet.model import Transformer

@@ -1,9 +1,11 @@
 """GGUF files against the tools that define them: gguf's quantiser byte for byte, llama.cpp running what we write."""
 
 import json
+import math
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from bitnet.formats.gguf import GgufSource, gguf_name
 from bitnet.formats.gguf_export import TYPES, export_gguf
 from bitnet.formats.gguf_file import Float32, GgufFile, write_gguf
 from bitnet.formats.packing import import_model
-from bitnet.formats.source import PackedSource, TrainedSource, projections
+from bitnet.formats.source import PackedSource, TrainedSource, dense_shapes, projection_shape, projections
 from bitnet.kernels import packing
 from bitnet.kernels.reference import WeightCodes
 from bitnet.model import Transformer
@@ -466,9 +468,10 @@ os._exit(0)  # threads of the server hold the interpreter
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "ReLU^2": ({"hidden_act": "relu2"}, "tq2_0", r"ReLU\^2.*hidden_act=silu"),
+    "ReLU^2": ({"hidden_act": "relu2"}, "tq2_0", r"ReLU\^2.*hidden_act=silu.*--to hf-packed,"),
+    "plain ReLU^2": ({"hidden_act": "relu2", "linear": "plain"}, "f16", r"ReLU\^2.*--to hf,"),
     "QK norm": ({"qk_norm": True}, "tq2_0", r"QK norm.*nano-portable"),
-    "untied": ({"tie_word_embeddings": False}, "f32", r"head of its own.*--to hf"),
+    "untied": ({"tie_word_embeddings": False}, "f32", r"head of its own.*--to hf-packed"),
     "width": ({"hidden_size": 320, "num_attention_heads": 2}, "tq2_0", r"hidden_size 320.*q2_0"),
     "ffn": ({"intermediate_size": 500}, "tq1_0", r"intermediate_size 500, expected a multiple of 256.*f16"),
     "plain": ({"linear": "plain"}, "tq2_0", "not ternary"),
@@ -500,6 +503,47 @@ def test_export_leaves_nothing_of_a_failure(seed: int, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(BitNetError, match="is no GGUF file"):
         export_gguf(TrainedSource(model, None, {}), tmp_path / "mine.txt", "f32")
+
+
+def test_f16_holds_what_it_is_given(seed: int, tmp_path: Path) -> None:
+    """Small numbers keep a bit or two in fp16: refused, where f32 writes them as they are."""
+    config = BASE.replace(num_hidden_layers=1)
+    for linear, name, factor, part in (
+        ("ternary", "model.layers.0.mlp.up_proj.weight", 1e-4, r"up_proj: F16: got a weight scale.*export as f32"),
+        ("plain", "model.layers.0.mlp.up_proj.weight", 1e-5, r"up_proj: rounding to F16.*export as f32"),
+        ("plain", "model.embed_tokens.weight", 1e-5, r"embed_tokens.weight: rounding to F16.*export as f32"),
+    ):
+        model = drawn(config.replace(linear=linear), seed)
+        with torch.no_grad():
+            model.get_parameter(name).mul_(factor)
+        source = TrainedSource(model, None, {})
+        with pytest.raises(BitNetError, match=part):
+            export_gguf(source, tmp_path / "m.gguf", "f16")
+        assert not (tmp_path / "m.gguf").exists()
+        back = GgufSource(export_gguf(source, tmp_path / "m.gguf", "f32"))
+        if linear == "plain":
+            assert torch.equal(back.master("model.layers.0.mlp.up_proj"), source.master("model.layers.0.mlp.up_proj"))
+        (tmp_path / "m.gguf").unlink()
+
+
+def test_a_file_of_many_tensors_is_read_at_once(tmp_path: Path) -> None:
+    """30,000 of them with their scales: seconds if each is looked up, a minute if a set is built for each."""
+    config = BASE.replace(
+        vocab_size=2, hidden_size=2, intermediate_size=1, num_attention_heads=1, num_key_value_heads=1
+    ).replace(num_hidden_layers=1500, sub_norms=False)
+    shapes = {gguf_name(name): shape for name, shape in dense_shapes(config).items()}
+    for name in projections(config):
+        shapes[f"{gguf_name(name)}.weight"] = projection_shape(config, name)
+        shapes[f"{gguf_name(name)}.scale"] = (1,)
+    keys: dict[str, Any] = {"general.architecture": "llama", "llama.attention.layer_norm_rms_epsilon": Float32(1e-5)}
+    keys |= {"llama.block_count": 1500, "llama.context_length": 8, "llama.embedding_length": 2}
+    keys |= {"llama.feed_forward_length": 1, "llama.attention.head_count": 1}
+    with (tmp_path / "m.gguf").open("wb") as file:
+        data = (np.ones(math.prod(shape), np.float32).view(np.uint8) for shape in shapes.values())
+        write_gguf(file, keys, [(name, shape, "F32") for name, shape in shapes.items()], data)
+    started = time.process_time()
+    assert GgufSource(tmp_path / "m.gguf").config.num_hidden_layers == 1500
+    assert time.process_time() - started < 5
 
 
 def test_a_packed_file_of_any_kind_goes_out(seed: int, tmp_path: Path) -> None:
@@ -541,6 +585,11 @@ def key(name: str, value: Any) -> Callable[..., tuple[dict[str, Any], list, list
     return lambda keys, plan, data: ({**keys, name: value}, plan, data)
 
 
+def byte_level(**values: Any) -> Callable[..., tuple[dict[str, Any], list, list]]:
+    more = {f"tokenizer.ggml.{name}": value for name, value in {"model": "gpt2", "merges": ["a b"], **values}.items()}
+    return lambda keys, plan, data: ({**keys, **more}, plan, data)
+
+
 SPOILED: dict[str, tuple[Callable[..., tuple[dict[str, Any], list, list]], str]] = {
     "architecture": (key("general.architecture", "mamba"), "mamba"),
     "no architecture": (lambda k, p, d: ({}, p, d), "general.architecture"),
@@ -564,6 +613,12 @@ SPOILED: dict[str, tuple[Callable[..., tuple[dict[str, Any], list, list]], str]]
     "no last tensor": (lambda k, p, d: (k, p[:-1], d[:-1]), "got no tensor"),
     "a tensor twice": (lambda k, p, d: (k, [*p, p[0]], [*d, d[0]]), "twice"),
     "a tensor more": (lambda k, p, d: (k, [*p, ("extra", (1,), "F32")], [*d, np.zeros(4, np.uint8)]), "'extra'"),
+    "a list for the experts": (key("bitnet.expert_count", [0, 0]), "expert_count"),
+    "a list for the scaling": (key("bitnet.rope.scaling.type", ["none", "none"]), "rope.scaling.type"),
+    "a list for the tokenizer": (key("tokenizer.ggml.model", [1, 2]), "tokenizer.ggml.model"),
+    "a number for BOS": (key("tokenizer.ggml.add_bos_token", 1), "add_bos_token"),
+    "a list for the pre-tokenizer": (byte_level(pre=["a", "b"]), "pre-tokenizer"),
+    "numbers for the pre-tokenizer": (byte_level(pre=[1, 2]), "pre-tokenizer"),
     "code 3": (lambda k, p, d: (k, p, [*d[:-1], np.full_like(d[-1], 0xFF)]), "code 3"),
     "embedding that is none": (lambda k, p, d: (k, p, [np.full_like(d[0], 0xFF), *d[1:]]), "not finite"),
 }  # fmt: skip

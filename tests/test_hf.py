@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
+from bitnet.formats import ternary
 from bitnet.formats.hf import HfSource
 from bitnet.formats.hf_export import export_hf, steady
 from bitnet.formats.packing import import_model
 from bitnet.formats.source import PackedSource, TrainedSource, projections
-from bitnet.kernels import ops
+from bitnet.kernels import native, ops
 from bitnet.model import Transformer
 from bitnet.packed import load, read_packed, write_packed
 from bitnet.tokenizer import SentencePieceTokenizer, train_char, train_sentencepiece
@@ -325,7 +327,8 @@ def test_models_of_transformers_run_here(variant: str, kind: str, shape: str, tm
     theirs = load_there(folder)
     source = HfSource(folder)
     assert source.config == config.replace(initializer_range=0.1)
-    assert not import_model(source, tmp_path / "m.safetensors", None)
+    (note,) = import_model(source, tmp_path / "m.safetensors", None)
+    assert "no tokenizer" in note
     ids = torch.randint(300, (2, 33))
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -336,6 +339,16 @@ def test_models_of_transformers_run_here(variant: str, kind: str, shape: str, tm
             assert_same_layers(theirs, engine.model, ids)
             got = engine.logits(ids)
         assert kl(expected, got) <= 1e-3, backend.name
+    if native.why_not() is None:
+        got = torch.stack([load(tmp_path / "m.safetensors", engine="cpu").logits(row[None])[0] for row in ids])
+        assert kl(expected, got) <= 1e-3, "the C++ engine"
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (8, 7), (64, 100), (100, 24)], ids=lambda s: f"N{s[0]}-K{s[1]}")
+def test_bytes_are_those_of_transformers(shape: tuple[int, int]) -> None:
+    for _ in range(20):
+        codes = torch.randint(-1, 2, shape, dtype=torch.int8)
+        assert torch.equal(ternary.pack_hf(codes), bitnet_there.pack_weights(codes.float()))
 
 
 def test_an_imported_model_is_an_ordinary_packed_file(seed: int, tmp_path: Path) -> None:
@@ -390,33 +403,89 @@ def test_a_name_on_the_hub(published: Path, tmp_path: Path, monkeypatch: pytest.
     """Fetched where it can be, with nothing but data files; one line where it cannot."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from bitnet.formats.hub import download
     from bitnet.formats.opening import open_source
 
     asked: dict[str, Any] = {}
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked.update(name=name, patterns=allow_patterns)
+    def fetch(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.update(name=name, patterns=allow_patterns, never=ignore_patterns)
+        if name.startswith("owner/gguf"):
+            return str(tmp_path)
         if name == "owner/absent":
             raise LocalEntryNotFoundError("no network\nat all")
         return str(published)
 
+    listed = {"owner/gguf": ["README.md", "m.gguf", "f16/m.gguf"], "owner/gguf-2": ["a.gguf", "b.gguf"]}
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", listed.__getitem__)
     assert open_source("owner/model").config == BASE.replace(initializer_range=0.1)
     assert asked["name"] == "owner/model"
     assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    assert asked["never"] == ["*/*"]  # other models in sub-folders
+    assert download("owner/gguf") == tmp_path / "m.gguf"
+    assert asked["patterns"] == ["m.gguf"]
+    with pytest.raises(BitNetError, match=r"\[a\.gguf, b\.gguf\], expected one such file"):
+        download("owner/gguf-2")
     with pytest.raises(BitNetError, match=r"'owner/absent'.*\(no network at all\)"):
         open_source("owner/absent")
     for name in ("owner", "a/b/c", "../x/y", "owner/mo del", ""):
         with pytest.raises(BitNetError, match=r"nothing at|without config\.json"):
             open_source(name)
+    asked.clear()
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/model", "owner/m.gguf", "owner/m.safetensors", "./model", "/nowhere", "~/model", "owner/"):
+        with pytest.raises(BitNetError, match=f"got nothing at '{name}', expected a packed file"):
+            open_source(name)
+    assert not asked
+
+
+def test_what_is_no_model_is_told_what_to_give(published: Path, tmp_path: Path) -> None:
+    from bitnet.formats.opening import open_source
+
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(BitNetError, match=f"a file of a Hugging Face folder.*give '{published}'"):
+            open_source(str(published / name))
+    (tmp_path / "README.md").write_text("# What this is\n")
+    with pytest.raises(BitNetError, match=r"README\.md.*expected a packed file, a GGUF file, a Hugging Face folder"):
+        open_source(str(tmp_path / "README.md"))
+
+
+def test_info_that_is_no_object(published: Path, tmp_path: Path) -> None:
+    """A packed file's `info` is somebody else's JSON as well."""
+    import_model(HfSource(published), tmp_path / "m.safetensors", None)
+    packed = replace(read_packed(tmp_path / "m.safetensors"), info=[])
+    with pytest.raises(BitNetError, match="expected a JSON object"):
+        PackedSource(packed)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_who_reads_what(plain: bool) -> None:
+    from bitnet.formats.opening import readers
+
+    llama = BASE.replace(linear="plain" if plain else "ternary", **VARIANTS["llama"])
+    bitnet = BASE.replace(hidden_act="silu")
+
+    def runs(config: ModelConfig, target: str) -> dict[str, bool]:
+        return {name: yes for names, yes, _ in readers(config, target) for name in names.split(", ")}
+
+    assert runs(llama, "hf")["vLLM"] == plain
+    assert not runs(bitnet, "hf-packed")["vLLM"]
+    assert runs(llama, "f16")["Ollama"]
+    assert not runs(bitnet, "tq2_0")["Ollama"]
+    assert not runs(bitnet, "tq2_0")["vLLM"]
+    assert not runs(llama, "q2_0")["LM Studio"]
+    assert ("float" in readers(llama, "f16")[0][2]) == (not plain)
+    assert "float" not in readers(llama, "tq2_0")[0][2]
 
 
 def test_rounding_is_told(tmp_path: Path) -> None:
     model = there(BASE)
     with torch.no_grad():
         model.model.embed_tokens.weight.add_(1 / 3000)
-    (note,) = import_model(HfSource(save_as(model, tmp_path / "in", "master")), tmp_path / "m.safetensors", None)
-    assert "rounded to bf16" in note
+    source = HfSource(save_as(model, tmp_path / "in", "master"))
+    assert "rounded to bf16" in import_model(source, tmp_path / "m.safetensors", None)[0]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------
@@ -438,6 +507,12 @@ def tensor(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     save_tensors(tensors, folder / "model.safetensors")
 
 
+def with_tokenizer(folder: Path, **values: Any) -> None:
+    """A tokenizer.json that cannot be read, beside settings that are read before it."""
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "model type": (lambda f: changed(f, model_type="mistral"), "mistral"),
@@ -457,6 +532,17 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "norms in the linears": (lambda f: quantization(f, use_rms_norm=True), "use_rms_norm"),
     "projections left out": (lambda f: quantization(f, modules_to_not_convert=["o_proj"]), "o_proj"),
     "the other sense of the scale": (lambda f: quantization(f, linear_class="bitlinear"), "--weight-scale multiply"),
+    "a list of classes": (lambda f: quantization(f, linear_class=[]), "linear_class"),
+    "a list of modes": (lambda f: quantization(f, quantization_mode=[]), "quantization_mode"),
+    "a number of modules": (lambda f: quantization(f, modules_to_not_convert=5), "modules_to_not_convert"),
+    "lists of modules": (lambda f: quantization(f, modules_to_not_convert=[[]]), "modules_to_not_convert"),
+    "a list of model types": (lambda f: changed(f, model_type=[]), "model_type"),
+    "a number of layer types": (lambda f: changed(f, layer_types=5), "layer_types"),
+    "lists of layer types": (lambda f: changed(f, layer_types=[[]]), "layer_types"),
+    "rope parameters as a text": (lambda f: changed(f, rope_parameters="default"), "rope_parameters"),
+    "a list for the rope": (lambda f: changed(f, rope_parameters=[1]), "rope_parameters"),
+    "add_bos": (lambda f: with_tokenizer(f, add_bos_token=3), "add_bos_token"),
+    "a list for a template's name": (lambda f: with_tokenizer(f, chat_template=[{"name": []}]), "tokenizer.json"),
     "code 3": (lambda f: tensor(f, lambda t: t[UP][0, 0].fill_(0b11)), "code 3"),
     "scale of zero": (lambda f: tensor(f, lambda t: t[UP + "_scale"].fill_(0)), "above 0"),
     "scale that is none": (lambda f: tensor(f, lambda t: t[UP + "_scale"].fill_(torch.nan)), "above 0"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bitnet.checkpoint import read_save
 from bitnet.cli import main
 from bitnet.config import ModelConfig
+from bitnet.errors import BitNetError
 from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.source import TrainedSource
@@ -18,6 +19,10 @@ from bitnet.layers import BitLinear, project, set_ease
 from bitnet.model import Transformer
 from bitnet.packed import write_packed
 from bitnet.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from bitnet.train.command import run_training
+from bitnet.train.config import default_config
+from bitnet.train.display import Display
+from bitnet.train.pretrain import Trainer, pretrain
 from bitnet.train.run import Run
 
 TEXT = "fade a cabbage\nbag the hedge and feed the bead to a badge\n" * 60
@@ -94,6 +99,63 @@ def test_training_goes_on_from(kind: str, tokenizer: SentencePieceTokenizer, see
     assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2, 3, 4]
 
 
+class Stop(Exception):  # noqa: N818 - it is no error, it ends a run
+    pass
+
+
+@pytest.mark.parametrize("route", ["flag", "--set", "TOML"])
+def test_the_model_is_the_same_by_every_route(
+    route: str, tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--init, --set train.init and a TOML file: the shape, rotary base and activation of the model it starts from."""
+    model = made(tokenizer, seed, hidden_act="silu", rope_theta=500_000.0, rms_norm_eps=1e-6, sub_norms=False)
+    start = export_hf(TrainedSource(model, tokenizer, {}), tmp_path / "start", packed=False)
+    (tmp_path / "init.toml").write_text(f"[train]\ninit = {json.dumps(str(start))}\n")
+    (tmp_path / "char.toml").write_text(f'[tokenizer]\nkind = "char"\n[train]\ninit = {json.dumps(str(start))}\n')
+    (tmp_path / "mini.toml").write_text(f'preset = "mini"\n[train]\ninit = {json.dumps(str(start))}\n')
+    args = {
+        "flag": ["--init", start],
+        "--set": ["--set", f"train.init={start}"],
+        "TOML": ["--config", tmp_path / "init.toml"],
+    }[route]
+    out = tmp_path / "out"
+    for more, part in (
+        (["--set", "model.rope_theta=10000"], "model.rope_theta: got 10000.0, expected 500000.0"),
+        (["--set", "model.hidden_act=relu2"], "model.hidden_act"),
+        (["--set", "model.vocab_size=999"], "model.vocab_size"),
+        (["--tokenizer", "char"], "--tokenizer char and --init"),
+        (["--set", "tokenizer.kind=sentencepiece"], "--tokenizer sentencepiece and --init"),
+        (["--config", tmp_path / "char.toml"], "--tokenizer char and --init"),
+        (["--config", tmp_path / "mini.toml"], "--preset mini and --init"),
+        (["--preset", "nano"], "--preset nano and --init"),
+    ):
+        if route == "TOML" and "--config" in more:
+            continue
+        capsys.readouterr()
+        assert train(tmp_path, *args, "--out", out, "--steps", 1, *more) == 2
+        assert part in capsys.readouterr().err
+        assert not (out / "config.toml").exists()
+    still = ["--lr", "1e-12", "--set", "train.table_lr=1e-12", "--linear", "binary", "--context", 8]
+    assert train(tmp_path, *args, "--out", out, "--steps", 1, *still) == 0
+    got, _ = Run(out).load()
+    assert got.config == model.config.replace(linear="binary", max_position_embeddings=8)
+    expected = dict(model.named_parameters())
+    for name, parameter in got.named_parameters():
+        if "_proj" in name:
+            torch.testing.assert_close(parameter, expected[name], rtol=0.0, atol=1e-6)
+
+
+def test_a_program_that_opens_no_models_refuses_one(tmp_path: Path) -> None:
+    (tmp_path / "toy.txt").write_text(TEXT)
+    flags = {"data": {"sources": (str(tmp_path / "toy.txt"),)}}
+    with pytest.raises(BitNetError, match="starts from random weights"):
+        run_training(None, None, flags, ["train.init=x"], tmp_path / "out", torch.device("cpu"), quiet=True)
+    config = default_config().override({"train": {"init": "x"}})
+    with pytest.raises(BitNetError, match="that model, opened"):
+        pretrain(config, tmp_path / "out", torch.device("cpu"), Display(1, quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
     """The recipe: a float LlamaForCausalLM, --linear ternary, the quantisers eased in over half of the steps."""
     model = made(tokenizer, seed, linear="plain", sub_norms=False, hidden_act="silu")
@@ -103,8 +165,27 @@ def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: in
     ternary, _ = Run(tmp_path / "whole").load()
     assert ternary.config == model.config.replace(linear="ternary", initializer_range=ternary.config.initializer_range)
     assert all(layer.ease == 1.0 for layer in ternary.modules() if isinstance(layer, BitLinear))
-    # Stopped half-way and resumed, inside the easing: the same weights to the bit.
-    assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8, "--set", "train.eval_every=0") == 0
+    # Stopped behind step 2 and resumed, inside the easing, which takes four: the same weights to the bit.
+    shares: list[float] = []
+    save, ease = Trainer._save, set_ease
+
+    def save_and_stop(self: Trainer, seconds: float) -> None:
+        save(self, seconds)
+        raise Stop
+
+    def note_share(model: Transformer, share: float) -> None:
+        shares.append(share)
+        ease(model, share)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", save_and_stop)
+        with pytest.raises(Stop):
+            train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8)
+    assert [path.name for path in (tmp_path / "parts" / "saves").iterdir()] == ["step-00000002"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitnet.train.pretrain.set_ease", note_share)
+        assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8) == 0
+    assert shares[:3] == [0.75, 1.0, 1.0]  # steps 3, 4, 5
     a, b = Run(tmp_path / "whole").load()[0].state_dict(), Run(tmp_path / "parts").load()[0].state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
 

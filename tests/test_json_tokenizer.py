@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import pytest
 from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
+from bitnet.formats.gguf import GgufSource
 from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.gguf_file import Float32, GgufFile, write_gguf
 from bitnet.formats.hf import HfSource
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.packing import import_model
 from bitnet.formats.source import TrainedSource
+from bitnet.generation import prompt_ids
 from bitnet.json_tokenizer import JsonTokenizer, Settings, load_json_tokenizer
 from bitnet.model import Transformer
 from bitnet.packed import load
-from bitnet.tokenizer import load_tokenizer
+from bitnet.tokenizer import load_tokenizer, train_sentencepiece
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the extra of that name")
 
@@ -60,6 +63,8 @@ def oracle() -> "tokenizers.Tokenizer":
     )
     built.train_from_iterator([" ".join(words), *TEXTS], trainer)
     built.add_special_tokens(SPECIALS)
+    bos = (SPECIALS[0], built.token_to_id(SPECIALS[0]))
+    built.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     return built
 
 
@@ -105,6 +110,8 @@ def test_the_file_form(ours: JsonTokenizer) -> None:
         {"vocab_size": 7},
         {"tokenizer": "{"},
         {"x": 1},
+        {"add_bos": 1},
+        {"chat_template": 5},
     ):
         with pytest.raises(BitNetError):
             load_json_tokenizer(json.dumps({**content, **change}).encode())
@@ -144,6 +151,9 @@ HOSTILE = {
     "divides": "{{ 1 / 0 }}",
     "range": "{{ range(10**9) | list }}",
     "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "writes on and on": "{% for i in range(99999) %}{% for j in range(99999) %}"
+    + "x" * 999
+    + "{% endfor %}{% endfor %}",
 }
 
 
@@ -152,6 +162,71 @@ def test_templates_run_in_a_sandbox(template: str, oracle: "tokenizers.Tokenizer
     tokenizer = JsonTokenizer(oracle.to_str(), Settings(500, None, (), template))
     with pytest.raises(BitNetError, match="template cannot be used"):
         tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_may_leave_its_loops(oracle: "tokenizers.Tokenizer") -> None:
+    template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
+    tokenizer = JsonTokenizer(oracle.to_str(), Settings(500, None, (), template))
+    assert tokenizer.encode_chat([{"role": "user", "content": c} for c in "abc"]) == tokenizer.encode("a")
+
+
+def test_chat_without_jinja2(ours: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(BitNetError, match=r"jinja2.*pip install 'bitnet-ternary\[tokenizers\]'"):
+        ours.encode_chat([{"role": "user", "content": "hi"}])
+
+
+# ---- the first token ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("says", [None, True, False], ids=["says nothing", "says true", "says false"])
+@pytest.mark.parametrize("itself", [True, False], ids=["puts it itself", "puts none"])
+def test_texts_start_as_in_transformers(
+    itself: bool, says: bool | None, ours: JsonTokenizer, seed: int, tmp_path: Path
+) -> None:
+    """BOS where AutoTokenizer puts one: by tokenizer.json alone, whatever tokenizer_config.json says."""
+    transformers = pytest.importorskip("transformers", reason="transformers comes with the extra `interop`")
+    folder = export_hf(TrainedSource(model_for(ours, seed), ours, {}), tmp_path / "hf", packed=False)
+    if not itself:
+        document = json.loads((folder / "tokenizer.json").read_text())
+        document["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+    if says is not None:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": says}))
+    import_model(HfSource(folder), tmp_path / "m.safetensors", HfSource(folder).tokenizer)
+    got = load(tmp_path / "m.safetensors").tokenizer
+    expected = transformers.AutoTokenizer.from_pretrained(folder).encode("hello")
+    assert (expected[0] == ours.bos_id) == itself
+    assert prompt_ids(got, "hello") == list(expected)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_sentencepiece_model_says_less_than_its_folder(says: bool, seed: int, tmp_path: Path) -> None:
+    """tokenizer.model knows of no second end id, and not that texts start without BOS: the files beside it do."""
+    own = train_sentencepiece(["ab abc cab " * 200], 270)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    model = Transformer(ModelConfig(vocab_size=own.vocab_size, qk_norm=False, **shape))
+    model.init_weights(seed)
+    folder = export_hf(TrainedSource(model, own, {}), tmp_path / "hf", packed=False)
+    assert HfSource(folder).tokenizer.kind == "sentencepiece"
+    if says:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 7]}))
+    else:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
+        document = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**document, "post_processor": None}))
+    for file in ("tokenizer.json", None):
+        got = HfSource(folder).tokenizer
+        assert got.kind == "tokenizer.json"
+        assert prompt_ids(got, "abc") == [own.bos_id] * says + own.encode("abc")
+        assert got.stop_ids == ((2, 7) if says else (2,))
+        if file:
+            (folder / file).unlink()
 
 
 # ---- the whole way --------------------------------------------------------------------------------------------
@@ -228,6 +303,12 @@ def test_byte_level_bpe_of_a_gguf_file(
     assert got.settings == ours.settings
     for text in TEXTS:
         assert got.encode(text) == ours.encode(text), text
+    assert prompt_ids(got, "hello") == [ours.bos_id, *ours.encode("hello")]  # what llama.cpp does where nothing is said
+    for says in (True, False):
+        with path.open("wb") as out:
+            write_gguf(out, {**keys, "tokenizer.ggml.add_bos_token": says}, plan, iter(data))
+        assert prompt_ids(GgufSource(path).tokenizer, "hello") == [ours.bos_id] * says + ours.encode("hello")
+        assert GgufSource(path).tokenizer.starts_with_bos() == says
     with path.open("wb") as out:
         write_gguf(out, {**keys, "tokenizer.ggml.pre": "qwen2"}, plan, iter(data))
     assert main(["import", str(path), "-o", str(tmp_path / "n.safetensors")]) == 2
@@ -243,8 +324,17 @@ def test_a_tokenizer_from_elsewhere(ours: JsonTokenizer, seed: int, tmp_path: Pa
     packed = tmp_path / "m.safetensors"
     assert HfSource(without).tokenizer is None
     assert main(["import", str(without), "-o", str(packed), "--tokenizer", str(with_it)]) == 0
-    assert load(packed).tokenizer.encode("hello") == ours.encode("hello")
+    (with_it / "generation_config.json").unlink()  # config.json alone has the ids
+    for choice in (with_it, with_it / "tokenizer.json", packed):
+        assert main(["import", str(without), "-o", str(packed), "--tokenizer", str(choice)]) == 0
+        assert load(packed).tokenizer.settings == ours.settings
+        assert load(packed).tokenizer.encode("hello") == ours.encode("hello")
     assert main(["import", str(without), "-o", str(packed), "--tokenizer", str(without)]) == 2
+    assert main(["import", str(without), "-o", str(packed), "--tokenizer", str(without / "tokenizer.json")]) == 2
+    # A tokenizer that came without its model: its own configuration names the two tokens.
+    (with_it / "config.json").unlink()
+    assert main(["import", str(without), "-o", str(packed), "--tokenizer", str(with_it)]) == 0
+    assert load(packed).tokenizer.settings == replace(ours.settings, end_ids=ours.stop_ids[:1])
 
 
 def test_without_the_package(ours: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,5 +348,8 @@ def test_without_the_package(ours: JsonTokenizer, monkeypatch: pytest.MonkeyPatc
 def test_import_notes_a_model_without_a_tokenizer(ours: JsonTokenizer, seed: int, tmp_path: Path) -> None:
     folder = export_hf(TrainedSource(model_for(ours, seed), None, {}), tmp_path / "hf", packed=False)
     source = HfSource(folder)
-    import_model(source, tmp_path / "m.safetensors", source.tokenizer)
+    (note,) = import_model(source, tmp_path / "m.safetensors", source.tokenizer)
+    assert note.startswith("no tokenizer is inside")
+    assert "--tokenizer FOLDER" in note
     assert load(tmp_path / "m.safetensors").tokenizer is None
+    assert not import_model(source, tmp_path / "m.safetensors", ours)

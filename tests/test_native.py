@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from bitnet.cli import main
 from bitnet.config import ModelConfig
-from bitnet.engine_cpu import CpuEngine
 from bitnet.doctor import examine
 from bitnet.engine import TorchEngine
+from bitnet.engine_cpu import CpuEngine
 from bitnet.errors import BitNetError
 from bitnet.kernels import native, ops, packing, reference
 from bitnet.layers import BitLinear, PackedLinear
@@ -385,7 +385,11 @@ WRONG_PRODUCTS: dict[str, tuple[Callable[[Call], dict[str, object]], type[Except
     "unknown set": (lambda c: {"isa": "abacus"}, ValueError, "instruction set: got 'abacus'"),
     "too few bytes": (lambda c: {"prepared": c.prepared[:-64]}, ValueError, r"got \d+ bytes that were not prepared"),
     "no bytes": (lambda c: {"prepared": c.prepared[:0]}, ValueError, "prepared weights: got 0 bytes"),
-    "too many rows": (lambda c: {"n": 65, "out": np.zeros((4, 65), np.int32)}, ValueError, r"not prepared for \w+ \[65, 21\]"),
+    "too many rows": (
+        lambda c: {"n": 65, "out": np.zeros((4, 65), np.int32)},
+        ValueError,
+        r"not prepared for \w+ \[65, 21\]",
+    ),
     "negative rows": (lambda c: {"n": -1}, ValueError, "weights: got"),
     "rows that overflow": (lambda c: {"n": 2**62}, ValueError, "weights: got"),
     "no weights": (lambda c: {"k": 0}, ValueError, "weights: got"),
@@ -635,7 +639,9 @@ def test_without_a_build_torch_runs_the_model_with_one_warning(
 def test_without_a_build_the_cpu_engine_is_an_error(
     not_built: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BitNetError, match=r"engine: 'cpu' cannot be used: the C\+\+ kernels are not built; install a C"):
+    with pytest.raises(
+        BitNetError, match=r"engine: 'cpu' cannot be used: the C\+\+ kernels are not built; install a C"
+    ):
         load(file, engine="cpu")
     assert main(["generate", "-m", str(file), "--engine", "cpu", "-n", "1"]) == 2
     err = capsys.readouterr().err

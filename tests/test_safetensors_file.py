@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_a_hostile_file(data: bytes, part: str, tmp_path: Path) -> None:
         TensorFiles(tmp_path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_many_names_and_the_last_one_twice(tmp_path: Path) -> None:
+    """One pass over them: looking for each name among all of them would take a minute."""
+    names = [f'"{i}":0' for i in range(200_000)]
+    (tmp_path / "x.json").write_text("{" + ",".join([*names, names[-1]]) + "}")
+    started = time.process_time()
+    with pytest.raises(BitNetError, match="'199999' twice"):
+        read_json(tmp_path / "x.json")
+    assert time.process_time() - started < 5
 
 
 def test_what_is_missing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from bitnet import checkpoint, schema
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.train.config import RunConfig, default_config, read_toml
+from bitnet.train.config import RunConfig, TokenizerConfig, default_config, read_toml
 from bitnet.train.display import Display
 from bitnet.train.overview import duration
 from bitnet.train.pretrain import Initial, Outcome, pretrain
@@ -36,17 +36,15 @@ def run_training(
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
     open_initial: opens the model that train.init names.
     """
-    initial = None
-    if open_initial and (name := flags.get("train", {}).get("init")):
-        if preset is not None:
-            raise BitNetError(f"train: got --preset {preset} and --init {name}, expected one: that model has its shape")
-        initial = open_initial(name)
     folder = out or _default_folder(preset, config_file, flags, assignments)
-    config = resolve(preset, config_file, flags, assignments, Run(folder), initial.config if initial else None)
-    if checkpoint.folders(Run(folder).saves):
-        initial = None  # the run goes on from its own save, also where the model it began with is gone
-    elif initial is None and open_initial and config.train.init:
-        initial = open_initial(config.train.init)
+    run = Run(folder)
+    initial = None
+    # A run goes on from its own save, also where the model it began with is gone.
+    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not checkpoint.folders(run.saves):
+        if open_initial is None:
+            raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
+        initial = open_initial(name)
+    config = resolve(preset, config_file, flags, assignments, run, initial.config if initial else None)
     first = os.environ.get("RANK", "0") == "0"
     display = Display(config.train.report_every, quiet=quiet or not first)
     outcome = pretrain(config, folder, device, display, initial)
@@ -82,9 +80,40 @@ def resolve(
         base = run.config() if run.exists() else default_config()
     else:
         base = RunConfig(model=initial)
-    given = {section: {k: v for k, v in content.items() if v is not None} for section, content in flags.items()}
     # In one go: settings that fit together only as a whole may come from several places.
-    return base.override(merge(values, given, parse_assignments(assignments, base)))
+    return base.override(merge(values, _spoken(flags, assignments)))
+
+
+def _spoken(flags: Values, assignments: list[str]) -> Values:
+    """What the command line says: flags that were given, and assignments over them."""
+    given = {section: {k: v for k, v in content.items() if v is not None} for section, content in flags.items()}
+    return merge(given, parse_assignments(assignments, RunConfig()))
+
+
+def _initial_name(
+    preset: str | None, config_file: Path | None, flags: Values, assignments: list[str], run: Run
+) -> str | None:
+    """The model to start from, wherever it is named: in a flag, an assignment, the TOML file or the run that is there.
+
+    Raises BitNetError for settings that this model brings along: a preset and a tokenizer.
+    """
+    named, values = read_toml(config_file) if config_file is not None else (None, {})
+    preset, spoken = preset or named, _spoken(flags, assignments)
+    name = merge(values, spoken).get("train", {}).get("init", run.config().train.init if run.exists() else "")
+    if not name or not isinstance(name, str):
+        return None  # what is no text is refused with the other settings
+    if preset is not None:
+        raise BitNetError(f"train: got --preset {preset} and --init {name}, expected one: that model has its shape")
+    # A run's own config.toml names the tokenizer's kind in any case.
+    kind = spoken.get("tokenizer", {}).get("kind")
+    if kind is None and (written := values.get("tokenizer", {}).get("kind")) != TokenizerConfig().kind:
+        kind = written
+    if kind is not None:
+        raise BitNetError(
+            f"train: got --tokenizer {kind} and --init {name}, expected one: that model has its tokenizer; "
+            "leave --tokenizer away"
+        )
+    return name
 
 
 def merge(*layers: Values) -> Values:

@@ -95,9 +95,13 @@ def pretrain(
     Raises BitNetError for settings, data or saves that cannot be used and for a run that diverges;
     OSError when a save cannot be written (the saves before it stay whole).
     """
+    run = Run(out)
+    if initial is not None:
+        check_initial(config, initial)
+    elif config.train.init and not checkpoint.folders(run.saves):
+        raise BitNetError(f"train: got train.init '{config.train.init}', expected that model, opened (--init)")
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(device))
-        run = Run(out)
         trackers: list[Tracker] = []
         if processes.first:
             with processes.others_stop_on_failure():
@@ -432,6 +436,20 @@ class Trainer:
         if self.processes.first:
             self.run.rewind(self.step)
         return True
+
+
+_INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")  # none of them is in the weights
+
+
+def check_initial(config: RunConfig, initial: Initial) -> None:
+    """Raise BitNetError for a configuration that computes something else with the weights than their model did."""
+    theirs = initial.config.to_dict()
+    for key, value in config.model.to_dict().items():
+        if key not in _INITIAL_MAY_CHANGE and value != theirs[key]:
+            raise BitNetError(
+                f"train: model.{key}: got {value!r}, expected {theirs[key]!r} as in '{config.train.init}': "
+                "a model that is trained on keeps its shape; leave the setting away"
+            )
 
 
 def load_initial(model: Transformer, initial: Initial) -> None:

@@ -119,7 +119,7 @@ class GgufSource:
         embedding = self._file.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise BitNetError(f"{self.path}: got no matrix 'token_embd.weight', expected one: not a whole model")
-        if keys.get(f"{arch}.expert_count") or keys.get(f"{arch}.rope.scaling.type", "none") != "none":
+        if keys.whole(f"{arch}.expert_count", 0) or keys.text(f"{arch}.rope.scaling.type", "none") != "none":
             raise BitNetError(f"{self.path}: got experts or scaled rotary positions, expected a model without them")
         heads = keys.count(f"{arch}.attention.head_count")
         config = ModelConfig(
@@ -164,8 +164,9 @@ class GgufSource:
                 )
             if name in dense and tensors[name].type not in FLOATS:
                 raise BitNetError(f"{self.path}: tensor '{name}': got {tensors[name].type}, expected F32, F16 or BF16")
+        scales = {name.removesuffix("weight") + "scale" for name in set(expected) - dense}
         for name, place in tensors.items():
-            is_scale = name.endswith(".scale") and name.removesuffix("scale") + "weight" in set(expected) - dense
+            is_scale = name in scales
             if name not in expected and not (is_scale and place.type == "F32" and place.shape == (1,)):
                 raise BitNetError(f"{self.path}: got the tensor '{name}', which no {self._arch} model of ours has")
 
@@ -242,10 +243,16 @@ class _Keys:
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
 
-    def text(self, key: str) -> str:
-        value = self._values.get(key)
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._values.get(key, default)
         if not isinstance(value, str):
             raise BitNetError(f"{self._path}: {key}: got {value!r:.60}, expected a text")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise BitNetError(f"{self._path}: {key}: got {value!r:.60}, expected a whole number")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:

@@ -1,5 +1,6 @@
 """Writing GGUF files that llama.cpp runs, and refusing those that it would not run or run wrongly."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bitnet.formats.source import Source, dense_shapes, projection_shape, projec
 from bitnet.kernels.reference import WeightCodes
 
 TYPES = ("tq2_0", "tq1_0", "q2_0", "f16", "f32")
+_MOST_ROUNDING = 2.0**-11  # fp16 rounds normal numbers by at most this, and by half of it in the mean
 _FILE_TYPES = {"f32": 0, "f16": 1, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # general.file_type
 
 
@@ -25,6 +27,7 @@ def check_exportable(config: ModelConfig, kind: str) -> None:
     """Raise BitNetError, with the reason and the way out, for a model that llama.cpp would not run or run wrongly."""
     if kind not in TYPES:
         raise BitNetError(f"export: got type '{kind}', expected one of {', '.join(TYPES)}")
+    held = "--to hf" if config.linear == "plain" else "--to hf-packed"  # which takes codes, with masters or without
     retrain = "train one that llama.cpp runs: --preset nano-portable, or"
     if config.qk_norm:
         raise BitNetError(
@@ -34,12 +37,12 @@ def check_exportable(config: ModelConfig, kind: str) -> None:
     if config.hidden_act != "silu":
         raise BitNetError(
             "export: got a model with ReLU^2; llama.cpp computes SiLU for every such file and gives wrong text without "
-            f"a word; {retrain} --set model.hidden_act=silu; or export --to hf, which holds it"
+            f"a word; {retrain} --set model.hidden_act=silu; or export {held}, which holds it"
         )
     if config.sub_norms and not config.tie_word_embeddings:
         raise BitNetError(
             "export: got a model with sub-norms and a head of its own, which llama.cpp's bitnet files do not have; "
-            f"{retrain} --set model.tie_word_embeddings=true or --set model.sub_norms=false; or export --to hf"
+            f"{retrain} --set model.tie_word_embeddings=true or --set model.sub_norms=false; or export {held}"
         )
     if kind in ("f16", "f32"):
         return
@@ -111,6 +114,8 @@ def _projection(source: Source, name: str, stored: str) -> ternary.Bytes:
     codes = reorder(codes, name, config)
     if stored in BLOCKS:
         return BLOCKS[stored].encode(WeightCodes(codes, scale))
+    if stored == "F16":
+        ternary.check_scale(f"{name}: F16", scale)
     return _floats(codes * scale, stored, name)
 
 
@@ -118,8 +123,22 @@ def _floats(values: Tensor, stored: str, name: str) -> ternary.Bytes:
     converted = values.to(FLOATS[stored]).contiguous()
     if not bool(torch.isfinite(converted).all()):
         raise BitNetError(f"export: {name} holds values that {stored} cannot hold; use --type f32")
+    if stored == "F16" and (lost := _rounding(values, converted)) > _MOST_ROUNDING:
+        raise BitNetError(
+            f"export: {name}: rounding to F16 changes it by {lost:.2g} of its size, expected at most "
+            f"{_MOST_ROUNDING:.2g}: its values are too small for 16 bits; export as f32 (--type f32)"
+        )
     data: ternary.Bytes = converted.reshape(-1).view(torch.uint8).numpy()
     return data
+
+
+def _rounding(values: Tensor, rounded: Tensor) -> float:
+    """|rounded - values| / |values|, in the Euclidean norm."""
+    lost = size = 0.0
+    for part, exact in zip(rounded.split(4096), values.split(4096), strict=True):  # rows: no second copy
+        lost += float((part.float() - exact.float()).square().sum(dtype=torch.float64))
+        size += float(exact.float().square().sum(dtype=torch.float64))
+    return math.sqrt(lost / size) if size else 0.0
 
 
 def _check_target(path: Path) -> None:

@@ -26,9 +26,14 @@ def tokenizer_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {f"{_PREFIX}model": "none"}
     if not isinstance(tokenizer, SentencePieceTokenizer):
+        if not isinstance(tokenizer, JsonTokenizer):
+            raise BitNetError(
+                f"export: got a tokenizer of kind '{tokenizer.kind}', which other tools cannot read; train with "
+                "--tokenizer sentencepiece"
+            )
         raise BitNetError(
             f"export: got a tokenizer of kind '{tokenizer.kind}', which is not written into GGUF files; train with "
-            "--tokenizer sentencepiece, or export --to hf"
+            "--tokenizer sentencepiece, or export --to hf-packed (a plain model: --to hf)"
         )
     model = read_pieces(tokenizer.to_bytes())
     keys: dict[str, Any] = {
@@ -51,6 +56,8 @@ def tokenizer_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
 def read_tokenizer(path: Path, keys: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
     """The tokenizer in a file's keys, None where it has none. Raises BitNetError for one that cannot be used."""
     kind = keys.get(f"{_PREFIX}model", "none")
+    if not isinstance(kind, str):
+        raise BitNetError(f"{path}: {_PREFIX}model: got {kind!r:.40}, expected a text; {_WAY_OUT}")
     if kind in ("none", "no_vocab"):
         return None
     tokens = keys.get(f"{_PREFIX}tokens")
@@ -80,11 +87,12 @@ def _read_sentencepiece(
     model = Pieces(pieces, prefix)
     bos, eos = _id(path, keys, "bos_token_id", len(tokens)), _id(path, keys, "eos_token_id", len(tokens))
     ours = {i: pieces[i].text for i in (bos, eos) if i is not None}
-    if not prefix and list(ours.values()) == ["<s>", "</s>"][: len(ours)]:
+    add_bos = _add_bos(path, keys)
+    if not prefix and add_bos and list(ours.values()) == ["<s>", "</s>"][: len(ours)]:
         return SentencePieceTokenizer(write_pieces(model))
     # A model that puts a space before every text, or other control tokens: tokenizers holds it as it is.
-    settings = Settings(len(tokens), bos, () if eos is None else (eos,), _template(keys))
-    return JsonTokenizer(sentencepiece_json(model, bos), settings)
+    settings = Settings(len(tokens), bos, () if eos is None else (eos,), _template(keys), add_bos)
+    return JsonTokenizer(sentencepiece_json(model, bos if add_bos else None), settings)
 
 
 def _read_byte_level(
@@ -100,11 +108,21 @@ def _read_byte_level(
     bos, eos = _id(path, keys, "bos_token_id", len(names)), _id(path, keys, "eos_token_id", len(names))
     turn = _id(path, keys, "eot_token_id", len(names))
     ends = tuple(dict.fromkeys(i for i in (eos, turn) if i is not None))
+    add_bos = _add_bos(path, keys)
+    first = bos if add_bos else None
     try:
-        text = byte_level_json(names, [merges[i] for i in range(len(merges))], special, control, pre, bos)
+        text = byte_level_json(names, [merges[i] for i in range(len(merges))], special, control, pre, first)
     except BitNetError as error:
         raise BitNetError(f"{path}: {error}; {_WAY_OUT}") from None
-    return JsonTokenizer(text, Settings(len(names), bos, ends, _template(keys)))
+    return JsonTokenizer(text, Settings(len(names), bos, ends, _template(keys), add_bos))
+
+
+def _add_bos(path: Path, keys: Mapping[str, Any]) -> bool:
+    """Whether texts start with BOS; true where nothing is said, as llama.cpp has it for the kinds read here."""
+    value = keys.get(f"{_PREFIX}add_bos_token", True)
+    if not isinstance(value, bool):
+        raise BitNetError(f"{path}: {_PREFIX}add_bos_token: got {value!r:.40}, expected true or false; {_WAY_OUT}")
+    return value
 
 
 def _template(keys: Mapping[str, Any]) -> str | None:

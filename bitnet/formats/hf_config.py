@@ -32,6 +32,7 @@ class Kind(StrEnum):
 OLD_NAMES = {"self_attn.attn_sub_norm": "self_attn.inner_attn_ln", "mlp.ffn_sub_norm": "mlp.ffn_layernorm"}
 _THETA = {"bitnet": 500_000.0, "llama": 10_000.0}  # transformers' defaults
 _EPSILON = {"bitnet": 1e-5, "llama": 1e-6}
+_MAY_BE_SKIPPED = ("lm_head", "embed_tokens", "model.embed_tokens")  # modules that we keep in float, too
 
 
 def to_config(config: ModelConfig, kind: Kind, ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,12 +92,12 @@ def kind_of(path: Path, values: Mapping[str, Any]) -> Kind:
         raise BitNetError(f"{path}: got quantization '{got!s:.40}', expected 'bitnet'; import the unquantised model")
     if quantization.get("use_rms_norm"):
         raise BitNetError(f"{path}: got use_rms_norm, a norm inside every linear, which our blocks do not have")
-    skipped = quantization.get("modules_to_not_convert") or []
-    others = [name for name in skipped if name not in ("lm_head", "embed_tokens", "model.embed_tokens")]
-    if not isinstance(skipped, list) or others:
+    skipped = quantization.get("modules_to_not_convert")
+    skipped = [] if skipped is None else skipped
+    if not isinstance(skipped, list) or any(name not in _MAY_BE_SKIPPED for name in skipped):
         raise BitNetError(f"{path}: got modules_to_not_convert {skipped!r:.80}, expected the head at most")
-    linear_class = quantization.get("linear_class", "bitlinear")
-    mode = quantization.get("quantization_mode", "offline")
+    linear_class = _text(path, quantization, "linear_class", "bitlinear")
+    mode = _text(path, quantization, "quantization_mode", "offline")
     found = {("bitlinear", "offline"): Kind.DIVIDE, ("autobitlinear", "offline"): Kind.MULTIPLY}
     found |= {("autobitlinear", "online"): Kind.MASTER}
     if (linear_class, mode) not in found:
@@ -109,7 +110,7 @@ def kind_of(path: Path, values: Mapping[str, Any]) -> Kind:
 
 def from_config(path: Path, values: Mapping[str, Any], kind: Kind, tensors: Collection[str]) -> ModelConfig:
     """Our configuration of a config.json; tensors: the names in the files. Raises BitNetError for other models."""
-    model_type = values.get("model_type")
+    model_type = _text(path, values, "model_type", "")
     old = "model.layers.0.self_attn.inner_attn_ln.weight" in tensors
     if model_type not in _THETA:
         raise BitNetError(
@@ -117,7 +118,8 @@ def from_config(path: Path, values: Mapping[str, Any], kind: Kind, tensors: Coll
             f"expected one of {', '.join(_THETA)}; other architectures have other blocks"
         )
     for key in ("attention_bias", "mlp_bias", "sliding_window", "layer_types"):
-        if values.get(key) and (key != "layer_types" or set(values[key]) != {"full_attention"}):
+        full = key == "layer_types" and isinstance(values.get(key), list)
+        if values.get(key) and not (full and all(kind == "full_attention" for kind in values[key])):
             raise BitNetError(f"{path}: got {key} {values[key]!r:.40}, expected none: our layers have no such thing")
     heads = _count(path, values, "num_attention_heads")
     config = ModelConfig(
@@ -170,13 +172,22 @@ def _tied(path: Path, values: Mapping[str, Any], tensors: Collection[str]) -> bo
 
 def _theta(path: Path, values: Mapping[str, Any], model_type: str) -> float:
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    if not isinstance(scaling, dict):
+        raise BitNetError(f"{path}: got rope_parameters {scaling!r:.40}, expected an object of them; download it again")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise BitNetError(
             f"{path}: got rotary positions of type {kind!r:.40}, expected default: no scaling is supported"
         )
     default = _number(path, values, "rope_theta", _THETA[model_type])
     return _number(path, scaling, "rope_theta", default)
+
+
+def _text(path: Path, values: Mapping[str, Any], key: str, default: str) -> str:
+    value = values.get(key, default)
+    if not isinstance(value, str):
+        raise BitNetError(f"{path}: {key}: got {value!r:.40}, expected a text; download it again")
+    return value
 
 
 def _count(path: Path, values: Mapping[str, Any], key: str, default: int | None = None) -> int:

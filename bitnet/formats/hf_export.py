@@ -44,7 +44,10 @@ def export_hf(source: Source, folder: Path, *, packed: bool) -> Path:
     kind = export_kind(config, packed)
     values = to_config(config, kind, token_ids(source.tokenizer))
     if kind is Kind.MASTER:
-        source.master(projections(config)[0])  # refused now where there are codes only
+        try:
+            source.master(projections(config)[0])  # refused now where there are codes only
+        except BitNetError as error:
+            raise BitNetError(f"export: {error}; or export the codes: --to hf-packed") from error
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BitNetError(f"export: '{folder}' exists and is not empty; remove it or choose another one (-o)")
     if not folder.parent.is_dir():

@@ -22,6 +22,7 @@ from bitnet.tokenizer import Tokenizer
 
 Report = Callable[[int, int], None]  # bytes written, bytes in all
 _TOKENIZER = "tokenizer"
+_NO_TOKENIZER = "no tokenizer is inside: generate and eval need one (--tokenizer FOLDER), bitnet.load() takes ids"
 _NO_DIGEST = "0" * 64  # as long as a sha256: the header keeps its length
 
 
@@ -73,7 +74,8 @@ def import_model(source: Source, path: Path, tokenizer: Tokenizer | None, report
                     report(done, total)
             writer.finish()
         _seal(work, metadata)
-    return [*source.notes, *rounding.notes()]
+    missing = [_NO_TOKENIZER] if tokenizer is None else []
+    return [*source.notes, *rounding.notes(), *missing]
 
 
 def _plan(config: ModelConfig, spelling: Tensor | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

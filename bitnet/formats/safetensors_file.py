@@ -103,11 +103,11 @@ def _is_counts(numbers: Any) -> bool:
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BitNetError(f"got '{twice:.80}' twice in one JSON object")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise BitNetError(f"got '{name:.80}' twice in one JSON object")
+            found[name] = value
         return found
 
     try:

@@ -112,6 +112,10 @@ class PackedSource:
     def __init__(self, packed: PackedModel) -> None:
         self._packed = packed
         self.config, self.tokenizer = packed.config, packed.tokenizer
+        if not isinstance(packed.info, Mapping):
+            raise BitNetError(
+                f"got a packed file whose info is {packed.info!r:.40}, expected a JSON object; pack the model again"
+            )
         self.info: Mapping[str, Any] = packed.info
         self.notes: list[str] = []
 

@@ -33,6 +33,15 @@ _LARGEST_SCALE = 65_504.0
 _I2_S_TAIL = 32  # bytes behind the blocks: the scale, and alignment
 
 
+def check_scale(kind: str, scale: Tensor) -> None:
+    """Raise BitNetError for a weight scale [] that loses bits, or itself, in fp16."""
+    if not _SMALLEST_SCALE <= float(scale) <= _LARGEST_SCALE:
+        raise BitNetError(
+            f"{kind}: got a weight scale of {float(scale):.3g}, expected {_SMALLEST_SCALE:.3g} "
+            f"to {_LARGEST_SCALE:,.0f}, what 16 bits hold; export as f32"
+        )
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A block type of GGUF: `size` weights in `bytes` bytes."""
@@ -52,15 +61,10 @@ class Blocks:
                 f"{self.name}: got rows of {k} weights, expected a multiple of {self.size}; "
                 "export as f16, or train with sizes that are multiples of it"
             )
-        scale = float(weights.scale)
-        if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
-            raise BitNetError(
-                f"{self.name}: got a weight scale of {scale:.3g}, expected {_SMALLEST_SCALE:.3g} "
-                f"to {_LARGEST_SCALE:,.0f}, what 16 bits hold; export as f32"
-            )
+        check_scale(self.name, weights.scale)
         fields = (weights.codes + 1).to(torch.uint8).numpy().reshape(-1, self.size)
         packed = self.put(fields)
-        d = np.broadcast_to(np.frombuffer(np.float16(scale).tobytes(), np.uint8), (len(packed), 2))
+        d = np.broadcast_to(np.frombuffer(np.float16(float(weights.scale)).tobytes(), np.uint8), (len(packed), 2))
         parts = (d, packed) if self.scale_first else (packed, d)
         return np.concatenate(parts, axis=1).reshape(n, -1)
 

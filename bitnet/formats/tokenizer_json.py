@@ -64,14 +64,14 @@ def byte_level_json(
     merge_lines: Sequence[str],
     added: Sequence[int],
     special: Collection[int],
-    pre: str,
+    pre: Any,
     bos_id: int | None,
 ) -> str:
     """The tokenizer.json of a byte-level BPE model. merge_lines: "left right", best first; added: ids outside the BPE.
 
     Raises BitNetError for a pre-tokenizer that is not known and for merges that are not two words.
     """
-    if pre not in _PATTERNS:
+    if not isinstance(pre, str) or pre not in _PATTERNS:
         raise BitNetError(f"got the pre-tokenizer {pre!r:.40}, expected one of {', '.join(_PATTERNS)}")
     pairs = [line.split(" ") for line in merge_lines]
     if any(len(pair) != 2 for pair in pairs):
