@@ -26,7 +26,7 @@ if "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
   WORKERS=$("$PYTHON" -c 'import xdist; print("-n 6")' 2>/dev/null || true)
   # Warnings of another torch's own code do not stop a measurement; in the ordinary tests they are errors.
   # shellcheck disable=SC2086
-  timeout 160 "$PYTHON" -m pytest -q -o filterwarnings= -p no:cacheprovider $WORKERS tests/test_gpu.py \
+  timeout 120 "$PYTHON" -m pytest -q -o filterwarnings= -p no:cacheprovider $WORKERS tests/test_gpu.py \
     >"$OUT/gpu-tests.txt" 2>&1
   TESTS=$?
   tail -n 12 "$OUT/gpu-tests.txt"

@@ -27,9 +27,9 @@ from bitnet.kernels import ops, reference
 from bitnet.kernels.reference import WeightCodes
 
 _FUSED_MATRICES = 3  # q/k/v, gate/up: what one fused product takes
-# On a GPU: whether the gradient of a layer's input is computed from int8 gradients, at twice the rate and with an
-# error of up to max|dy| / 254 an element. Off until a training run has shown that the loss holds.
-int8_gradient = SimpleNamespace(on=False)
+# On a GPU: whether the gradients of a layer's input and of its weight come from int8 gradients, at twice the rate and
+# with the errors that kernels/gpu/training.py states. Off until a training run has shown that the loss holds.
+int8_gradients = SimpleNamespace(dx=False, dw=False)
 
 QUANTIZERS = {"ternary": reference.ternary_weights, "binary": reference.binary_weights}
 
@@ -69,7 +69,9 @@ def bit_linear(
 
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
-            parts = training.bit_linear(rows, merged, scales, weights, dtype, norm, int8_gradient.on)
+            parts = training.bit_linear(
+                rows, merged, scales, weights, dtype, norm, (int8_gradients.dx, int8_gradients.dw)
+            )
             return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in parts)
     if norm is not None:
         x = F.rms_norm(x.float(), norm.gain.shape, norm.gain, norm.eps)

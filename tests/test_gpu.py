@@ -344,11 +344,45 @@ def test_gradients_through_the_fused_norm(rng: torch.Generator, monkeypatch: pyt
 
 def test_int8_gradients_are_within_their_bound(rng: torch.Generator) -> None:
     dy, (_, codes) = torch.randn(6, 50, generator=rng), draw(1, 50, 40, rng)
-    got = training.int8_gradient(dy.to(DEVICE), codes.to(DEVICE)).cpu()
+    got = training.int8_dx(dy.to(DEVICE), codes.to(DEVICE)).cpu()
     exact = dy.double() @ codes.double()
     bound = dy.abs().amax(dim=1, keepdim=True) / 254 * codes.abs().sum(dim=0) * (1 + 1e-5)
     assert ((got - exact).abs() <= bound.double()).all()
     assert (got - exact).abs().max() > 0  # it is the int8 path
+
+    q = torch.randint(-127, 128, (6, 30), generator=rng, dtype=torch.int8)
+    got = training.int8_dw(dy.to(DEVICE), q.to(DEVICE)).cpu()
+    exact = dy.double().T @ q.double()
+    bound = dy.abs().amax(dim=0)[:, None] / 254 * q.float().abs().sum(dim=0) * (1 + 1e-5)
+    assert ((got - exact).abs() <= bound.double()).all()
+    assert (got - exact).abs().max() > 0
+    with pytest.raises(ValueError, match="int8 dW: got 133145 tokens in one product, expected at most 133144"):
+        training.int8_dw(torch.zeros(133145, 1), torch.zeros(133145, 1, dtype=torch.int8))
+
+
+def test_a_layer_trains_with_int8_gradients(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both options through the layer: the same output, gradients within the roundings of one int8 product."""
+    device = forced(monkeypatch, "triton")
+    layer = BitLinear(40, 24).to(device)
+    x = torch.randn(7, 40, generator=rng).to(device).requires_grad_()
+    weigh = torch.randn(7, 24, generator=rng).to(device)
+    results = []
+    for on in (False, True):
+        monkeypatch.setattr(quant.int8_gradients, "dx", on)
+        monkeypatch.setattr(quant.int8_gradients, "dw", on)
+        y = layer(x)
+        (y * weigh).sum().backward()
+        results.append([t.detach().cpu().double() for t in (y, x.grad, layer.weight.grad)])
+        x.grad = layer.weight.grad = None
+    (y, dx, dw), (y8, dx8, dw8) = results
+    assert torch.equal(y, y8)
+    codes, scale = (t.cpu().double() for t in quant.quantize_weight(layer.weight, "ternary"))
+    assert ((dx - dx8).abs() <= 1.01 * weigh.cpu().abs().amax(1, keepdim=True) * scale / 254 * codes.abs().sum(0)).all()
+    q, inv = (t.double() for t in reference.quantize_activations(x.detach().cpu()))
+    folded = weigh.cpu().double() / inv.reshape(-1, 1)
+    assert ((dw - dw8).abs() <= 1.01 * folded.abs().amax(0)[:, None] / 254 * q.abs().sum(0)).all()
+    assert not torch.equal(dx, dx8)
+    assert not torch.equal(dw, dw8)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of parts of its own
@@ -378,11 +412,14 @@ def test_operators_keep_their_word(rng: torch.Generator) -> None:
     codes, scale = training.ternary_weights(weight.detach())
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for arguments in (
-        (x, gain, 1e-5, codes, scale[None], [weight], torch.float32, False),
-        (x, None, 0.0, codes, scale[None], [weight], torch.bfloat16, True),
+        (x, gain, 1e-5, codes, scale[None], [weight], torch.float32, False, False),
+        (x, None, 0.0, codes, scale[None], [weight], torch.bfloat16, True, True),
     ):
         torch.library.opcheck(training._bit_linear, arguments, test_utils=checks)
     torch.library.opcheck(training.ternary_weights, (weight.detach(),), test_utils=checks)
+    dy, q = torch.randn(5, 20, generator=rng).to(DEVICE), torch.ones(5, 24, dtype=torch.int8, device=DEVICE)
+    torch.library.opcheck(training.int8_dx, (dy, codes), test_utils=checks)
+    torch.library.opcheck(training.int8_dw, (dy, q), test_utils=checks)
 
 
 # ---- the engine --------------------------------------------------------------------------------------------
