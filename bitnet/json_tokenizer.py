@@ -67,6 +67,15 @@ class JsonTokenizer:
         """The spelling of every id, "" for those that no token has."""
         return [self._model.id_to_token(id) or "" for id in range(self.vocab_size)]
 
+    def added_tokens(self) -> dict[int, bool]:
+        """The ids outside the BPE, and whether each is a control token, which text does not spell."""
+        return {id: bool(token.special) for id, token in self._model.get_added_tokens_decoder().items()}
+
+    @property
+    def unknown_token(self) -> str | None:
+        """The token of what cannot be spelt; None for a tokenizer that spells everything."""
+        return getattr(self._model.model, "unk_token", None)
+
     def starts_with_bos(self) -> bool:
         """Whether tokenizer.json itself puts BOS before a text."""
         return self.bos_id is not None and self._model.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
