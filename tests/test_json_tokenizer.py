@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -430,6 +431,25 @@ def test_without_the_package(ours: JsonTokenizer, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(BitNetError, match=r"pip install 'bitnet-ternary\[tokenizers\]'"):
         load_json_tokenizer(ours.to_bytes())
+
+
+DAMAGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no text": lambda d: d.update(tokenizer=7),
+    "a surrogate": lambda d: d.update(tokenizer="\ud800"),
+    "too many ids": lambda d: d.update(vocab_size=2**40),
+    "an id beyond": lambda d: d.update(bos_id=2**30),
+    "a panic": lambda d: d.update(tokenizer=PREFIX.sub(r'\1"more than a token"', d["tokenizer"])),
+}
+PREFIX = re.compile(r'("continuing_subword_prefix": ?)(null|"")')
+
+
+@pytest.mark.parametrize("spoil", DAMAGED.values(), ids=list(DAMAGED))
+def test_damaged_bytes(spoil: Callable[[dict[str, Any]], object], ours: JsonTokenizer) -> None:
+    """What fuzzing found: none of it may end in another exception, or in memory for 2^40 ids."""
+    content = json.loads(ours.to_bytes())
+    spoil(content)
+    with pytest.raises(BitNetError):
+        load_json_tokenizer(json.dumps(content).encode())
 
 
 def test_import_notes_a_model_without_a_tokenizer(ours: JsonTokenizer, seed: int, tmp_path: Path) -> None:

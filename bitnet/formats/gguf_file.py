@@ -107,7 +107,7 @@ class _Cursor:
     """Reads forward through the header, never past its end."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.position = data, 0
+        self.data, self.position, self.texts = data, 0, 0
         self.end = min(len(data), MAX_HEADER)
 
     def skip(self, size: int) -> int:
@@ -133,6 +133,9 @@ class _Cursor:
 
     def string(self) -> str:
         start = self.string_at() + 8
+        self.texts += self.position - start
+        if self.texts > MAX_STRING:  # decoded, a text may take four times its bytes
+            raise BitNetError(f"got texts of more than {MAX_STRING:,} bytes together, expected less outside arrays")
         return _utf8(self.data[start : self.position])
 
     def value(self, kind: int) -> Any:
