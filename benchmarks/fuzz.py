@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_memory import measure
+from fuzz_memory import SIZES, measure
 from fuzz_targets import Target, make_targets
 
 from bitnet.errors import BitNetError
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
+    parser.add_argument("--large", type=int, nargs="*", default=SIZES, help="Bytes of the large inputs.")
     parser.add_argument("--only", type=int, help="This input alone, here, with its traceback.")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
@@ -63,7 +64,7 @@ def main() -> int:
     for report in reports:
         counts.update(report["counts"])
     failures = [failure for report in reports for failure in report["failures"]]
-    memory = measure()
+    memory = measure(options.large)
     failures += [row for row in memory["rows"] if row["failed"]]
     total = {
         "benchmark": "fuzz",

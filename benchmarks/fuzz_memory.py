@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ BOUND = 64 << 20
 SIZES = (1 << 20, 8 << 20, 20 << 20)
 
 
-def measure() -> dict[str, Any]:
-    """Every case in every size. Returns the number of inputs, the worst one, and a row for each."""
+def measure(sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+    """Every case in every size (bytes). Returns the number of inputs, the worst one, and a row for each."""
     rows = []
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         for label, read, build in cases():
-            for size in SIZES:
+            for size in sizes:
                 path = Path(name) / "input"
                 path.write_bytes(build(size))
                 receiver, sender = context.Pipe(duplex=False)

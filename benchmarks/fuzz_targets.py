@@ -354,7 +354,7 @@ def mutate_safetensors(seed: bytes, rng: Random) -> bytes:
     draw = rng.random()
     if draw < 0.2:
         return mutate_bytes(seed, rng, length)
-    if draw < 0.3:
+    if draw < 0.4:
         return seed[:length] + mutate_bytes(seed[length:] or b"x", rng)
     text = mutate_json(seed[8:length], rng)
     return len(text).to_bytes(8, "little") + text + seed[length:]
