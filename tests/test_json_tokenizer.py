@@ -389,6 +389,10 @@ NO_NAME: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "normalizer": (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
     "spaces": (lambda d: d["added_tokens"][1].update(rstrip=True), "spaces with it"),
     "dropout": (lambda d: d["model"].update(dropout=0.1), "plain BPE"),
+    "spaced": (
+        lambda d: [d["model"]["vocab"].update({" b": 404, "a b": 405}), d["model"]["merges"].append(["a", " b"])],
+        "a space",
+    ),
     "suffix": (lambda d: d["model"].update(end_of_word_suffix="</w>"), "suffix"),
 }
 

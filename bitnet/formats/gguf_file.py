@@ -290,7 +290,8 @@ def write_gguf(
 ) -> None:
     """Write a whole file, the tensors' bytes one after the other as `data` gives them.
 
-    keys: str, bool, int (as u32), Float32, and lists of str, of int (as i32) or of float (as f32).
+    keys: str, bool, int (as u32), Float32, and lists of str, of int (as i32) or of float (as f32);
+    an empty list is one of str.
     tensors: name, shape (slowest first) and type name of each.
     """
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(keys)))
@@ -330,10 +331,9 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
     assert isinstance(value, list), value
-    assert value, "an empty list has no type"
     kind, items = {
         str: (_STRING, lambda: b"".join(map(_string, value))),
         int: (5, lambda: struct.pack(f"<{len(value)}i", *value)),
         float: (_F32, lambda: struct.pack(f"<{len(value)}f", *value)),
-    }[type(value[0])]
+    }[type(value[0]) if value else str]
     return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items()

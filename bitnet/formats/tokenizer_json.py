@@ -131,6 +131,8 @@ def take_apart(text: str) -> Bpe:
             )
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges") or []]
     rules = [(left, right) for left, right in pairs]
+    if any(" " in left + right for left, right in rules):
+        raise BitNetError("got a merge of pieces with a space in them, which a GGUF file cannot spell")
     if model.get("byte_fallback"):
         return Bpe("", rules, _spaces(document))
     return Bpe(_pre(document, bool(model.get("ignore_merges"))), rules)
