@@ -27,7 +27,8 @@ MAX_HEADER = 1 << 23
 MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 4
 MAX_JSON = 1 << 23  # bytes; other JSON files of a folder
-MAX_VALUES = 10 * MAX_TENSORS
+_BYTES = 12  # of JSON for a value, at least, in files that are what they say
+MAX_VALUES = MAX_JSON // _BYTES
 
 DTYPES = {
     "F64": torch.float64,
@@ -103,11 +104,11 @@ def _is_counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises BitNetError for anything else, a name twice, and more values than memory allows for."""
+def parse_json(text: bytes, most: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object. Raises BitNetError for anything else, for a name twice, and for more than `most` values."""
     values = text.count(b",") + text.count(b"{") + text.count(b"[")
-    if values > MAX_VALUES:
-        raise BitNetError(f"got JSON of {values:,} values, expected at most {MAX_VALUES:,}")
+    if values > most:
+        raise BitNetError(f"got JSON of {values:,} values, expected at most {most:,}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -135,7 +136,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
             text = file.read(limit + 1)
         if len(text) > limit:
             raise BitNetError(f"got more than {limit:,} bytes of JSON")
-        return parse_json(text)
+        return parse_json(text, limit // _BYTES)
     except OSError as error:
         raise BitNetError(f"{path}: {error.strerror}; check the path") from error
     except BitNetError as error:
