@@ -58,7 +58,7 @@ sanitize:  ## C++ tests under the address, undefined behaviour and thread saniti
 
 # The bar is a million inputs; FUZZ=20000 for a quick look.
 FUZZ ?= 1000000
-fuzz: $(STAMP)  ## mutated files against the readers of other tools' formats
+fuzz: $(STAMP)  ## mutated files against every reader of files
 	@$(BIN)/python benchmarks/fuzz.py --inputs $(FUZZ)
 
 # Made again when a dependency or a pin changes; a change of source needs nothing, the install is editable.

@@ -1,230 +1,232 @@
-"""Mutated inputs against the readers of other people's files: nothing but our own error may come out.
+"""Mutated inputs against every reader of files: nothing but our own error may come out.
 
-    python benchmarks/fuzz.py --inputs 1000000        (make fuzz; half GGUF, half safetensors)
+    python benchmarks/fuzz.py --inputs 1000000 --workers 2        (make fuzz)
 
-Whole small files of both formats are mutated: bits flipped, lengths overwritten with numbers that overflow, parts cut,
-repeated, moved. Each goes through the header and what a header promises (every string, every tensor's bytes); one in
-100 goes the whole way of `bitnet import` to a packed file on the disk. Counted: read, and refused with BitNetError;
-anything else ends the run, its input kept in build/fuzz. An input that takes over 5 seconds is a hang, and memory
-may grow by 64 MiB over the run. Exit code 1 for a failure; one JSON document as the last line.
+Small good files are mutated (fuzz_targets.py): GGUF with tensors of each type, safetensors, indexes of shards,
+config.json, both tokenizers, our packed file with its checksum put right, saves, and whole folders and GGUF models
+that go through `bitnet import` to a packed file. Counted, by reader: read, and refused with BitNetError. Anything else
+fails:
+
+  another exception, or a death of the process
+  more than 5 seconds for an input: a hang
+  memory: 2 x the input + 64 MiB, held by the kernel as a limit on each process (Linux); and a few hundred inputs of
+  megabytes that are built to take memory (fuzz_memory.py), each measured
+
+An input that fails is kept in build/fuzz; `--seed S --only I` gives it again. Exit code 1 for a failure; one JSON
+document as the last line.
 """
 
 import argparse
 import json
+import mmap
+import os
 import random
 import resource
+import struct
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from fuzz_memory import SIZES, measure
+from fuzz_targets import Target, make_targets
 
-from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.formats import gguf_file, safetensors_file
-from bitnet.formats.gguf import GgufSource
-from bitnet.formats.gguf_export import export_gguf
-from bitnet.formats.hf import HfSource
-from bitnet.formats.hf_export import export_hf
-from bitnet.formats.packing import import_model
-from bitnet.formats.source import TrainedSource
-from bitnet.model import Transformer
-from bitnet.tokenizer import train_sentencepiece
 
 HANG = 5.0  # seconds
-GROWTH = 64 << 20  # bytes
-WHOLE = 100  # one in so many inputs is imported from the disk
-NUMBERS = [
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    31,
-    32,
-    255,
-    2**15,
-    2**16,
-    2**24,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**62,
-    2**63,
-    2**64 - 1,
-]
-JSON_PARTS = [
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b":",
-    b'"',
-    b"0",
-    b"-1",
-    b"1e9",
-    b"9" * 20,
-    b"null",
-    b"true",
-    b'"F32"',
-    b'"U8"',
-]
+GROWTH = 64 << 20  # bytes, beside twice the input
+FAILURES = 20  # a worker stops there
+STATE = struct.Struct("<qd")  # number of the input at work, when it began
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
+    parser.add_argument("--large", type=int, nargs="*", default=SIZES, help="Bytes of the large inputs.")
+    parser.add_argument("--only", type=int, help="This input alone, here, with its traceback.")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    random.seed(options.seed)
+    if options.only is not None:
+        return only(options.seed, options.only)
+    if options.worker is not None:
+        return work(options)
+    started = time.perf_counter()
+    reports = run_workers(options)
     counts: Counter[str] = Counter()
-    slowest, started = 0.0, time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        targets = make_targets(folder)
-        for _, seed, read, whole in targets:  # once each, and undamaged: what memory reading takes
-            read(seed)
-            whole(seed)
-        before = peak_memory()
-        for i in range(options.inputs):
-            label, seed, read, whole = targets[i % len(targets)]
-            data = mutate(seed, label)
-            path = whole if i // len(targets) % WHOLE == 0 else read
-            begun = time.perf_counter()
-            outcome = "failed"
-            try:
-                path(data)
-                outcome = "read"
-            except BitNetError:
-                outcome = "refused"
-            finally:  # anything else ends the run with its traceback
-                if outcome == "failed":
-                    keep(label, data, "not our own error", options.seed, i)
-            seconds = time.perf_counter() - begun
-            if seconds > HANG:
-                outcome = "hung"
-                keep(label, data, f"{seconds:.1f} s", options.seed, i)
-            slowest = max(slowest, seconds)
-            counts[f"{label} {outcome}"] += 1
-    growth = peak_memory() - before
-    report = {
+    for report in reports:
+        counts.update(report["counts"])
+    failures = [failure for report in reports for failure in report["failures"]]
+    memory = measure(options.large)
+    failures += [row for row in memory["rows"] if row["failed"]]
+    total = {
         "benchmark": "fuzz",
-        "inputs": options.inputs,
+        "inputs": sum(counts.values()),
         "seed": options.seed,
         "seconds": round(time.perf_counter() - started, 1),
-        "slowest_input_seconds": round(slowest, 3),
-        "memory_growth_bytes": growth,
+        "workers": options.workers,
+        "slowest_input_seconds": max(report["slowest"] for report in reports),
+        "memory_growth_bytes": max(report["growth"] for report in reports),
+        "large_inputs": memory["inputs"],
+        "large_inputs_worst": memory["worst"],
+        "failures": failures,
         "counts": dict(sorted(counts.items())),
     }
-    bad = sum(count for key, count in counts.items() if key.endswith("hung"))
-    print(f"{options.inputs:,} inputs, {bad} failures, memory grew by {growth / 2**20:.1f} MiB")
-    print(json.dumps(report))
-    return 1 if bad or growth > GROWTH else 0
+    for name in sorted({key.rpartition(" ")[0] for key in counts}):
+        print(f"{name:24} read {counts[f'{name} read']:>9,}   refused {counts[f'{name} refused']:>9,}")
+    growth = total["memory_growth_bytes"] / 2**20
+    print(f"{total['inputs']:,} inputs, {len(failures)} failures, memory grew by {growth:.1f} MiB")
+    print(json.dumps(total))
+    return 1 if failures or total["inputs"] < options.inputs else 0
 
 
-Target = tuple[str, bytes, Callable[[bytes], object], Callable[[bytes], object]]
+def run_workers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start the workers and watch them: one that hangs is killed, one that dies is reported with its input."""
+    with tempfile.TemporaryDirectory() as name:
+        workers = []
+        # A panic of a Rust library would read 50 MB of symbols to show where it was.
+        environment = {**os.environ, "RUST_BACKTRACE": "0"}
+        for number in range(options.workers):
+            state = Path(name) / f"{number}.state"
+            state.write_bytes(STATE.pack(-1, time.time()))
+            command = [sys.executable, __file__, "--inputs", str(options.inputs), "--workers", str(options.workers)]
+            command += ["--seed", str(options.seed), "--worker", str(number), "--state", str(state)]
+            output = (Path(name) / f"{number}.json").open("w+")
+            workers.append((state, output, subprocess.Popen(command, stdout=output, env=environment)))
+        while any(process.poll() is None for _, _, process in workers):
+            time.sleep(0.2)
+            for state, _, process in workers:
+                number, begun = STATE.unpack(state.read_bytes())
+                if number >= 0 and process.poll() is None and time.time() - begun > 2 * HANG:
+                    process.kill()
+        return [result(options.seed, *worker) for worker in workers]
 
 
-def make_targets(folder: Path) -> list[Target]:
-    """Both formats: label, a good file, the reading of its header and tensors, and the whole import."""
-    tokenizer = train_sentencepiece(["ab abc abcd\n" * 50], 270)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        hidden_act="silu",
-        qk_norm=False,
-    )
-    model = Transformer(config)
-    model.init_weights(0)
-    source = TrainedSource(model, tokenizer, {})
-    gguf_path = export_gguf(source, folder / "m.gguf", "q2_0")
-    hf_path = export_hf(source, folder / "hf", packed=True)
-    out = folder / "out.safetensors"
-
-    def read_gguf(data: bytes) -> None:
-        header = gguf_file.parse_header(data)
-        for value in header.keys.values():
-            if isinstance(value, gguf_file.StringArray):
-                for _ in zip(value, range(1000), strict=False):
-                    pass
-        for place in header.tensors.values():
-            np.frombuffer(data, np.uint8, place.size, place.offset)
-
-    def import_gguf(data: bytes) -> None:
-        gguf_path.write_bytes(data)
-        found = GgufSource(gguf_path)
-        import_model(found, out, found.tokenizer)
-
-    def read_safetensors(data: bytes) -> None:
-        _, places = safetensors_file.parse_header(data, len(data))
-        length = 8 + int.from_bytes(data[:8], "little")
-        for place in places.values():
-            np.frombuffer(data, np.uint8, place.size, length + place.start)
-
-    def import_hf(data: bytes) -> None:
-        (hf_path / "model.safetensors").write_bytes(data)
-        found = HfSource(hf_path)
-        import_model(found, out, found.tokenizer)
-
-    safetensors = (hf_path / "model.safetensors").read_bytes()
-    return [
-        ("gguf", gguf_path.read_bytes(), read_gguf, import_gguf),
-        ("safetensors", safetensors, read_safetensors, import_hf),
-    ]
+def result(seed: int, state: Path, output: Any, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    output.seek(0)
+    text = output.read()
+    output.close()
+    if process.returncode == 0:
+        report: dict[str, Any] = json.loads(text.splitlines()[-1])
+        return report
+    number, begun = STATE.unpack(state.read_bytes())
+    what = f"ended the process ({process.returncode}) after {time.time() - begun:.1f} s"
+    print(f"input {number} of seed {seed} {what}", file=sys.stderr)
+    return {"counts": {}, "failures": [{"input": number, "what": what}], "slowest": 0.0, "growth": 0}
 
 
-def mutate(seed: bytes, label: str) -> bytes:
-    """One to four random changes, most of them where the header is."""
-    data = bytearray(seed)
-    header = 12_000 if label == "gguf" else 8 + int.from_bytes(seed[:8], "little")
-    for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
-        at = random.randrange(min(header, len(data))) if random.random() < 0.9 else random.randrange(len(data))
-        change = random.randrange(8)
-        if change == 0:
-            data[at] ^= 1 << random.randrange(8)
-        elif change == 1:
-            data[at] = random.randrange(256)
-        elif change in (2, 3):
-            size = random.choice((1, 2, 4, 8))
-            data[at : at + size] = (random.choice(NUMBERS) % 256**size).to_bytes(size, "little")
-        elif change == 4:
-            del data[random.randrange(1, len(data)) :]
-        elif change == 5:
-            end = at + random.randrange(1, 200)
-            data[at:at] = data[at:end] * random.choice((1, 1, 2, 50))
-        elif change == 6:
-            del data[at : at + random.randrange(1, 100)]
-        else:
-            part = random.choice(JSON_PARTS) if label != "gguf" else random.randbytes(random.randrange(1, 16))
-            data[at : at + random.choice((0, len(part)))] = part
-        if len(data) < 2:
-            break
-        if label == "safetensors" and random.random() < 0.5:  # let the length fit, or all would end there
-            end = data.find(b"}}", 8, header + 2000)
-            if end > 0:
-                data[:8] = (end + 2 - 8).to_bytes(8, "little")
-    return bytes(data)
+def work(options: argparse.Namespace) -> int:
+    """A worker's share of the inputs; its report on stdout."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    failures: list[dict[str, Any]] = []
+    slowest = 0.0
+    with scratch() as name, options.state.open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
+        targets = make_targets(Path(name))
+        warm_up(targets)
+        before = peak_memory()
+        limit_memory(max(len(seed) for target in targets for seed in target.seeds))
+        schedule = make_schedule(targets)
+        for number in range(options.worker, options.inputs, options.workers):
+            target, data = draw(targets, schedule, options.seed, number)
+            begun = time.time()
+            state[:] = STATE.pack(number, begun)
+            outcome = attempt(target, data)
+            seconds = time.time() - begun
+            slowest = max(slowest, seconds)
+            if seconds > HANG:
+                outcome = f"took {seconds:.1f} s"
+            if outcome in ("read", "refused"):
+                counts[f"{target.name} {outcome}"] += 1
+                continue
+            failures.append({"input": number, "target": target.name, "what": outcome})
+            keep(target, data, outcome, options.seed, number)
+            if len(failures) == FAILURES:
+                break
+        state[:] = STATE.pack(-1, time.time())
+    growth = peak_memory() - before
+    if growth > GROWTH:
+        failures.append({"input": -1, "what": f"memory grew by {growth:,} bytes"})
+    print(json.dumps({"counts": counts, "failures": failures, "slowest": round(slowest, 3), "growth": growth}))
+    return 0
 
 
-def keep(label: str, data: bytes, what: str, seed: int, number: int) -> None:
+def only(seed: int, number: int) -> int:
+    """One input again."""
+    torch.set_num_threads(1)
+    with scratch() as name:
+        targets = make_targets(Path(name))
+        target, data = draw(targets, make_schedule(targets), seed, number)
+        print(f"{target.name}, {len(data):,} bytes: {data[:400]!r}")
+        target.read(data)
+    return 0
+
+
+def scratch() -> "tempfile.TemporaryDirectory[str]":
+    """A folder in memory where there is one: a hundred thousand files are written."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
+
+
+def make_schedule(targets: list[Target]) -> list[int]:
+    """Which target each of 100 inputs in a row goes to."""
+    order = [i for i, target in enumerate(targets) for _ in range(target.share)]
+    assert len(order) == 100, len(order)
+    random.Random(0).shuffle(order)
+    return order
+
+
+def draw(targets: list[Target], schedule: list[int], seed: int, number: int) -> tuple[Target, bytes]:
+    """The input of that number: it depends on nothing else."""
+    rng = random.Random(seed << 40 | number)
+    target = targets[schedule[number % 100]]
+    return target, target.mutate(rng.choice(target.seeds), rng)
+
+
+def attempt(target: Target, data: bytes) -> str:
+    """ "read", "refused", or what else came out."""
+    try:
+        target.read(data)
+    except BitNetError:
+        return "refused"
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"[:300]
+    return "read"
+
+
+def warm_up(targets: list[Target]) -> None:
+    """Every good file once: what memory reading takes."""
+    for target in targets:
+        for seed in target.seeds:
+            target.read(seed)
+
+
+def limit_memory(largest: int) -> None:
+    """From now on an allocation beyond twice the largest input and 64 MiB fails."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return
+    held = next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
+    limit = held + 2 * largest + GROWTH
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def keep(target: Target, data: bytes, what: str, seed: int, number: int) -> None:
     """Save an input that failed."""
     folder = Path("build/fuzz")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{label}-{seed}-{number}").write_bytes(data)
-    print(f"{label} input {number} of seed {seed}: {what}", file=sys.stderr)
+    (folder / f"{seed}-{number}").write_bytes(data)
+    print(f"{target.name}: input {number} of seed {seed}: {what}", file=sys.stderr)
 
 
 def peak_memory() -> int:

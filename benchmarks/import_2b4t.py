@@ -3,14 +3,16 @@
     python benchmarks/import_2b4t.py --folder build/2b4t
 
 Writes the folder as published (packed in the multiply convention, bf16 embedding, norms and scales, a byte-level BPE of
-128,256 ids in LLaMA-3's manner), then runs `bitnet import`, `inspect` and `generate` on it, each in a process of its
-own whose peak memory is taken. The bytes of the imported file say what import has to hold at least: nothing of it,
-since it streams; its peak should be that of Python, torch and the largest tensor (the embedding, 657 MB).
+128,256 ids in LLaMA-3's manner), then runs `bitnet import`, `inspect` and `generate` (C++ engine) on it, each in a
+process of its own whose peak memory is taken; pages of mapped files count. Import streams: its peak should be that of
+Python, torch and the largest tensor (the embedding, 657 MB). Every code and scale of the imported file is then held
+against what was written. The files are removed at the end (--keep leaves them).
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,10 +23,12 @@ from typing import Any
 import torch
 
 from bitnet.config import PRESETS
-from bitnet.formats.safetensors_file import TensorWriter
+from bitnet.doctor import examine
+from bitnet.formats.safetensors_file import TensorFiles, TensorWriter
 from bitnet.formats.source import dense_shapes, projection_shape, projections
 from bitnet.formats.tokenizer_json import byte_level_json
 from bitnet.json_tokenizer import byte_alphabet
+from bitnet.kernels import packing
 
 CONFIG = PRESETS["2b4t"]
 BOS, EOS, EOT = 128_000, 128_001, 128_009
@@ -32,22 +36,27 @@ BOS, EOS, EOT = 128_000, 128_001, 128_009
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="Needs 2.5 GB; kept.")
+    parser.add_argument("--folder", type=Path, required=True, help="Needs 2.5 GB.")
+    parser.add_argument("--keep", action="store_true", help="Leave the files there.")
     options = parser.parse_args()
     source, packed = options.folder / "published", options.folder / "2b4t.safetensors"
     if not (source / "config.json").exists():
         source.mkdir(parents=True, exist_ok=True)
         write(source)
+    engine = ("-m", str(packed), "-c", "64", "--engine", "cpu", "--json")
     rows = {
         "import": measured("import", str(source), "-o", str(packed), "--json"),
         "inspect": measured("inspect", str(packed), "--json"),
-        "generate": measured("generate", "-m", str(packed), "-p", "Hello there", "-n", "8", "-c", "64", "--json"),
-        "chat": measured("generate", "-m", str(packed), "-p", "Hello", "-n", "4", "-c", "64", "--chat", "--json"),
+        "generate": measured("generate", "-p", "Hello there", "-n", "8", *engine),
+        "chat": measured("generate", "-p", "Hello", "-n", "4", "--chat", *engine),
     }
+    compare(source, packed)
     for name, row in rows.items():
         print(f"{name:9} {row['seconds']:6.1f} s   peak {row['peak_bytes'] / 1e9:.2f} GB")
     report = {
         "benchmark": "import_2b4t",
+        "machine": examine()["cpu"]["name"],
+        "engine": "cpu (C++)",
         "source_bytes": sum(path.stat().st_size for path in source.iterdir()),
         "packed_bytes": packed.stat().st_size,
         "zero_fraction": rows["inspect"]["report"]["zero_fraction"],
@@ -55,6 +64,26 @@ def main() -> None:
         "rows": {name: {key: row[key] for key in ("seconds", "peak_bytes")} for name, row in rows.items()},
     }
     print(json.dumps(report))
+    if not options.keep:
+        packed.unlink()
+        shutil.rmtree(source)
+
+
+def compare(source: Path, packed: Path) -> None:
+    """End the run unless the packed file holds the codes, scales, tables and norms of the source, to the bit."""
+    theirs, ours = TensorFiles(source), TensorFiles(packed)
+    for name in projections(CONFIG):
+        n, k = projection_shape(CONFIG, name)
+        codes = theirs.read(f"{name}.weight")
+        expected = torch.cat([(codes >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
+        scale = ours.read(f"{name}.weight_scale")
+        if not torch.equal(packing.unpack(ours.read(f"{name}.weight"), k), expected) or expected.shape != (n, k):
+            sys.exit(f"{name}: other codes than in the source")
+        if not torch.equal(scale, theirs.read(f"{name}.weight_scale").float()):
+            sys.exit(f"{name}: another scale than in the source")
+    for name in dense_shapes(CONFIG):
+        if not torch.equal(ours.read(name).float(), theirs.read(name).float()):
+            sys.exit(f"{name}: other values than in the source")
 
 
 def write(folder: Path) -> None:

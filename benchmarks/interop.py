@@ -8,14 +8,16 @@ window behind a BOS; per layer, every projection of transformers' model and of o
   hf, hf-packed    transformers in fp32 against our fp32 model: largest difference of a layer, KL, top-1
   f32, f16         llama.cpp computes in float: compared with the same ternary weights without int8 activations
   tq2_0, tq1_0     llama.cpp rounds activations in blocks of 256, we by token: KL and top-1 against our engine
+  moved by ...     why the last two differ: our forward pass with one of llama.cpp's roundings at a time, against our
+                   engine (rounding.py), and llama.cpp against the pass that has them all
 
-Prints a table, and one JSON document as the last line.
+"gap" is the largest difference of probability, in our model, between the two tokens where the best one differs; "error"
+the standard error of the top-1 share. Prints a table, and one JSON document as the last line.
 """
 
 import argparse
 import json
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers would compile its quanti
 
 import cyllama.llama.llama_cpp as llama
 import numpy as np
+import rounding
 import torch
 import transformers
 from torch import Tensor
 
+from bitnet.doctor import examine
 from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.source import TrainedSource, projections
@@ -35,7 +39,7 @@ from bitnet.model import Transformer
 from bitnet.tokenizer import Tokenizer
 from bitnet.train.run import Run
 
-WINDOW, WINDOWS = 125, 4  # 500 positions
+WINDOW = 125  # positions, BOS among them
 
 
 def main() -> None:
@@ -43,13 +47,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--lines", type=Path, nargs="+", default=[])
+    parser.add_argument("--windows", type=int, default=4, help="Of 125 positions each.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     llama.disable_logging()
     run = Run(options.run)
     (model, save), tokenizer = run.load(), run.tokenizer()
     source = TrainedSource(model, tokenizer, {})
-    ids = windows(tokenizer, options.text.read_text(encoding="utf-8"))
+    ids = windows(tokenizer, options.text.read_text(encoding="utf-8"), options.windows)
     lines = [line for path in options.lines for line in pick(path, 1000 // len(options.lines))]
     with torch.no_grad():
         ours, floats = model(ids), as_float(model)(ids)
@@ -62,12 +67,15 @@ def main() -> None:
         for kind in ("f32", "f16", "tq2_0", "tq1_0"):
             path = export_gguf(source, folder / f"{kind}.gguf", kind)
             expected = floats if kind in ("f32", "f16") else ours
-            results[kind] = against_llama_cpp(path, tokenizer, ids, expected, lines)
+            got, tokens = from_llama_cpp(path, tokenizer, ids, lines)
+            results[kind] = {**compared(expected, got), "same_tokens": tokens}
+            if kind == "tq2_0":
+                results |= reasons(source, ids, ours, got)
     for name, row in results.items():
-        print(f"{name:10}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+        print(f"{name:34}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     report = {
         "benchmark": "interop",
-        "machine": platform.processor() or platform.machine(),
+        "machine": examine()["cpu"]["name"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "steps": save.step,
         "positions": ids.numel(),
@@ -77,12 +85,12 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def windows(tokenizer: Tokenizer, text: str) -> Tensor:
-    """Ids [WINDOWS, WINDOW] from places spread over the text, each behind a BOS."""
+def windows(tokenizer: Tokenizer, text: str, count: int) -> Tensor:
+    """Ids [count, WINDOW] from places spread over the text, each behind a BOS."""
     ids = tokenizer.encode(text)
-    step = (len(ids) - WINDOW) // WINDOWS
+    step = (len(ids) - WINDOW) // count
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return torch.tensor([[*start, *ids[i * step :]][:WINDOW] for i in range(WINDOWS)])
+    return torch.tensor([[*start, *ids[i * step :]][:WINDOW] for i in range(count)])
 
 
 def pick(path: Path, count: int) -> list[str]:
@@ -103,15 +111,39 @@ def as_float(model: Transformer) -> Transformer:
 
 
 def compared(expected: Tensor, got: Tensor) -> dict[str, float]:
-    """Both [..., V]: relative error, mean and largest KL in nats, share of equal top-1."""
+    """Both [..., V]: relative error, mean and largest KL in nats, share of equal top-1 and what separates the rest."""
     p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
+    best, other = p.max(-1), q.argmax(-1, keepdim=True)
+    same = best.indices == other.squeeze(-1)
+    top1 = float(same.double().mean())
     return {
         "relative": float((got - expected).norm() / expected.norm()),
         "kl": float(kl.mean()),
         "kl_max": float(kl.max()),
-        "top1": float((expected.argmax(-1) == got.argmax(-1)).double().mean()),
+        "top1": top1,
+        "error": (top1 * (1 - top1) / same.numel()) ** 0.5,
+        "gap": float((best.values.exp() - p.exp().gather(-1, other).squeeze(-1)).max()),
     }
+
+
+def reasons(source: TrainedSource, ids: Tensor, ours: Tensor, theirs: Tensor) -> dict[str, dict[str, float]]:
+    """How far each of llama.cpp's roundings moves our model, and how far llama.cpp is from all of them together."""
+    half = rounding.half
+    changes: dict[str, dict[str, Any]] = {
+        "the order of sums": {},
+        "keys and values in fp16": {"cache": half},
+        "scales in fp16": {"scales": half},
+        "activations in blocks": {"activations": rounding.by_block},
+        "activations not rounded": {"activations": rounding.as_it_is},
+        "all": {"activations": rounding.by_block, "cache": half, "scales": half, "head": half},
+    }
+    results = {}
+    for name, change in changes.items():
+        model = rounding.Rounded(source, **change)
+        got = torch.stack([model(window) for window in ids])
+        results[f"moved by {name}"] = compared(ours, got)
+    return {**results, "tq2_0 against all of them": compared(got, theirs)}
 
 
 def against_transformers(
@@ -134,9 +166,9 @@ def against_transformers(
     return {"layer": worst, **compared(ours, got), "same_tokens": float(np.mean(same)) if same else float("nan")}
 
 
-def against_llama_cpp(
-    path: Path, tokenizer: Tokenizer, ids: Tensor, expected: Tensor, lines: list[str]
-) -> dict[str, float]:
+def from_llama_cpp(path: Path, tokenizer: Tokenizer, ids: Tensor, lines: list[str]) -> tuple[Tensor, float]:
+    """Logits [..., V], and the share of lines that it cuts into the same tokens."""
+
     class Model(llama.LlamaModel):  # type: ignore[misc]
         n_vocab = tokenizer.vocab_size  # the wheel's get_logits_ith asks the model for it
 
@@ -153,10 +185,7 @@ def against_llama_cpp(
         rows.append(np.array([context.get_logits_ith(i) for i in range(len(window))]))
     vocab = model.get_vocab()
     same = [list(vocab.tokenize(line, False, False)) == tokenizer.encode(line) for line in lines]
-    return {
-        **compared(expected, torch.tensor(np.array(rows))),
-        "same_tokens": float(np.mean(same)) if same else float("nan"),
-    }
+    return torch.tensor(np.array(rows)), float(np.mean(same)) if same else float("nan")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ rest of the project works with. A chat template is a program that came with a mo
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,10 @@ from bitnet.tokenizer import SPACE_MARK, StreamDecoder, check_unicode, token_byt
 if TYPE_CHECKING:
     import tokenizers
 
+T = TypeVar("T")
 FORMAT = "bitnet-tokenizer-json"
 _MAX_CHAT = 1 << 22  # characters of a rendered conversation; a template may loop as long as it likes
+_MAX_VOCAB = 1 << 22  # ids: a table of them is made before a token is seen
 _WRONG = "expected what the import wrote; import the model again"
 
 
@@ -45,7 +47,7 @@ class JsonTokenizer:
         self._text, self.settings = text, settings
         self._model = _load(text)
         self._model.encode_special_tokens = True  # text is text: "<|eot_id|>" in a prompt is no control token
-        self._table = _table(self._model, json.loads(text), settings.vocab_size)
+        self._table = _table(self._model, settings.vocab_size)
         self.bos_id = settings.bos_id
         self.eos_id = settings.end_ids[0] if settings.end_ids else None
 
@@ -67,9 +69,20 @@ class JsonTokenizer:
         """The spelling of every id, "" for those that no token has."""
         return [self._model.id_to_token(id) or "" for id in range(self.vocab_size)]
 
+    def added_tokens(self) -> dict[int, bool]:
+        """The ids outside the BPE, and whether each is a control token, which text does not spell."""
+        return {id: bool(token.special) for id, token in self._model.get_added_tokens_decoder().items()}
+
+    @property
+    def unknown_token(self) -> str | None:
+        """The token of what cannot be spelt; None for a tokenizer that spells everything."""
+        return getattr(self._model.model, "unk_token", None)
+
     def starts_with_bos(self) -> bool:
         """Whether tokenizer.json itself puts BOS before a text."""
-        return self.bos_id is not None and self._model.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+        return self.bos_id is not None and _call(self._model.encode, "", add_special_tokens=True).ids[:1] == [
+            self.bos_id
+        ]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -77,7 +90,7 @@ class JsonTokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         for text in texts:
             check_unicode(text)
-        return [self._model.encode(text, add_special_tokens=False).ids for text in texts]
+        return [_call(self._model.encode, text, add_special_tokens=False).ids for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join([token_bytes(self._table, id) for id in ids]).decode("utf-8", errors="replace")
@@ -106,9 +119,10 @@ class JsonTokenizer:
             if found:
                 raise BitNetError(f"chat: got the control token {found[0]} in a message, expected text; remove it")
         text = self._render(messages)
+        check_unicode(text)
         self._model.encode_special_tokens = False
         try:
-            return self._model.encode(text, add_special_tokens=False).ids
+            return _call(self._model.encode, text, add_special_tokens=False).ids
         finally:
             self._model.encode_special_tokens = True
 
@@ -164,6 +178,11 @@ def load_json_tokenizer(data: bytes) -> JsonTokenizer:
         raise BitNetError(f"got a tokenizer whose settings are of other types, {_WRONG}")
     if type(settings.vocab_size) is not int or not all(i is None or type(i) is int for i in ids):
         raise BitNetError(f"got a tokenizer whose ids are no numbers, {_WRONG}")
+    if not 0 < settings.vocab_size <= _MAX_VOCAB or not all(i is None or 0 <= i < settings.vocab_size for i in ids):
+        raise BitNetError(f"got a tokenizer of {settings.vocab_size} ids, with {ids!r:.80} among them, {_WRONG}")
+    if not isinstance(text, str):
+        raise BitNetError(f"got a tokenizer whose text is a {type(text).__name__}, {_WRONG}")
+    check_unicode(text)
     return JsonTokenizer(text, settings)
 
 
@@ -175,22 +194,28 @@ def _load(text: str) -> "tokenizers.Tokenizer":
             "got a model with a tokenizer.json, expected the tokenizers package to read it; "
             "pip install 'bitnet-ternary[tokenizers]'"
         ) from None
+    return _call(tokenizers.Tokenizer.from_str, text)
+
+
+def _call(function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What a function of the tokenizers package returns. Raises BitNetError for its errors and its panics."""
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the package raises the bare class
-        if type(error) is Exception:
-            raise BitNetError(f"got a tokenizer.json that cannot be read ({error}); download it again") from error
+        return function(*args, **options)
+    except BaseException as error:  # it raises the bare Exception, or panics, which is no Exception
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise BitNetError(f"got a tokenizer.json that cannot be used ({error}); download it again") from error
         raise
 
 
-def _table(model: "tokenizers.Tokenizer", document: Any, vocab_size: int) -> list[bytes]:
+def _table(model: "tokenizers.Tokenizer", vocab_size: int) -> list[bytes]:
     """Id -> bytes. Raises BitNetError for a decoder that is neither byte-level nor SentencePiece-like."""
     vocab = model.get_vocab(with_added_tokens=True)
     if vocab and max(vocab.values()) >= vocab_size:
         raise BitNetError(
             f"got a tokenizer with ids up to {max(vocab.values())}, expected {vocab_size} as in the model; use its own"
         )
-    decoders = _types(document.get("decoder"))
+    # As the package spells it: the whole document in Python's objects would take 90 MB for LLaMA-3's.
+    decoders = _types(None if model.decoder is None else json.loads(model.decoder.__getstate__()))
     if "ByteLevel" in decoders:
         alphabet = byte_alphabet()
 

@@ -23,6 +23,7 @@ from bitnet.formats.gguf import GgufSource, gguf_name
 from bitnet.formats.gguf_export import TYPES, export_gguf
 from bitnet.formats.gguf_file import Float32, GgufFile, write_gguf
 from bitnet.formats.packing import import_model
+from bitnet.formats.sentencepiece_model import read_pieces
 from bitnet.formats.source import PackedSource, TrainedSource, dense_shapes, projection_shape, projections
 from bitnet.kernels import packing
 from bitnet.kernels.reference import WeightCodes
@@ -700,6 +701,21 @@ def test_a_hostile_header(raw: bytes, part: str, tmp_path: Path, capsys: pytest.
     else:
         with pytest.raises(BitNetError, match=part):
             GgufFile(tmp_path / "m.gguf")
+
+
+def test_texts_that_would_take_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is allowed by itself; decoded, one wide character makes a text four times as large."""
+    value = "\U0001f600" + "x" * (1 << 20)
+    entry = b"".join([number(8), number(len(value.encode()), 8), value.encode()])
+    (tmp_path / "m.gguf").write_bytes(header(keys=17, rest=b"".join(text(f"{i:02}") + entry for i in range(17))))
+    refused(tmp_path, "texts of more than", capsys)
+
+
+def test_pieces_that_would_take_memory() -> None:
+    with pytest.raises(BitNetError, match="more than 524,288 pieces"):
+        read_pieces(b"\x0a\x03\x0a\x01a" * ((1 << 19) + 1))
+    with pytest.raises(BitNetError, match="a piece of more than"):
+        read_pieces(b"\x0a\x84\x20\x0a\x81\x20" + b"a" * 4097)
 
 
 def test_a_file_that_was_cut(made: Any, tmp_path: Path) -> None:

@@ -447,6 +447,9 @@ def test_what_is_no_model_is_told_what_to_give(published: Path, tmp_path: Path) 
     for name in ("model.safetensors", "config.json"):
         with pytest.raises(BitNetError, match=f"a file of a Hugging Face folder.*give '{published}'"):
             open_source(str(published / name))
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(BitNetError, match=r"a training run.*bitnet pack"):
+        open_source(str(tmp_path))
     (tmp_path / "README.md").write_text("# What this is\n")
     with pytest.raises(BitNetError, match=r"README\.md.*expected a packed file, a GGUF file, a Hugging Face folder"):
         open_source(str(tmp_path / "README.md"))
@@ -599,12 +602,23 @@ def test_the_right_sense_can_be_given(published: Path, tmp_path: Path) -> None:
     assert_same_layers(theirs, load(tmp_path / "m.safetensors", engine="torch").model, torch.randint(300, (1, 20)))
 
 
+@pytest.mark.parametrize("mode", ["multiply", "divide"])
+def test_the_wrong_sense_cannot_be_given(mode: str, seed: int, tmp_path: Path) -> None:
+    """A folder of ours says what its scales are; another's is told by scales that no model has."""
+    shape = BASE.replace(**VARIANTS["llama" if mode == "divide" else "bitnet"])
+    folder = export_hf(TrainedSource(drawn(shape, seed), None, {}), tmp_path / "in", packed=True)
+    other = "divide" if mode == "multiply" else "multiply"
+    assert HfSource(folder, mode).mode == HfSource(folder).mode == mode
+    with pytest.raises(BitNetError, match=f"leave it away, or give --weight-scale {mode}"):
+        HfSource(folder, other)
+
+
 def test_shards(tmp_path: Path) -> None:
     folder = save_as(there(BASE), tmp_path / "in", "master", "40KB")
     index = folder / "model.safetensors.index.json"
     listed = json.loads(index.read_text())
     first = sorted(set(listed["weight_map"].values()))[0]
-    for name in ("../model.safetensors", "a/b.safetensors", "", "..", 7, "none.safetensors"):
+    for name in ("../model.safetensors", "a/b.safetensors", "", "..", 7, "none.safetensors", "é" * 200, "a\0b"):
         index.write_text(json.dumps({**listed, "weight_map": {**listed["weight_map"], UP: name}}))
         with pytest.raises(BitNetError, match=r"shard name|is not there"):
             HfSource(folder)

@@ -2,8 +2,13 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +21,9 @@ from bitnet.formats.gguf_file import Float32, GgufFile, write_gguf
 from bitnet.formats.hf import HfSource
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.packing import import_model
+from bitnet.formats.sentencepiece_model import read_pieces
 from bitnet.formats.source import TrainedSource
+from bitnet.formats.tokenizer_json import sentencepiece_json
 from bitnet.generation import prompt_ids
 from bitnet.json_tokenizer import JsonTokenizer, Settings, load_json_tokenizer
 from bitnet.model import Transformer
@@ -36,6 +43,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] | trim }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
 )
+ALPHABET = "helo wrd'sSTt0123456789  .,!?-\t\n\u00e9" + "\u00f1\ud55c\uad6d\uc5b4\ub9d0\uc740 \u4e2d\U0001f600"
 TEXTS = [
     "Hello world, it's 12345 o'clock.\n\n  Don't",
     "\uc548\ub155 \U0001f600 \u00e9\u0301\t x",
@@ -232,11 +240,15 @@ def test_a_sentencepiece_model_says_less_than_its_folder(says: bool, seed: int, 
 # ---- the whole way --------------------------------------------------------------------------------------------
 
 
-def model_for(tokenizer: JsonTokenizer, seed: int) -> Transformer:
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 64}
+def model_for(tokenizer: JsonTokenizer, seed: int, width: int = 64) -> Transformer:
+    shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "max_position_embeddings": 64}
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_act="silu", qk_norm=False, **shape))
     model.init_weights(seed)
     return model
+
+
+def wide_model(tokenizer: JsonTokenizer, seed: int) -> Transformer:
+    return model_for(tokenizer, seed, 256)
 
 
 def test_import_and_generate(
@@ -317,6 +329,86 @@ def test_byte_level_bpe_of_a_gguf_file(
     assert load(tmp_path / "n.safetensors").tokenizer is None
 
 
+# In a process of its own: llama.cpp ends the process it is in on some errors.
+LLAMA_CPP = """
+import json, sys
+import cyllama.llama.llama_cpp as llama
+llama.disable_logging()
+model = llama.LlamaModel(sys.argv[1])  # the vocabulary lives as long as it
+vocab = model.get_vocab()
+print(json.dumps([vocab.tokenize(line, False, False) for line in json.load(sys.stdin)]))
+"""
+
+
+def llama_cpp_tokens(path: Path, lines: list[str]) -> list[list[int]]:
+    command = [sys.executable, "-c", LLAMA_CPP, str(path)]
+    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_byte_level_bpe_goes_out_to_gguf(
+    ours: JsonTokenizer, oracle: "tokenizers.Tokenizer", seed: int, tmp_path: Path
+) -> None:
+    """llama.cpp cuts a thousand lines in two scripts as tokenizers does, and the file comes back as it was."""
+    pytest.importorskip("cyllama", reason="cyllama comes with the extra `interop`")
+    path = export_gguf(TrainedSource(wide_model(ours, seed), ours, {}), tmp_path / "m.gguf", "tq2_0")
+    lines = ["".join(random.choices(ALPHABET, k=random.randint(1, 60))) for _ in range(1000)]
+    tokens = llama_cpp_tokens(path, [*lines, *TEXTS])
+    assert tokens == ours.encode_batch([*lines, *TEXTS])
+    assert tokens[:1000] == [oracle.encode(line, add_special_tokens=False).ids for line in lines]
+    back = GgufSource(path).tokenizer
+    assert isinstance(back, JsonTokenizer)
+    assert back.settings == ours.settings
+    assert back.encode_batch(lines) == tokens[:1000]
+    assert back.tokens() == ours.tokens()
+    assert back.decode(range(ours.vocab_size)) == ours.decode(range(ours.vocab_size))
+
+
+def test_a_sentencepiece_json_goes_out_to_gguf(seed: int, tmp_path: Path) -> None:
+    """LLaMA-2's kind, with a space before every text: scores are made from the order of the merges."""
+    pytest.importorskip("cyllama", reason="cyllama comes with the extra `interop`")
+    text = "".join(random.choices("abcdefghij \n \ud55c\uad6d\uc5b4\ub9d0", k=20_000))
+    model = read_pieces(train_sentencepiece([text], 420).to_bytes())
+    for prefix in (True, False):
+        settings = Settings(len(model.pieces) + 3, 1, (2,), TEMPLATE, add_bos=prefix)
+        ours = JsonTokenizer(sentencepiece_json(model._replace(dummy_prefix=prefix), 1), settings)
+        path = export_gguf(TrainedSource(wide_model(ours, seed), ours, {}), tmp_path / "m.gguf", "tq2_0")
+        lines = ["".join(random.choices(ALPHABET, k=random.randint(1, 60))) for _ in range(500)]
+        tokens = llama_cpp_tokens(path, lines)
+        assert tokens == ours.encode_batch(lines)
+        back = GgufSource(path).tokenizer
+        assert back.settings == settings
+        assert back.encode_batch(lines) == tokens
+
+
+NO_NAME: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "pattern": (lambda d: d["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{L}+"), "pre-tokenizer"),
+    "GPT-2's": (lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "pre-tokenizer"),
+    "merges first": (lambda d: d["model"].update(ignore_merges=False), "without ignore_merges"),
+    "normalizer": (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
+    "spaces": (lambda d: d["added_tokens"][1].update(rstrip=True), "spaces with it"),
+    "dropout": (lambda d: d["model"].update(dropout=0.1), "plain BPE"),
+    "spaced": (
+        lambda d: [d["model"]["vocab"].update({" b": 404, "a b": 405}), d["model"]["merges"].append(["a", " b"])],
+        "a space",
+    ),
+    "suffix": (lambda d: d["model"].update(end_of_word_suffix="</w>"), "suffix"),
+}
+
+
+@pytest.mark.parametrize(("change", "part"), NO_NAME.values(), ids=list(NO_NAME))
+def test_a_bpe_that_llama_cpp_has_no_name_for(
+    change: Callable[[dict[str, Any]], object], part: str, ours: JsonTokenizer, seed: int, tmp_path: Path
+) -> None:
+    document = json.loads(ours.tokenizer_json)
+    change(document)
+    other = JsonTokenizer(json.dumps(document), ours.settings)
+    with pytest.raises(BitNetError, match=f"export: .*{part}.*--to hf-packed"):
+        export_gguf(TrainedSource(wide_model(other, seed), other, {}), tmp_path / "m.gguf", "tq2_0")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tokenizer_from_elsewhere(ours: JsonTokenizer, seed: int, tmp_path: Path) -> None:
     source = TrainedSource(model_for(ours, seed), ours, {})
     with_it = export_hf(source, tmp_path / "with", packed=True)
@@ -343,6 +435,25 @@ def test_without_the_package(ours: JsonTokenizer, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(BitNetError, match=r"pip install 'bitnet-ternary\[tokenizers\]'"):
         load_json_tokenizer(ours.to_bytes())
+
+
+DAMAGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no text": lambda d: d.update(tokenizer=7),
+    "a surrogate": lambda d: d.update(tokenizer="\ud800"),
+    "too many ids": lambda d: d.update(vocab_size=2**40),
+    "an id beyond": lambda d: d.update(bos_id=2**30),
+    "a panic": lambda d: d.update(tokenizer=PREFIX.sub(r'\1"more than a token"', d["tokenizer"])),
+}
+PREFIX = re.compile(r'("continuing_subword_prefix": ?)(null|"")')
+
+
+@pytest.mark.parametrize("spoil", DAMAGED.values(), ids=list(DAMAGED))
+def test_damaged_bytes(spoil: Callable[[dict[str, Any]], object], ours: JsonTokenizer) -> None:
+    """What fuzzing found: none of it may end in another exception, or in memory for 2^40 ids."""
+    content = json.loads(ours.to_bytes())
+    spoil(content)
+    with pytest.raises(BitNetError):
+        load_json_tokenizer(json.dumps(content).encode())
 
 
 def test_import_notes_a_model_without_a_tokenizer(ours: JsonTokenizer, seed: int, tmp_path: Path) -> None:

@@ -154,6 +154,14 @@ def test_what_is_missing(tmp_path: Path) -> None:
         read_json(tmp_path / "large.json", limit=100)
 
 
+def test_json_that_would_take_memory(tmp_path: Path) -> None:
+    """Eight megabytes of `{}` would become 200 in Python's objects."""
+    for value in (b"{}", b"[]", b"1"):
+        (tmp_path / "x.json").write_bytes(b'{"a":[' + b",".join([value] * 1_000_000) + b"]}")
+        with pytest.raises(BitNetError, match="values, expected at most"):
+            read_json(tmp_path / "x.json")
+
+
 def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(TENSORS, path)

@@ -107,7 +107,7 @@ class _Cursor:
     """Reads forward through the header, never past its end."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.position = data, 0
+        self.data, self.position, self.texts = data, 0, 0
         self.end = min(len(data), MAX_HEADER)
 
     def skip(self, size: int) -> int:
@@ -133,6 +133,9 @@ class _Cursor:
 
     def string(self) -> str:
         start = self.string_at() + 8
+        self.texts += self.position - start
+        if self.texts > MAX_STRING:  # decoded, a text may take four times its bytes
+            raise BitNetError(f"got texts of more than {MAX_STRING:,} bytes together, expected less outside arrays")
         return _utf8(self.data[start : self.position])
 
     def value(self, kind: int) -> Any:
@@ -287,7 +290,8 @@ def write_gguf(
 ) -> None:
     """Write a whole file, the tensors' bytes one after the other as `data` gives them.
 
-    keys: str, bool, int (as u32), Float32, and lists of str, of int (as i32) or of float (as f32).
+    keys: str, bool, int (as u32), Float32, and lists of str, of int (as i32) or of float (as f32);
+    an empty list is one of str.
     tensors: name, shape (slowest first) and type name of each.
     """
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(keys)))
@@ -327,10 +331,9 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
     assert isinstance(value, list), value
-    assert value, "an empty list has no type"
     kind, items = {
         str: (_STRING, lambda: b"".join(map(_string, value))),
         int: (5, lambda: struct.pack(f"<{len(value)}i", *value)),
         float: (_F32, lambda: struct.pack(f"<{len(value)}f", *value)),
-    }[type(value[0])]
+    }[type(value[0]) if value else str]
     return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items()

@@ -48,8 +48,8 @@ class HfSource:
         self.notes: list[str] = []
         self._values = values
         self._check_tensors()
-        if self.mode in (Kind.MULTIPLY, Kind.DIVIDE) and convention is None:
-            self._check_convention()
+        if self.mode in (Kind.MULTIPLY, Kind.DIVIDE):
+            self._check_convention("set linear_class right, or" if convention is None else "leave it away, or give")
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_read = False
 
@@ -146,7 +146,7 @@ class HfSource:
             got = f"{_short(place.dtype)} {list(place.shape)}"
             raise BitNetError(f"{self.path}: tensor '{name}': got {got}, expected {spelt or 'rows in multiples of 4'}")
 
-    def _check_convention(self) -> None:
+    def _check_convention(self, way_out: str) -> None:
         """Refuse scales that make sense only the other way round; read as they stand they would give noise."""
         claimed = self._files.metadata.get("weight_scale")
         other = "divide" if self.mode is Kind.MULTIPLY else "multiply"
@@ -154,7 +154,7 @@ class HfSource:
         if claimed == other or (median > _LARGEST_MEAN and 1 / median < _LARGEST_MEAN):
             raise BitNetError(
                 f"{self.path}: got weight scales of the other sense: read as '{self.mode}', mean |W| is "
-                f"{median:.3g}, expected below {_LARGEST_MEAN:g}; set linear_class right, or --weight-scale {other}"
+                f"{median:.3g}, expected below {_LARGEST_MEAN:g}; {way_out} --weight-scale {other}"
             )
 
 

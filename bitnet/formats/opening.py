@@ -30,6 +30,10 @@ def open_source(name: str, convention: str | None = None) -> Source:
         path = download(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "config.toml").is_file():
+                raise BitNetError(
+                    f"got '{path}', a training run, expected another tool's model; bitnet pack makes a file of it"
+                )
             raise BitNetError(f"'{path}': got a folder without config.json, expected one of Hugging Face's; check it")
         return HfSource(path, convention)
     if convention is not None:
@@ -98,6 +102,7 @@ def readers(config: ModelConfig, target: str) -> list[tuple[str, bool, str]]:
             ("Ollama, LM Studio", False, "they run llama-shaped GGUF files: --set model.sub_norms=false, --to gguf"),
         ]
     shape = architecture(config)
+    tq = target in ("tq2_0", "tq1_0")
     llama, new, floats = shape == "llama", target == "q2_0", target in ("f16", "f32")
     how = f"as a '{shape}' model" + (", builds of 2026 on" if new else "")
     if floats and config.linear != "plain":
@@ -110,8 +115,8 @@ def readers(config: ModelConfig, target: str) -> list[tuple[str, bool, str]]:
         ("llama.cpp", True, how),
         (
             "llama.cpp on CUDA",
-            target not in ("tq2_0", "tq1_0"),
-            "it has kernels for q2_0 and floats, none for TQ types",
+            not tq,
+            "it has no kernels for TQ types; --type q2_0 has them" if tq else "it has kernels for this type",
         ),
         ("Ollama, LM Studio", llama and not new, "their llama.cpp may be too old" if llama and new else on_llama_cpp),
         ("vLLM, SGLang", False, no_vllm),

@@ -26,7 +26,9 @@ from bitnet.errors import BitNetError
 MAX_HEADER = 1 << 23
 MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 4
-MAX_JSON = 1 << 24  # other JSON files of a folder
+MAX_JSON = 1 << 23  # bytes; other JSON files of a folder
+_BYTES = 12  # of JSON for a value, at least, in files that are what they say
+MAX_VALUES = MAX_JSON // _BYTES
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,6 +41,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_NAME = 200  # bytes of a shard's name
 INDEX = "model.safetensors.index.json"
 
 
@@ -65,7 +68,7 @@ def parse_header(data: bytes, file_size: int) -> tuple[dict[str, str], dict[str,
     text = data[8 : 8 + length]
     if text.count(b"{") > MAX_TENSORS + 2 or text.count(b"[") > 2 * MAX_TENSORS or text.count(b",") > 8 * MAX_TENSORS:
         raise BitNetError(f"got a header with more than {MAX_TENSORS:,} tensors")
-    header = _parse_json(text)
+    header = parse_json(text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BitNetError("__metadata__: got other values, expected texts")
@@ -101,7 +104,12 @@ def _is_counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
 
 
-def _parse_json(text: bytes) -> dict[str, Any]:
+def parse_json(text: bytes, most: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object. Raises BitNetError for anything else, for a name twice, and for more than `most` values."""
+    values = text.count(b",") + text.count(b"{") + text.count(b"[")
+    if values > most:
+        raise BitNetError(f"got JSON of {values:,} values, expected at most {most:,}")
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
@@ -128,7 +136,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
             text = file.read(limit + 1)
         if len(text) > limit:
             raise BitNetError(f"got more than {limit:,} bytes of JSON")
-        return _parse_json(text)
+        return parse_json(text, limit // _BYTES)
     except OSError as error:
         raise BitNetError(f"{path}: {error.strerror}; check the path") from error
     except BitNetError as error:
@@ -198,8 +206,9 @@ def _shards(index: Path, listed: Any) -> list[Path]:
         raise BitNetError(f"{index}: got no 'weight_map', expected the shard of every tensor; download it again")
     names = sorted({name if isinstance(name, str) else "" for name in listed.values()})
     for name in names:
-        if not name or name != Path(name).name or name in (".", "..") or "\\" in name:
-            raise BitNetError(f"{index}: got the shard name '{name:.80}', expected a file in the same folder")
+        wrong = not name or name != Path(name).name or name in (".", "..") or "\\" in name
+        if wrong or not name.isprintable() or len(name.encode()) > _MAX_NAME:
+            raise BitNetError(f"{index}: got the shard name {name!r:.80}, expected a file in the same folder")
         if not (index.parent / name).is_file():
             raise BitNetError(f"{index}: names '{name:.80}', which is not there; download it again")
     return [index.parent / name for name in names]

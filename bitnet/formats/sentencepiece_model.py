@@ -13,6 +13,8 @@ from typing import NamedTuple
 from bitnet.errors import BitNetError
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
+MAX_PIECES = 1 << 19  # the largest vocabularies have half as many
+MAX_PIECE = 1 << 12  # bytes
 _BPE = 2  # TrainerSpec.model_type
 
 
@@ -38,6 +40,11 @@ def read_pieces(data: bytes) -> Pieces:
     try:
         for field, value in _fields(data):
             if field == 1:
+                if len(pieces) == MAX_PIECES or len(_bytes(value)) > MAX_PIECE:
+                    raise BitNetError(
+                        f"got a SentencePiece model of more than {MAX_PIECES:,} pieces, or a piece of more than "
+                        f"{MAX_PIECE:,} bytes, expected a tokenizer"
+                    )
                 parts = dict(_fields(_bytes(value)))
                 score = struct.unpack("<f", struct.pack("<I", _int(parts.get(2, 0))))[0]
                 pieces.append(Piece(_bytes(parts[1]).decode("utf-8"), score, _int(parts.get(3, NORMAL))))
