@@ -12,8 +12,9 @@ from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig, TokenizerConfig, default_config, read_toml
 from bitnet.train.display import Display
+from bitnet.train.initial import Initial
 from bitnet.train.overview import duration
-from bitnet.train.pretrain import Initial, Outcome, pretrain
+from bitnet.train.pretrain import Outcome, pretrain
 from bitnet.train.run import Run
 
 Values = dict[str, dict[str, Any]]
