@@ -190,7 +190,15 @@ def train(
     if quiet:
         logging.getLogger("bitnet").setLevel(logging.WARNING)
     summary, code = run_training(
-        preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet, open_initial=_open_model
+        preset,
+        config,
+        flags,
+        set_ or [],
+        out,
+        pick_device(device),
+        quiet=quiet,
+        open_initial=_open_model,
+        open_teacher=_open_teacher,
     )
     if summary and as_json:
         _print_json(summary)
@@ -428,6 +436,14 @@ def _open_model(name: str) -> Any:
         return open_source(name)
     model, save = run.load()
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
+
+
+def _open_teacher(name: str) -> Any:
+    from bitnet.formats.source import as_model
+    from bitnet.train.initial import Teacher
+
+    source = _open_model(name)
+    return Teacher(as_model(source), source.tokenizer)
 
 
 @app.command(cls=_Verb)

@@ -1,6 +1,7 @@
-"""Starting from another model: what it has to be, and its weights one by one."""
+"""Other models that a run needs: one to start from, one to learn from; what they have to be."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.model import Transformer
 from bitnet.tokenizer import Tokenizer
-from bitnet.train.config import RunConfig
+from bitnet.train.config import RunConfig, TokenizerConfig
 
 
 class Initial(Protocol):
@@ -26,6 +27,42 @@ class Initial(Protocol):
 
     def master(self, name: str) -> Tensor:
         """The float weight [N, K] of a projection."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model whose logits are learnt from, with the tokenizer it speaks."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+
+
+def teacher_tokenizer(config: RunConfig, teacher: Teacher) -> Tokenizer:
+    """The tokenizer of a teacher, which the text is to be tokenised with. Raises BitNetError where that cannot be."""
+    tokenizer, kind = teacher.tokenizer, config.tokenizer.kind
+    if tokenizer is None:
+        raise BitNetError(f"train: got no tokenizer in '{config.train.teacher}', expected the one it was trained with")
+    if kind not in (TokenizerConfig().kind, tokenizer.kind):
+        raise BitNetError(
+            f"train: got --tokenizer {kind} and the teacher '{config.train.teacher}', which brings its own "
+            f"({tokenizer.kind}); leave --tokenizer away"
+        )
+    return tokenizer
+
+
+def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: Teacher) -> None:
+    """Raise BitNetError for a teacher of another vocabulary or with a shorter context than the run's."""
+    theirs = teacher_tokenizer(config, teacher)
+    if (theirs.kind, theirs.to_bytes()) != (tokenizer.kind, tokenizer.to_bytes()):
+        raise BitNetError(
+            f"train: the teacher '{config.train.teacher}' has another tokenizer than the run's data, expected the same "
+            "one: its logits are over other tokens; choose another teacher, or a new folder without --init"
+        )
+    if config.context > teacher.model.config.context:
+        raise BitNetError(
+            f"train: got a context of {config.context} and the teacher '{config.train.teacher}' with "
+            f"{teacher.model.config.context}, expected at most that; shorten it (-c)"
+        )
 
 
 _INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")  # none of them is in the weights

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bitnet.layers import keep_codes
 from bitnet.model import Transformer
 from bitnet.train.config import TrainConfig
 
@@ -40,6 +41,8 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, settings: TrainConfig, teacher: Transformer | None = None) -> None:
         super().__init__()
         self.model, self._settings, self._teacher = model, settings, (teacher,)
+        if teacher is not None:
+            keep_codes(teacher).__enter__()  # for good: nobody trains it
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """inputs, targets: [B, T] int64. Returns the loss [] to differentiate and the cross-entropy [] to report."""
@@ -48,7 +51,8 @@ class Objective(nn.Module):
         head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).values()
         taught = None
         if teacher is not None:
-            with torch.no_grad():
+            # Outside autocast: it says what it says anywhere else.
+            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
                 taught = teacher.hidden(inputs).flatten(0, 1)
         sums = torch.zeros(2, device=hidden.device)
         flat = targets.flatten()
@@ -71,7 +75,7 @@ class Objective(nn.Module):
         total = entropy
         (teacher,) = self._teacher
         if teacher is not None and taught is not None:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 wanted = teacher.logits(taught).float()
             divergence = distillation(logits, wanted, settings.temperature)
             total = (1 - settings.distill) * entropy + settings.distill * divergence

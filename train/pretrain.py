@@ -39,7 +39,14 @@ from bitnet.train.data import (
 from bitnet.train.display import Display
 from bitnet.train.distributed import Processes, other_ended
 from bitnet.train.evaluate import Evaluation, evaluate
-from bitnet.train.initial import Initial, check_initial, initial_weights
+from bitnet.train.initial import (
+    Initial,
+    Teacher,
+    check_initial,
+    check_teacher,
+    initial_weights,
+    teacher_tokenizer,
+)
 from bitnet.train.objective import Objective, needs_objective, next_token_loss
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration, overview
@@ -73,11 +80,17 @@ class Outcome:
 
 
 def pretrain(
-    config: RunConfig, out: Path, device: torch.device, display: Display, initial: Initial | None = None
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    display: Display,
+    initial: Initial | None = None,
+    teacher: Teacher | None = None,
 ) -> Outcome:
     """Train until `config.train.steps`, going on from the newest save in `out` if there is one.
 
-    initial: the model to start from where there is no save yet; the data is tokenised as it was for it.
+    initial: the model to start from where there is no save yet; the data is tokenised as it was for it. teacher: the
+    model that train.teacher names; it must have the same tokenizer.
 
     Raises BitNetError for settings, data or saves that cannot be used and for a run that diverges;
     OSError when a save cannot be written (the saves before it stay whole).
@@ -87,6 +100,8 @@ def pretrain(
         check_initial(config, initial)
     elif config.train.init and not checkpoint.folders(run.saves):
         raise BitNetError(f"train: got train.init '{config.train.init}', expected that model, opened (--init)")
+    if config.train.teacher and teacher is None:
+        raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model, opened")
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(device))
         stack.enter_context(lost_processes())
@@ -97,11 +112,14 @@ def pretrain(
                 stack.enter_context(run.lock())
                 run.check(config)  # again: it may have become a run in between
                 trackers = make_trackers(config.train, run.path)
-                dataset = prepare_data(config, run, display, initial)
+                dataset = prepare_data(config, run, display, initial, teacher)
         else:
             processes.wait_for_first()
             dataset = open_dataset(run.data)
-        trainer = Trainer(config, run, dataset, processes, display, trackers, initial)
+        if teacher is not None:
+            check_teacher(config, dataset.tokenizer, teacher)
+        model = teacher.model if teacher is not None else None
+        trainer = Trainer(config, run, dataset, processes, display, trackers, initial, model)
         if processes.first:
             run.write_config(config)
         return trainer.train()
@@ -121,7 +139,9 @@ def lost_processes() -> Iterator[None]:
         ) from error
 
 
-def prepare_data(config: RunConfig, run: Run, display: Display, initial: Initial | None = None) -> TokenDataset:
+def prepare_data(
+    config: RunConfig, run: Run, display: Display, initial: Initial | None = None, teacher: Teacher | None = None
+) -> TokenDataset:
     """Tokenise the corpus into the run's folder, unless that is done already.
 
     Raises BitNetError, and leaves nothing of a first try, when the text is too short for the settings.
@@ -133,6 +153,8 @@ def prepare_data(config: RunConfig, run: Run, display: Display, initial: Initial
             raise BitNetError(f"train: got no tokenizer in '{config.train.init}', expected the one it was trained with")
     elif config.train.init and (run.data / "manifest.json").exists():
         tokenizer = open_tokenizer(run.data)  # the run goes on without the model it began with
+    elif teacher is not None:
+        tokenizer = teacher_tokenizer(config, teacher)
     try:
         dataset = prepare(
             config.data,
@@ -203,7 +225,7 @@ class Trainer:
                 block.recompute = settings.recompute
             network: nn.Module = self.model
             if needs_objective(settings):
-                network = Objective(self.model, settings, teacher)
+                network = Objective(self.model, settings, teacher and teacher.to(self.device))
         if not self.sharded:
             self.model.to_empty(device=self.device)
             compiled = cast(nn.Module, torch.compile(network)) if settings.compile else network
