@@ -220,7 +220,7 @@ def _link(source: str, target: str) -> None:
 
 def summarize(results: list[Result]) -> dict[str, Any]:
     """Every run, mean and standard error over seeds of each point and linear, and the gap to the float twin."""
-    points = []
+    points: list[dict[str, Any]] = []
     for point, linear in dict.fromkeys((result.point, result.linear) for result in results):
         mine = {r.seed: r.loss for r in results if (r.point, r.linear) == (point, linear)}
         twins = {r.seed: r.loss for r in results if (r.point, r.linear) == (point, "plain")}
