@@ -30,6 +30,7 @@ SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_h
 
 def serve() -> None:
     """Fork a process for each request: it starts at once, for all modules are loaded."""
+    import faulthandler
     import resource
 
     import bitnet.train.pretrain as loop
@@ -44,6 +45,7 @@ def serve() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            faulthandler.dump_traceback_later(240, exit=True)  # a run takes seconds: one that hangs shall say where
             if limit := request.get("limit"):  # bytes a file may have: what lies beyond fails as on a full disk
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -95,7 +97,7 @@ class Trainer:
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
-    def wait(self, pid: int, seconds: float = 120) -> int | None:
+    def wait(self, pid: int, seconds: float = 300) -> int | None:
         """The exit code, negative for a signal; None when it still runs after so long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -264,6 +266,12 @@ def two_writers(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
     return counts
 
 
+def show(name: str, counts: Counter[str]) -> None:
+    print(name)
+    for what, count in sorted(counts.items()):
+        print(f"  {count:6}  {what}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
@@ -279,20 +287,15 @@ def main() -> None:
         work = Path(folder)
         work.chmod(0o755)
         trainer = Trainer(work)
+        parts: dict[str, Counter[str]] = {}
         try:
-            kills = kill_often(trainer, work, options.kills, began + 60 * options.minutes)
-            parts = {
-                "kill -9": kills,
-                "full disk": full_disk(trainer, work, options.tries),
-                "read-only folder": read_only(trainer, work, options.tries),
-                "two writers": two_writers(trainer, work, options.tries),
-            }
+            parts["kill -9"] = kill_often(trainer, work, options.kills, began + 60 * options.minutes)
+            show("kill -9", parts["kill -9"])
+            for name, part in (("full disk", full_disk), ("read-only folder", read_only), ("two writers", two_writers)):
+                parts[name] = part(trainer, work, options.tries)
+                show(name, parts[name])
         finally:
             trainer.close()
-    for name, counts in parts.items():
-        print(name)
-        for what, count in sorted(counts.items()):
-            print(f"  {count:6}  {what}")
     report = {name: dict(sorted(counts.items())) for name, counts in parts.items()}
     print(json.dumps({"machine": describe(), "seconds": time.monotonic() - began, **report}))
 
