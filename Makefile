@@ -6,13 +6,13 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test install format lint types pytest sanitize fuzz clean
+.PHONY: help demo test install format lint types pytest sanitize fuzz clean reliability
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 help:  ## this list
-	@awk -F ':|## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$NF }' Makefile
+	@awk -F ':|## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$NF }' Makefile
 
 demo: $(STAMP)  ## train a small ternary model, pack it, generate with it
 	@$(BIN)/python -m bitnet.train.demo
@@ -60,6 +60,11 @@ sanitize:  ## C++ tests under the address, undefined behaviour and thread saniti
 FUZZ ?= 1000000
 fuzz: $(STAMP)  ## mutated files against every reader of files
 	@$(BIN)/python benchmarks/fuzz.py --inputs $(FUZZ)
+
+# At most ten minutes; KILLS=20 for a quick look.
+KILLS ?= 200
+reliability: $(STAMP)  ## kill -9, full disk, read-only folder, two writers: what a run survives, counted
+	@$(BIN)/python benchmarks/reliability.py --kills $(KILLS)
 
 # Made again when a dependency or a pin changes; a change of source needs nothing, the install is editable.
 $(STAMP): pyproject.toml constraints.txt

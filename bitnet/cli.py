@@ -1,4 +1,4 @@
-"""The command line: train | pack | generate | eval | inspect | export | import | doctor.
+"""The command line: train | sweep | pack | generate | eval | inspect | export | import | doctor.
 
 Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
 Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected
@@ -190,13 +190,59 @@ def train(
     if quiet:
         logging.getLogger("bitnet").setLevel(logging.WARNING)
     summary, code = run_training(
-        preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet, open_initial=_open_model
+        preset,
+        config,
+        flags,
+        set_ or [],
+        out,
+        pick_device(device),
+        quiet=quiet,
+        open_initial=_open_model,
+        open_teacher=_open_teacher,
     )
     if summary and as_json:
         _print_json(summary)
     elif summary:
         typer.echo(summary["run"])
     raise typer.Exit(code)
+
+
+@app.command(cls=_Verb)
+def sweep(
+    ladder: Annotated[Path, typer.Argument(metavar="FILE", help="TOML: seeds, linears, [base], [grid], [[runs]].")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs; a sweep that is there goes on.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Only list the runs it would make.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a ladder of runs, several seeds each, one after the other; compare them with their float twins."""
+    from bitnet.train.sweep import plot_sweep, read_sweep, run_sweep
+
+    if plan:
+        for each in read_sweep(ladder):
+            typer.echo(each.folder)
+        return
+    _set_threads(threads)
+    say = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+    openers = {"open_initial": _open_model, "open_teacher": _open_teacher}
+    report, code = run_sweep(ladder, out, pick_device(device), say, **openers)
+    if report is None:
+        raise typer.Exit(code)
+    try:
+        plot_sweep(report, out / "sweep")
+    except BitNetError as error:  # no matplotlib: the figures are there all the same
+        say(str(error))
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    from bitnet.tables import sweep_table
+
+    Console().print(sweep_table(report))
 
 
 @app.command(cls=_Verb)
@@ -428,6 +474,14 @@ def _open_model(name: str) -> Any:
         return open_source(name)
     model, save = run.load()
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
+
+
+def _open_teacher(name: str) -> Any:
+    from bitnet.formats.source import as_model
+    from bitnet.train.initial import Teacher
+
+    source = _open_model(name)
+    return Teacher(as_model(source), source.tokenizer)
 
 
 @app.command(cls=_Verb)

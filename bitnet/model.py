@@ -8,11 +8,12 @@ Dimensions: B batch, T time, D model, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitnet.config import ModelConfig
 from bitnet.kernels import packing
@@ -28,9 +29,16 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
+        self.recompute = False  # in the backward pass, instead of keeping what lies between x and the result
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         """x: [B, T, D], rotary: tables [T, E]. Returns [B, T, D]."""
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self._forward, x, rotary, cache, use_reentrant=False)
+            return result
+        return self._forward(x, rotary, cache)
+
+    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(x, rotary, cache, self.input_layernorm)
         return x + self.mlp(x, self.post_attention_layernorm)
 
@@ -55,22 +63,33 @@ class Transformer(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Table(config.vocab_size, config.hidden_size)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
     def init_weights(self, seed: int) -> None:
-        """Draw fresh weights: normal(0, initializer_range), outputs of blocks scaled by 1 / sqrt(2 layers).
+        """Draw fresh weights: those of `fresh_weights`."""
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, value in self.fresh_weights(seed):
+                parameters[name].copy_(value)
+
+    def fresh_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and first values: normal(0, initializer_range), outputs of blocks scaled by 1 / sqrt(2 layers).
 
         The scale of the residual branches is GPT-2's; a ternary layer keeps only its stored scale s_w from it.
+        One parameter at a time, so that a model whose parameters are spread over many devices is never whole anywhere.
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.dim() == 1:
-                    parameter.fill_(1.0)
-                    continue
-                width = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std
-                # Drawn on the CPU: the same seed gives the same model on every device.
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, width, generator=generator))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                yield name, torch.ones(parameter.shape)
+                continue
+            width = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            # Drawn on the CPU: the same seed gives the same model on every device.
+            yield name, torch.empty(parameter.shape).normal_(0.0, width, generator=generator)
 
     def rotary(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotary tables [length, E] of positions start .. start + length - 1."""

@@ -124,6 +124,22 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
     return [facts(rows), "", table, sets, verdict]
 
 
+def sweep_table(report: dict[str, Any]) -> Table:
+    """The points of a sweep: loss and gap to the float twin, with standard errors over seeds."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("settings", "linears", "seeds", "nats a token", "gap to the float twin", ""):
+        table.add_column(name, overflow="fold")
+    for point in report["points"]:
+        figures = [
+            f"{value['mean']:.4f}{plus_minus(value['error'], 4)}" if (value := point[kind]) else ""
+            for kind in ("loss", "gap")
+        ]
+        best = report["best"].get(point["linear"]) == point
+        remark = f"{point['diverged']} diverged" if point["diverged"] else f"best {point['linear']}" if best else ""
+        table.add_row(Text(point["point"]), point["linear"], str(point["seeds"]), *figures, remark)
+    return table
+
+
 def plus_minus(error: float | None, digits: int) -> str:
     """A standard error behind its value; nothing where there is none."""
     return "" if error is None else f" ± {error:.{digits}f}"

@@ -177,6 +177,7 @@ def test_no_undeclared_dependency() -> None:
 
 VERBS = {
     "train": {"--preset", "--data", "--out", "--steps", "--seed", "--linear", "--init"},
+    "sweep": {"--out", "--plan", "--json"},
     "pack": {"-o"},
     "generate": {
         *("-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"),

@@ -274,13 +274,15 @@ def test_without_anything_the_run_stays_as_it_is(tmp_path: Path) -> None:
 MAY_CHANGE = {
     "steps": 5, "eval_every": 3, "eval_tokens": 77, "sample_every": 2, "sample_prompt": "x", "save_every": 9,
     "keep": 3, "report_every": 4, "skip_limit": 2, "tensorboard": True, "wandb": True, "compile": True,
+    "parallel": "fsdp", "recompute": True, "loss_chunk": 100, "async_save": True, "global_batch": 16,
 }  # fmt: skip
 MUST_STAY = {
     "train": {
         "batch_size": 3, "accumulate": 2, "context": 8, "optimizer": "adamw", "lr": 0.5, "table_lr": 0.5,
         "schedule": "cosine", "warmup": 0.5, "decay": 0.5, "second_stage_lr": 0.5, "min_lr": 0.5, "weight_decay": 0.5,
         "momentum": 0.5, "beta1": 0.5, "beta2": 0.5, "clip": 0.5, "dtype": "bf16", "seed": 5,
-        "init": "runs/other", "ease": 0.5,
+        "init": "runs/other", "ease": 0.5, "float_share": 0.5, "zero_init": True, "z_loss": 0.5,
+        "teacher": "runs/other", "distill": 0.25, "temperature": 2.0,
     },
     "model": {"hidden_size": 64, "linear": "plain", "num_hidden_layers": 1, "vocab_size": 300, "sub_norms": False},
     "tokenizer": {"kind": "char"},
@@ -309,6 +311,14 @@ def test_settings_that_must_stay_on_resume(section: str, key: str, tmp_path: Pat
         Run(tmp_path / "run").check(changed)
     assert f"{section}.{key}" in str(error.value)
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+def test_a_global_batch_may_be_cut_anew_on_resume(tmp_path: Path) -> None:
+    """Which sequences a step takes does not depend on it; that it is the save's is checked with the save."""
+    start(tmp_path, RunConfig(train=TrainConfig(batch_size=2, accumulate=2)))
+    Run(tmp_path / "run").check(RunConfig(train=TrainConfig(batch_size=1, global_batch=4)))
+    with pytest.raises(BitNetError, match=r"train\.batch_size"):
+        Run(tmp_path / "run").check(RunConfig(train=TrainConfig(batch_size=1, accumulate=2)))
 
 
 def test_differences_name_both_values() -> None:

@@ -12,8 +12,9 @@ from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig, TokenizerConfig, default_config, read_toml
 from bitnet.train.display import Display
+from bitnet.train.initial import Initial, Teacher
 from bitnet.train.overview import duration
-from bitnet.train.pretrain import Initial, Outcome, pretrain
+from bitnet.train.pretrain import Outcome, pretrain
 from bitnet.train.run import Run
 
 Values = dict[str, dict[str, Any]]
@@ -29,12 +30,13 @@ def run_training(
     *,
     quiet: bool = False,
     open_initial: Callable[[str], Initial] | None = None,
+    open_teacher: Callable[[str], Teacher] | None = None,
 ) -> tuple[dict[str, Any] | None, int]:
     """Resolve the configuration and train. Returns (summary or None, exit code).
 
     Settings, from weak to strong: the run that is in `out` already, or the preset; the TOML file; flags and
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
-    open_initial: opens the model that train.init names.
+    open_initial: opens the model that train.init names; open_teacher: the one of train.teacher.
     """
     folder = out or _default_folder(preset, config_file, flags, assignments)
     run = Run(folder)
@@ -47,7 +49,8 @@ def run_training(
     config = resolve(preset, config_file, flags, assignments, run, initial.config if initial else None)
     first = os.environ.get("RANK", "0") == "0"
     display = Display(config.train.report_every, quiet=quiet or not first)
-    outcome = pretrain(config, folder, device, display, initial)
+    teacher = open_teacher(config.train.teacher) if config.train.teacher and open_teacher else None
+    outcome = pretrain(config, folder, device, display, initial, teacher)
     if outcome.signal is not None:
         display.note(f"stopped at step {outcome.step}; saved: the same command goes on from there")
         return None, 128 + outcome.signal

@@ -14,6 +14,7 @@ from bitnet.train.data import DataConfig
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "wsd", "two-stage")
 DTYPES = ("auto", "fp32", "bf16")
+PARALLELS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class TrainConfig:
     steps: int = 240  # about three minutes of nano on two CPU cores
     batch_size: int = 16  # sequences a process and micro-batch
     accumulate: int = 1  # micro-batches a step
+    global_batch: int = 0  # sequences a step over all processes, however many; 0: batch_size * accumulate * processes
+    parallel: str = "ddp"  # with several processes: the whole model on each, or "fsdp": a share of its state on each
+    recompute: bool = False  # the inside of blocks in the backward pass: less memory, a third more products
+    loss_chunk: int = 0  # tokens whose logits are held at a time; 0: all
+    async_save: bool = False  # write saves while training goes on
     context: int = 0  # tokens a sequence; 0 is the model's context
     optimizer: str = "muon"  # for the matrices of the blocks; "adamw" for everything
     lr: float = 0.006  # of the matrices; with "adamw" 3e-3 is a good start
@@ -52,6 +58,12 @@ class TrainConfig:
     compile: bool = False
     seed: int = 0
     init: str = ""  # model to start from: a run, a checkpoint of Hugging Face's, a float GGUF; "": random weights
+    teacher: str = ""  # model whose logits are learnt from, over the same tokenizer: a run or what import reads
+    distill: float = 0.5  # weight of the teacher's word in the loss, against the text's
+    temperature: float = 1.0  # at which both are compared
+    z_loss: float = 0.0  # weight of mean(logsumexp^2), which keeps logits near zero; PaLM's 1e-4
+    zero_init: bool = False  # o_proj and down_proj begin at zero: every block begins as the identity
+    float_share: float = 0.0  # share of the steps before the quantisers are switched on
     ease: float = 0.0  # share of the steps over which the quantisers come in, for a float model that turns ternary
     eval_every: int = 100  # 0: only at the end
     eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
@@ -70,16 +82,31 @@ class TrainConfig:
         schema.check_choice(self, "train", "optimizer", OPTIMIZERS)
         schema.check_choice(self, "train", "schedule", SCHEDULES)
         schema.check_choice(self, "train", "dtype", DTYPES)
+        schema.check_choice(self, "train", "parallel", PARALLELS)
         check(self, "train", ("steps", "batch_size", "accumulate", "save_every", "report_every", "skip_limit"), 1)
-        check(self, "train", ("context", "eval_every", "sample_every"), 0)
+        check(self, "train", ("context", "eval_every", "sample_every", "global_batch", "loss_chunk"), 0)
         check(self, "train", ("seed",), 0, 2**63 - 1)  # what torch's generators take
         check(self, "train", ("eval_tokens", "keep"), 2)
-        check(self, "train", ("warmup", "decay", "second_stage_lr", "min_lr", "ease"), 0.0, 1.0)
+        check(
+            self, "train", ("warmup", "decay", "second_stage_lr", "min_lr", "ease", "float_share", "distill"), 0.0, 1.0
+        )
+        check(self, "train", ("temperature",), 1e-3, 1e3)
+        check(self, "train", ("z_loss",), 0.0, 1e3)
         check(self, "train", ("lr", "table_lr", "clip"), 1e-12, 1e6)
         check(self, "train", ("weight_decay",), 0.0, 100.0)
         check(self, "train", ("momentum", "beta1", "beta2"), 0.0, 0.999999)
+        if self.global_batch and self.accumulate > 1:
+            raise BitNetError(
+                f"train.global_batch: got {self.global_batch} with train.accumulate {self.accumulate}, expected one of "
+                "them: a global batch is cut into micro-batches of batch_size by itself"
+            )
         if self.ease and self.compile:
             raise BitNetError("train.ease: got it with --compile, which would compile every step anew; use one of them")
+        if self.ease + self.float_share > 1:
+            raise BitNetError(
+                f"train.float_share: got {self.float_share} and train.ease {self.ease}, expected at most 1 together: "
+                "the quantisers have to be in before the end"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """One process or many: the few things the loop needs to know of its fellows, on torch.distributed."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +73,27 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON value of every process, by rank; the same list everywhere."""
+        if self.size == 1:
+            return [value]
+        # As bytes of JSON: torch's own all_gather_object would pickle it.
+        text = json.dumps(value).encode()
+        length = self.largest(len(text))
+        mine = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8).to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [json.loads(bytes(part.cpu().tolist())) for part in parts]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
+
+
+def other_ended(error: BaseException) -> bool:
+    """Whether an error says that another process is gone: gloo has no class of its own for that."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError) and ("gloo" in words or "Connection closed by peer" in words)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bitnet.layers import Table
 from bitnet.train.config import TrainConfig
+from bitnet.train.muon import ShardedMuon
 from bitnet.train.schedule import learning_rate, weight_decay
 
 
@@ -32,7 +34,9 @@ class Optimizer:
         adamw = torch.optim.AdamW([{"params": rest, "peak": config.table_lr, "decays": False}], betas=betas, fused=True)
         matrix_group = {"params": matrices, "peak": config.lr, "decays": True}
         self._optimizers: list[torch.optim.Optimizer] = [adamw]
-        if config.optimizer == "muon":
+        if config.optimizer == "muon" and any(isinstance(p, DTensor) for p in matrices):
+            self._optimizers.append(ShardedMuon([matrix_group], config.momentum))
+        elif config.optimizer == "muon":
             muon = torch.optim.Muon([matrix_group], momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
             self._optimizers.append(muon)
         else:
@@ -68,7 +72,7 @@ class Optimizer:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`; of a model spread over processes it takes the rows held here."""
         homes = {
             self._names[id(parameter)]: (optimizer, parameter)
             for optimizer in self._optimizers
@@ -78,7 +82,12 @@ class Optimizer:
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             optimizer, parameter = homes[name]
-            optimizer.state[parameter][key] = value.to(parameter.device)
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor) and value.dim():
+                value = DTensor.from_local(
+                    value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                )
+            optimizer.state[parameter][key] = value
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]

@@ -8,12 +8,12 @@ from bitnet.train.distributed import Processes
 
 
 def overview(
-    config: RunConfig, model: ModelConfig, dataset: TokenDataset, processes: Processes, dtype: str
+    config: RunConfig, model: ModelConfig, dataset: TokenDataset, processes: Processes, dtype: str, sequences: int
 ) -> dict[str, str]:
-    """Subject and text: the model's sizes, the data's, and what a step is."""
+    """Subject and text: the model's sizes, the data's, and what a step of so many sequences is."""
     settings = config.train
-    tokens = settings.batch_size * settings.accumulate * processes.size * config.context
-    several = f", {processes.size} processes" if processes.size > 1 else ""
+    tokens = sequences * config.context
+    several = f", {processes.size} processes ({settings.parallel})" if processes.size > 1 else ""
     return {
         "model": f"{parameters(model) / 1e6:.2f}M parameters, {model.linear}; packed {size(packed_bytes(model))}, "
         f"fp16 {size(float16_bytes(model))}",

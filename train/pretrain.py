@@ -9,24 +9,22 @@ Dimensions: B batch, T time, V vocabulary.
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import checkpoint
-from bitnet.config import ModelConfig
 from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
 from bitnet.layers import keep_codes, set_ease
 from bitnet.model import Transformer, parameters
 from bitnet.sampling import Sampling
-from bitnet.tokenizer import Tokenizer
+from bitnet.train.batches import micro_batches, sequences_a_step, share
 from bitnet.train.config import RunConfig, TrainConfig
 from bitnet.train.data import (
     Sampler,
@@ -39,13 +37,25 @@ from bitnet.train.data import (
     prepare,
 )
 from bitnet.train.display import Display
-from bitnet.train.distributed import Processes
+from bitnet.train.distributed import Processes, other_ended
 from bitnet.train.evaluate import Evaluation, evaluate
+from bitnet.train.initial import (
+    Initial,
+    Teacher,
+    check_initial,
+    check_teacher,
+    initial_weights,
+    teacher_tokenizer,
+)
+from bitnet.train.objective import Objective, needs_objective, next_token_loss
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration, overview
 from bitnet.train.plot import plot_run
 from bitnet.train.precision import resolve_dtype
 from bitnet.train.run import Run, empty_model, load_parameters
+from bitnet.train.saving import Saver
+from bitnet.train.schedule import quantised_share
+from bitnet.train.sharding import assign, clip_gradients, gathered, local, shard, span
 from bitnet.train.signals import stop_signals
 from bitnet.train.telemetry import Telemetry, summary
 from bitnet.train.trackers import Tracker, make_trackers
@@ -69,28 +79,18 @@ class Outcome:
     pictures: list[str] = field(default_factory=list)
 
 
-class Initial(Protocol):
-    """A model to start from instead of random weights, read tensor by tensor (bitnet/formats/source.py)."""
-
-    config: ModelConfig
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer it was trained with."""
-
-    def dense(self, name: str) -> Tensor:
-        """A parameter by its name."""
-
-    def master(self, name: str) -> Tensor:
-        """The float weight [N, K] of a projection."""
-
-
 def pretrain(
-    config: RunConfig, out: Path, device: torch.device, display: Display, initial: Initial | None = None
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    display: Display,
+    initial: Initial | None = None,
+    teacher: Teacher | None = None,
 ) -> Outcome:
     """Train until `config.train.steps`, going on from the newest save in `out` if there is one.
 
-    initial: the model to start from where there is no save yet; the data is tokenised as it was for it.
+    initial: the model to start from where there is no save yet; the data is tokenised as it was for it. teacher: the
+    model that train.teacher names; it must have the same tokenizer.
 
     Raises BitNetError for settings, data or saves that cannot be used and for a run that diverges;
     OSError when a save cannot be written (the saves before it stay whole).
@@ -100,8 +100,11 @@ def pretrain(
         check_initial(config, initial)
     elif config.train.init and not checkpoint.folders(run.saves):
         raise BitNetError(f"train: got train.init '{config.train.init}', expected that model, opened (--init)")
+    if config.train.teacher and teacher is None:
+        raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model, opened")
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(device))
+        stack.enter_context(lost_processes())
         trackers: list[Tracker] = []
         if processes.first:
             with processes.others_stop_on_failure():
@@ -109,17 +112,36 @@ def pretrain(
                 stack.enter_context(run.lock())
                 run.check(config)  # again: it may have become a run in between
                 trackers = make_trackers(config.train, run.path)
-                dataset = prepare_data(config, run, display, initial)
+                dataset = prepare_data(config, run, display, initial, teacher)
         else:
             processes.wait_for_first()
             dataset = open_dataset(run.data)
-        trainer = Trainer(config, run, dataset, processes, display, trackers, initial)
+        if teacher is not None:
+            check_teacher(config, dataset.tokenizer, teacher)
+        model = teacher.model if teacher is not None else None
+        trainer = Trainer(config, run, dataset, processes, display, trackers, initial, model)
         if processes.first:
             run.write_config(config)
         return trainer.train()
 
 
-def prepare_data(config: RunConfig, run: Run, display: Display, initial: Initial | None = None) -> TokenDataset:
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Say in one line that another process has ended, wherever that is noticed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not other_ended(error):
+            raise
+        raise BitNetError(
+            "train: another process of this run ended, so that this one cannot go on; its own last line says why. All "
+            "whole saves are kept: start the same command again"
+        ) from error
+
+
+def prepare_data(
+    config: RunConfig, run: Run, display: Display, initial: Initial | None = None, teacher: Teacher | None = None
+) -> TokenDataset:
     """Tokenise the corpus into the run's folder, unless that is done already.
 
     Raises BitNetError, and leaves nothing of a first try, when the text is too short for the settings.
@@ -131,6 +153,8 @@ def prepare_data(config: RunConfig, run: Run, display: Display, initial: Initial
             raise BitNetError(f"train: got no tokenizer in '{config.train.init}', expected the one it was trained with")
     elif config.train.init and (run.data / "manifest.json").exists():
         tokenizer = open_tokenizer(run.data)  # the run goes on without the model it began with
+    elif teacher is not None:
+        tokenizer = teacher_tokenizer(config, teacher)
     try:
         dataset = prepare(
             config.data,
@@ -163,35 +187,64 @@ class Trainer:
         display: Display,
         trackers: Sequence[Tracker] = (),
         initial: Initial | None = None,
+        teacher: Transformer | None = None,
     ) -> None:
         self.config, self.run, self.dataset, self.trackers = config, run, dataset, trackers
         self.settings: TrainConfig = config.train
         self.processes, self.display, self.device = processes, display, processes.device
-        self.sequences = self.settings.batch_size * self.settings.accumulate * processes.size  # a step
+        self.sequences = sequences_a_step(self.settings, processes.size)
         # The vocabulary asked for is an upper bound: a small corpus supports fewer tokens. And a model is worth no
         # longer a context than it was trained with.
         self.model_config = config.model.replace(
             vocab_size=dataset.tokenizer.vocab_size, max_position_embeddings=config.context
         )
-        self.model = empty_model(self.model_config)
-        if initial is None:
-            self.model.init_weights(self.settings.seed)
-        else:
-            load_initial(self.model, initial)
-        self.model.to(self.device)
+        self.sharded = self.settings.parallel == "fsdp" and processes.size > 1
+        self.network = self._build(teacher)
+        self._fill(initial)
         torch.manual_seed(self.settings.seed)
         self.optimizer = Optimizer(self.model, self.settings)
         self.step, self.tokens, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.resumed = self._resume()
+        self.saver = Saver(processes, run.saves, self.settings.keep, self.settings.async_save)
         self.telemetry = Telemetry(self.model)
         self.token_bytes = dataset.tokenizer.byte_lengths()
         # Live figure only: a token stands for this many bytes on average. Validation counts bytes exactly.
         self.bits_per_nat = len(dataset.train) / max(1, dataset.train.text_bytes) / math.log(2)
-        compiled = cast(nn.Module, torch.compile(self.model)) if self.settings.compile else self.model
-        self.network = processes.wrap(compiled)
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
         self.sampler = Sampler(dataset.train, config.context, self.settings.seed)
+        self._copy: Transformer | None = None  # of a model spread over processes, on the first one,
+        self._copied = -1  # made at this step
+
+    def _build(self, teacher: Transformer | None) -> nn.Module:
+        """Make `self.model`, empty, and what the loop calls: it with its loss, compiled, on all processes."""
+        settings = self.settings
+        with torch.device("meta"):
+            self.model = Transformer(self.model_config)
+            for block in self.model.blocks():
+                block.recompute = settings.recompute
+            network: nn.Module = self.model
+            if needs_objective(settings):
+                network = Objective(self.model, settings, teacher and teacher.to(self.device))
+        if not self.sharded:
+            self.model.to_empty(device=self.device)
+            compiled = cast(nn.Module, torch.compile(network)) if settings.compile else network
+            return self.processes.wrap(compiled)
+        if settings.compile:  # block by block, inside what gathers the parameters
+            for block in self.model.blocks():
+                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        shard(network, self.model.blocks(), self.device)
+        network.to_empty(device=self.device)  # this process's share and no more
+        return network
+
+    def _fill(self, initial: Initial | None) -> None:
+        """Give the model its first weights, one parameter at a time."""
+        parameters = dict(self.model.named_parameters())
+        values = initial_weights(self.model, initial) if initial else self.model.fresh_weights(self.settings.seed)
+        for name, value in values:
+            if self.settings.zero_init and initial is None and name.endswith(("o_proj.weight", "down_proj.weight")):
+                value = torch.zeros_like(value)
+            assign(parameters[name], value)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -199,7 +252,7 @@ class Trainer:
         """Run all steps that are left, then validate on the whole split, sample, plot and save."""
         settings, display = self.settings, self.display
         display.announce(
-            overview(self.config, self.model_config, self.dataset, self.processes, self.dtype)
+            overview(self.config, self.model_config, self.dataset, self.processes, self.dtype, self.sequences)
             | {"estimate": self._estimate()}
             | {"run": str(self.run.path) + (f", resumed at step {self.step}" if self.resumed else "")},
             self.config.to_toml(),
@@ -219,10 +272,13 @@ class Trainer:
                 signal = self.processes.largest(stop.received or 0) or None
                 if self.step % settings.save_every == 0 or last or signal:
                     self._save(self.seconds + time.perf_counter() - started)
+                else:
+                    self.saver.poll()
+            self.saver.wait()
         self.seconds += time.perf_counter() - started
         outcome = Outcome(self.run.path, self.step, signal, trained=self.step > first_step)
         outcome.seconds, outcome.tokens_per_second = self.seconds, self.tokens / max(self.seconds, 1e-9)
-        if signal is None and self.processes.first:
+        if signal is None:
             # Written down once: not again by a start that finds all done, but by one after a kill behind the last save.
             missing = not any("val_loss" in row and row["step"] == self.step for row in self.run.metrics())
             outcome.validation = self._validate(None, record=missing)
@@ -243,10 +299,11 @@ class Trainer:
         """One optimiser step. Returns its metrics, or None when it was skipped for want of a finite gradient."""
         started = time.perf_counter()
         rate = self.optimizer.set_step(self.step)
-        if self.settings.ease:
-            set_ease(self.model, min(1.0, (self.step + 1) / (self.settings.ease * self.settings.steps)))
+        self._copy, self._copied = None, -1
+        if self.settings.ease or self.settings.float_share:
+            set_ease(self.model, quantised_share(self.settings, self.step))
         loss = self._gradients()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = clip_gradients(list(self.model.parameters()), self.settings.clip)
         loss_value, norm_value = torch.stack((loss, norm.detach())).tolist()  # the step's one wait for the device
         self.step += 1
         self.tokens += self.sequences * self.config.context
@@ -267,27 +324,45 @@ class Trainer:
         }
 
     def _gradients(self) -> Tensor:
-        """Accumulate the gradients of this step's global batch. Returns the mean loss [] over all processes."""
-        settings, processes = self.settings, self.processes
-        total = torch.zeros((), device=self.device)
-        first = self.step * self.sequences + processes.rank * settings.batch_size * settings.accumulate
-        # Weights do not change between micro-batches: quantise them once. (A compiled graph quantises in itself.)
-        kept = keep_codes(self.model) if settings.accumulate > 1 and not settings.compile else nullcontext()
-        with kept:
-            for micro in range(settings.accumulate):
-                inputs, targets = self.sampler.windows(first + micro * settings.batch_size, settings.batch_size)
-                last = micro == settings.accumulate - 1
-                # Gradients travel once a step, with the last micro-batch.
-                with self.network.no_sync() if processes.size > 1 and not last else nullcontext():  # type: ignore[operator]
-                    loss = self._loss(inputs, targets)
-                    (loss / settings.accumulate).backward()
-                total += loss.detach()
-        return processes.mean(total / settings.accumulate)
+        """Accumulate the gradients of this step's global batch. Returns the mean loss [] over all processes.
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss [] of one micro-batch [B, T] in the run's dtype."""
+        Sequences are dealt by number: for any number of processes and any size of micro-batch, a step takes the same.
+        """
+        settings, processes = self.settings, self.processes
+        mine = share(self.sequences, processes.rank, processes.size)
+        counts = micro_batches(self.sequences, processes.size, settings.batch_size, len(mine))
+        total = torch.zeros((), device=self.device)
+        at = self.step * self.sequences + mine.start
+        # Weights do not change between micro-batches: quantise them once. (A compiled graph quantises in itself, and
+        # shares of weights are quantised where they are gathered.)
+        keeps = len(counts) > 1 and not settings.compile and not self.sharded
+        with keep_codes(self.model) if keeps else nullcontext():
+            for micro, count in enumerate(counts):
+                # A process with less to do than others goes through the motions: all meet at every gather and sum.
+                inputs, targets = self.sampler.windows(at, max(1, count))
+                at += count
+                last = micro == len(counts) - 1
+                with nullcontext() if last else self._without_sync():
+                    loss, entropy = self._loss(inputs, targets)
+                    # The mean over all processes of these terms is the mean over all sequences of the step.
+                    (loss * 0 if not count else loss / (self.sequences / (count * processes.size))).backward()
+                total += entropy * (count / counts[0])
+        return processes.mean(total / (self.sequences / (counts[0] * processes.size)))
+
+    def _without_sync(self) -> Any:
+        """Gradients of whole models travel once a step, with the last micro-batch; those of spread ones every time."""
+        travels_later = self.processes.size > 1 and not self.sharded
+        return self.network.no_sync() if travels_later else nullcontext()  # type: ignore[operator]
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss [] of one micro-batch [B, T] in the run's dtype, and the cross-entropy [] alone."""
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
         with self.autocast:
-            return next_token_loss(self.network, inputs.to(self.device), targets.to(self.device))
+            if needs_objective(self.settings):
+                loss, entropy = self.network(inputs, targets)
+                return loss, entropy
+            loss = next_token_loss(self.network, inputs, targets)
+            return loss, loss.detach()
 
     def _skip(self, loss: float, norm: float) -> None:
         self.optimizer.zero_grad()
@@ -306,17 +381,32 @@ class Trainer:
 
     # -- looking at the model ------------------------------------------------------------------------------------
 
+    def _whole(self) -> Transformer | None:
+        """The model as one piece, for a look at it: None on all processes but the first. Collective.
+
+        Of a model that is spread, the first process gets a copy, which lives until the next step.
+        """
+        if self.sharded and self._copied != self.step:
+            copy = empty_model(self.model_config).to(self.device) if self.processes.first else None
+            for name, parameter in self.model.named_parameters():
+                value = gathered(parameter.detach())
+                if copy is not None:
+                    copy.get_parameter(name).detach().copy_(value)
+            self._copy, self._copied = copy, self.step
+        set_ease(self.model, 1.0)  # figures are those of the ternary model; the next step sets it anew
+        return (self._copy if self.sharded else self.model) if self.processes.first else None
+
     def _validate(self, tokens: int | None, record: bool = True) -> Evaluation | None:
         """Score the validation split (its first `tokens` tokens) in fp32: the same integers a packed file gives."""
-        if not self.processes.first:
+        model = self._whole()
+        if model is None:
             return None
-        set_ease(self.model, 1.0)  # figures are those of the ternary model; the next step sets it anew
         batch = batch_for(self.config.context, self.model_config.vocab_size)
         windows = eval_windows(self.dataset.val, self.config.context, batch_size=batch, limit_tokens=tokens)
         total = min(len(self.dataset.val), tokens or len(self.dataset.val))
-        with torch.inference_mode(), keep_codes(self.model):
+        with torch.inference_mode(), keep_codes(model):
             result = evaluate(
-                lambda ids: self.model(ids.to(self.device)),
+                lambda ids: model(ids.to(self.device)),
                 windows,
                 self.token_bytes,
                 lambda done: self.display.validating(done, total),
@@ -337,14 +427,14 @@ class Trainer:
 
     def _sample(self, length: int = 120, record: bool = True) -> str:
         """A text from the model as it stands, the same random draws every time."""
-        if not self.processes.first:
+        model = self._whole()
+        if model is None:
             return ""
-        set_ease(self.model, 1.0)
         tokenizer = self.dataset.tokenizer
         start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
         ids = start + tokenizer.encode(self.settings.sample_prompt) or [0]
-        with keep_codes(self.model):
-            engine = TorchEngine(self.model)
+        with keep_codes(model):
+            engine = TorchEngine(model)
             new = list(stream(engine, ids, length, Sampling(seed=self.settings.seed), stop=start))
         text = self.settings.sample_prompt + tokenizer.decode(new)
         if record:
@@ -352,11 +442,14 @@ class Trainer:
         return text
 
     def _report_telemetry(self) -> None:
-        if self.processes.first and (rows := self.telemetry.report()):
+        model = self._whole() if self.sharded else self.model
+        if self.processes.first and (rows := self.telemetry.report(model)):
             self._record({"step": self.step, "telemetry": rows})
             self.display.telemetry(summary(rows))
 
     def _plot(self) -> list[str]:
+        if not self.processes.first:
+            return []
         title = (
             f"{self.run.path.name}: {parameters(self.model_config) / 1e6:.1f}M parameters, {self.model_config.linear}"
         )
@@ -378,15 +471,16 @@ class Trainer:
         if left <= 0:
             return "all steps are done"
         rng = torch.get_rng_state()
-        inputs, targets = self.sampler.windows(0, self.settings.batch_size)
+        counts = micro_batches(self.sequences, self.processes.size, self.settings.batch_size)
+        inputs, targets = self.sampler.windows(0, counts[0])
         passes = []
         for _ in range(3):
             started = time.perf_counter()
-            loss = self._loss(inputs, targets)
+            loss, _ = self._loss(inputs, targets)
             loss.backward()
             loss.item()
             passes.append(time.perf_counter() - started)
-        seconds = min(passes[1:]) * self.settings.accumulate  # the first one paid for allocations and compilation
+        seconds = min(passes[1:]) * len(counts)  # the first one paid for allocations and compilation
         self.optimizer.zero_grad()
         torch.set_rng_state(rng)
         return f"{duration(left * seconds)} for {left} steps (without the optimiser's share)"
@@ -394,13 +488,6 @@ class Trainer:
     # -- saving and resuming -------------------------------------------------------------------------------------
 
     def _save(self, seconds: float) -> None:
-        if not self.processes.first:
-            return
-        groups = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.tensors(),
-            "random": {"cpu": torch.get_rng_state()},
-        }
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -410,10 +497,37 @@ class Trainer:
             "model": self.model_config.to_dict(),
             "data": self.dataset.fingerprint,
         }
-        checkpoint.write_save(self.run.saves, self.step, groups, state, keep=self.settings.keep)
+        held = {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+        if not self.sharded:
+            groups = {**held, "random": {"cpu": torch.get_rng_state()}} if self.processes.first else {}
+            self.saver.save(self.step, groups, state)
+            return
+        first_rows = {name: span(t)[0] for group in held.values() for name, t in group.items()}
+        groups = {
+            # A number without rows is the same on all processes: the first one writes it.
+            name: {k: local(t) for k, t in group.items() if t.dim() or self.processes.first}
+            for name, group in held.items()
+        }
+        if self.processes.first:
+            groups["random"] = {"cpu": torch.get_rng_state()}
+        self.saver.save(self.step, groups, state, first_rows)
+
+    def _newest_save(self) -> checkpoint.Save | None:
+        """The save to go on from: the first process chooses and verifies, all take the same."""
+        save, step = None, 0
+        if self.processes.first:
+            with self.processes.others_stop_on_failure():
+                save = checkpoint.latest_save(self.run.saves)
+            step = save.step if save is not None else 0
+        else:
+            self.processes.wait_for_first()
+        step = self.processes.largest(step)
+        if self.processes.first or not step:
+            return save
+        return checkpoint.read_save(self.run.saves / f"step-{step:08d}", verify=False)
 
     def _resume(self) -> bool:
-        save = checkpoint.latest_save(self.run.saves)
+        save = self._newest_save()
         if save is None:
             if self.processes.first:
                 self.run.rewind(-1)
@@ -424,12 +538,16 @@ class Trainer:
                 "restore them or choose another folder (--out)"
             )
         if save.state.get("sequences") != self.sequences:
+            before = save.state.get("sequences")
             raise BitNetError(
-                f"train: the run takes {save.state.get('sequences')} sequences a step, got {self.sequences}; go on "
-                "with as many processes as before"
+                f"train: the run takes {before} sequences a step, got {self.sequences}; go on with as many processes "
+                f"as before, or with any number and --set train.global_batch={before} --set train.accumulate=1"
             )
-        load_parameters(self.model, save)
-        self.optimizer.load_tensors(save.tensors("optimizer"))
+        if self.sharded:
+            self._load_rows(save)
+        else:
+            load_parameters(self.model, save)
+            self.optimizer.load_tensors(save.tensors("optimizer"))
         torch.set_rng_state(save.tensors("random")["cpu"])
         self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
         self.seconds = float(save.state["seconds"])
@@ -437,36 +555,13 @@ class Trainer:
             self.run.rewind(self.step)
         return True
 
-
-_INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")  # none of them is in the weights
-
-
-def check_initial(config: RunConfig, initial: Initial) -> None:
-    """Raise BitNetError for a configuration that computes something else with the weights than their model did."""
-    theirs = initial.config.to_dict()
-    for key, value in config.model.to_dict().items():
-        if key not in _INITIAL_MAY_CHANGE and value != theirs[key]:
-            raise BitNetError(
-                f"train: model.{key}: got {value!r}, expected {theirs[key]!r} as in '{config.train.init}': "
-                "a model that is trained on keeps its shape; leave the setting away"
-            )
-
-
-def load_initial(model: Transformer, initial: Initial) -> None:
-    """Copy a model's weights into ours. Raises BitNetError where it holds codes only, or is of another shape."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            projection = name.removesuffix(".weight")
-            weight = initial.master(projection) if projection.endswith("_proj") else initial.dense(name)
-            if weight.shape != parameter.shape:
-                raise BitNetError(
-                    f"train: {name}: got shape {list(weight.shape)}, expected {list(parameter.shape)}; a model that is "
-                    "trained on keeps its shape"
-                )
-            parameter.copy_(weight)
-
-
-def next_token_loss(network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy [] in nats a token, in fp32. inputs, targets: [B, T] int64."""
-    logits = network(inputs)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    def _load_rows(self, save: checkpoint.Save) -> None:
+        """Read the rows that this process holds, whoever wrote them."""
+        parameters = dict(self.model.named_parameters())
+        for name, rows in save.rows("model", {name: span(p) for name, p in parameters.items()}).items():
+            assign(parameters[name], rows)
+        wanted = {}
+        for name, pieces in save.pieces("optimizer").items():
+            parameter = parameters[name.rpartition("/")[0]]
+            wanted[name] = span(parameter) if pieces[0].shape else (0, 1)
+        self.optimizer.load_tensors(save.rows("optimizer", wanted))

@@ -28,9 +28,11 @@ _MAY_CHANGE = frozenset(
     f"train.{name}"
     for name in (
         "steps eval_every eval_tokens sample_every sample_prompt save_every keep report_every skip_limit "
-        "tensorboard wandb compile"
+        "tensorboard wandb compile parallel recompute loss_chunk async_save global_batch"
     ).split()
 )
+# With a global batch, how it is cut is free; whether it is that of the newest save is checked where that is read.
+_FREE_WITH_GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulate"})
 
 
 # What a start that failed, or was killed before its first step, leaves behind.
@@ -69,7 +71,8 @@ class Run:
 
     def _check_same(self, config: RunConfig) -> None:
         for key, new, old in config.differences(self.config()):
-            if key not in _MAY_CHANGE:
+            free = config.train.global_batch > 0 and key in _FREE_WITH_GLOBAL_BATCH
+            if key not in _MAY_CHANGE and not free:
                 raise BitNetError(
                     f"train: '{self.path}' holds a run with {key} = {old!r}, got {new!r}; "
                     "leave it as it was to go on, or choose another folder (--out)"

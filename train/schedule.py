@@ -39,3 +39,11 @@ def weight_decay(config: TrainConfig, step: int) -> float:
 def in_second_stage(config: TrainConfig, step: int) -> bool:
     """Whether a step lies in the second half."""
     return 2 * step >= config.steps
+
+
+def quantised_share(config: TrainConfig, step: int) -> float:
+    """How much of a layer's output is quantised at a step: none for `float_share` of the run, all after `ease` more."""
+    into = step - round(config.float_share * config.steps)
+    if into < 0:
+        return 0.0
+    return min(1.0, (into + 1) / (config.ease * config.steps)) if config.ease else 1.0

@@ -21,17 +21,16 @@ class Telemetry:
     """Remembers the codes of every BitLinear between reports, at one byte a weight."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {
-            name.removeprefix("model.layers."): module
-            for name, module in model.named_modules()
-            if isinstance(module, BitLinear)
-        }
+        self._model = model
         self._last: dict[str, torch.Tensor] = {}
 
-    def report(self) -> list[LayerReport]:
-        """Quantise all layers now and compare with the last report."""
+    def report(self, model: nn.Module | None = None) -> list[LayerReport]:
+        """Quantise all layers now and compare with the last report. model: a copy to look at instead."""
         rows: list[LayerReport] = []
-        for name, layer in self._layers.items():
+        for full_name, layer in (model or self._model).named_modules():
+            if not isinstance(layer, BitLinear):
+                continue
+            name = full_name.removeprefix("model.layers.")
             codes, scale = layer.quantized_weight()
             last = self._last.get(name)
             flips = None if last is None else float((codes != last).float().mean())

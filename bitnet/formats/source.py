@@ -16,7 +16,7 @@ from bitnet.kernels import packing
 from bitnet.kernels.reference import WeightCodes
 from bitnet.layers import BitLinear, Table
 from bitnet.model import Transformer, in_features
-from bitnet.packed import PackedModel
+from bitnet.packed import PackedModel, build
 from bitnet.tokenizer import Tokenizer
 
 PROJECTIONS = (
@@ -134,6 +134,20 @@ class PackedSource:
         if self.config.linear != "plain":
             raise no_masters("a packed file")
         return self._packed.tensors[f"{name}.weight"]
+
+
+def as_model(source: Source) -> Transformer:
+    """The model of a source as modules that run and are not trained; of a run, the one it has in memory already."""
+    if isinstance(source, TrainedSource):
+        return source.model.requires_grad_(False).eval()
+    tensors = {name: source.dense(name) for name in dense_shapes(source.config)}
+    for name in projections(source.config):
+        if source.config.linear == "plain":
+            tensors[f"{name}.weight"] = source.master(name)
+            continue
+        codes, scale = source.codes(name)
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = packing.pack(codes), scale.reshape(1)
+    return build(PackedModel(source.config, tensors, source.tokenizer, dict(source.info))).eval()
 
 
 def no_masters(what: str) -> BitNetError:

@@ -1,0 +1,304 @@
+"""What a run survives, counted: kill -9 at random moments, a full disk, a folder that is read-only, two writers.
+
+    make reliability                      # KILLS=200; a few minutes on two cores
+    python benchmarks/reliability.py --kills 20
+
+Killed runs are started again until they finish, and must then equal a run that was never killed, to the last bit.
+After every kill each finished save must verify, and no more than one save interval may be gone. The last line is one
+JSON document.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+INTERVAL, STEPS = 3, 90
+SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
+
+
+def serve() -> None:
+    """Fork a process for each request: it starts at once, for all modules are loaded."""
+    import faulthandler
+    import resource
+
+    import bitnet.train.pretrain as loop
+    from bitnet.cli import main
+
+    loop.plot_run = lambda rows, target, title: []
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            faulthandler.dump_traceback_later(240, exit=True)  # a run takes seconds: one that hangs shall say where
+            if limit := request.get("limit"):  # bytes a file may have: what lies beyond fails as on a full disk
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            if request.get("as_owner"):
+                obey_permissions()
+            code = main(request["args"])
+            os._exit(code)
+        print(pid, flush=True)
+
+
+def obey_permissions() -> None:
+    """Give up root's right to write where nobody may (CAP_DAC_OVERRIDE); Linux, and nothing to do for others."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, of capabilities 0 to 31 and 32 to 63
+    assert libc.capget(header, sets) == 0, ctypes.get_errno()
+    for i in (0, 1, 2):
+        sets[i] &= ~(1 << 1)
+    assert libc.capset(header, sets) == 0, ctypes.get_errno()
+
+
+class Trainer:
+    """Starts `bitnet train` on one folder, over and over."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.log = work, work / "log"
+        words = [random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(2000)]
+        (work / "toy.txt").write_text("".join(words))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def start(self, out: Path, settings: tuple[str, ...] = (), **how: Any) -> int:
+        """Returns the process id; it is a child of the server, which never waits for it: its id stays taken."""
+        sets = [f"model.{setting}" for setting in (*SHAPE.split(), "max_position_embeddings=32")]
+        sets += [f"train.save_every={INTERVAL}", "train.eval_every=7", "train.batch_size=4", *settings]
+        flags = f"--data {self.work / 'toy.txt'} --out {out} --steps {STEPS} --tokenizer char --dtype fp32 -q"
+        args = ["train", *flags.split(), *[part for setting in sets for part in ("--set", setting)]]
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"args": args, "log": str(self.log), **how}) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def wait(self, pid: int, seconds: float = 300) -> int | None:
+        """The exit code, negative for a signal; None when it still runs after so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if state[0] == "Z":
+                return os.waitstatus_to_exitcode(int(state[-1]))  # field 52, exit_code, readable by its owner
+            time.sleep(0.01)
+        return None
+
+    def finish(self, out: Path, settings: tuple[str, ...] = ()) -> None:
+        code = self.wait(self.start(out, settings))
+        assert code == 0, (code, self.log.read_text())
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.wait()
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    from bitnet.train.run import Run
+
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in Run(out).metrics() if "loss" in row]
+
+
+def check_saves(out: Path, counts: Counter[str]) -> int:
+    """Verify every finished save. Returns the newest one's step."""
+    from bitnet.checkpoint import folders, read_save
+    from bitnet.errors import BitNetError
+
+    newest = 0
+    for folder in folders(out / "saves"):
+        try:
+            newest = max(newest, read_save(folder).step)
+            counts["saves verified"] += 1
+        except BitNetError as error:
+            counts["damaged saves"] += 1
+            print(error)
+    return newest
+
+
+def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Counter[str]:
+    """Kill runs at random moments until `kills` are counted, half of them with saves written in the background."""
+    counts: Counter[str] = Counter()
+    for number in range(10_000):
+        settings = ("train.async_save=true",) if number % 2 else ()
+        if number < 2:
+            began = time.monotonic()
+            trainer.finish(work / "straight")  # one for all: how saves are written changes no figure
+            whole = max(0.3, time.monotonic() - began)
+            if number == 0:
+                shutil.rmtree(work / "straight")
+                trainer.finish(work / "straight")
+        out, code, patience = work / f"killed-{number}", None, 0.7
+        while code != 0:
+            pid = trainer.start(out, settings)
+            if counts["kills"] < kills and time.monotonic() < deadline:
+                code = trainer.wait(pid, random.uniform(0.0, patience) * whole)
+            else:
+                code = trainer.wait(pid)
+            if code is not None:
+                assert code == 0, (code, trainer.log.read_text())
+                break
+            saving = any(path.suffix == ".tmp" for path in (out / "saves").glob("*"))
+            os.kill(pid, signal.SIGKILL)
+            trainer.wait(pid)
+            counts["kills"] += 1
+            counts["kills while a save was being written"] += saving
+            patience += 0.05
+            newest = check_saves(out, counts)
+            done = max((row[0] for row in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
+            # A save in the background is lost with the kill, and the next one has then not begun either.
+            allowed = INTERVAL * (2 if settings else 1)
+            counts["more than an interval lost"] += done > newest + allowed
+        counts["runs that finished"] += 1
+        counts["runs equal to the one never killed"] += same(work / "straight", out)
+        shutil.rmtree(out)
+        if counts["kills"] >= kills or time.monotonic() >= deadline:
+            return counts
+    return counts
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether losses, weights and optimiser are equal to the last bit."""
+    import torch
+
+    from bitnet.checkpoint import latest_save
+
+    saves = [latest_save(run / "saves") for run in (a, b)]
+    assert saves[0] is not None
+    assert saves[1] is not None
+    for group in ("model", "optimizer", "random"):
+        mine, theirs = (save.tensors(group) for save in saves if save is not None)
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[name], theirs[name]) for name in mine):
+            return False
+    return losses(a) == losses(b)
+
+
+def refused(trainer: Trainer, out: Path, counts: Counter[str], **how: Any) -> None:
+    """A start that cannot write: one line, exit code 2, no save touched; and then the run goes on."""
+    before = check_saves(out, counts)
+    code = trainer.wait(trainer.start(out, **how))
+    lines = [line for line in trainer.log.read_text().splitlines() if "error:" in line or "Traceback" in line]
+    counts["tries"] += 1
+    counts["ended with one line and code 2"] += code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
+    after = check_saves(out, counts)
+    counts["saves before it lost"] += after < before
+    counts["half a save left behind"] += any(path.suffix == ".tmp" for path in (out / "saves").glob("*"))
+
+
+def half_done(trainer: Trainer, out: Path) -> None:
+    """A run with a few saves in it."""
+    pid = trainer.start(out)
+    while trainer.wait(pid, 0.05) is None and len(list((out / "saves").glob("step-????????"))) < 2:
+        pass
+    os.kill(pid, signal.SIGKILL)
+    trainer.wait(pid)
+
+
+def full_disk(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
+    """Files may not grow beyond a size: with each try another write of a save is the one that fails."""
+    counts: Counter[str] = Counter()
+    for number in range(tries):
+        out = work / f"full-{number}"
+        half_done(trainer, out)
+        sizes = sorted(path.stat().st_size for path in (out / "saves").glob("*/*.safetensors"))
+        refused(trainer, out, counts, limit=random.randrange(20_000, sizes[-1]))
+        trainer.finish(out)
+        counts["equal after going on"] += same(work / "straight", out)
+    return counts
+
+
+def read_only(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
+    """Nothing in the folder may be written."""
+    counts: Counter[str] = Counter()
+    for number in range(tries):
+        out = work / f"read-only-{number}"
+        half_done(trainer, out)
+        everything = [out, *out.rglob("*")]
+        modes = {path: path.stat().st_mode for path in everything}
+        for path in everything:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        refused(trainer, out, counts, as_owner=True)
+        for path, mode in modes.items():
+            if path.exists():
+                path.chmod(mode)
+        trainer.finish(out)
+        counts["equal after going on"] += same(work / "straight", out)
+    return counts
+
+
+def two_writers(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
+    """A second start while the first one trains."""
+    counts: Counter[str] = Counter()
+    for number in range(tries):
+        out = work / f"two-{number}"
+        first = trainer.start(out)
+        while not (out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        log, trainer.log = trainer.log, work / "second"
+        second = trainer.wait(trainer.start(out))
+        counts["tries"] += 1
+        counts["second one refused"] += second == 2 and "is being written by process" in trainer.log.read_text()
+        trainer.log = log
+        counts["first one finished"] += trainer.wait(first) == 0
+        counts["equal to one alone"] += same(work / "straight", out)
+    return counts
+
+
+def show(name: str, counts: Counter[str]) -> None:
+    print(name)
+    for what, count in sorted(counts.items()):
+        print(f"  {count:6}  {what}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--tries", type=int, default=5, help="of each of the other three")
+    parser.add_argument("--minutes", type=float, default=8, help="kill no more after so long")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bitnet-reliability-") as folder:
+        work = Path(folder)
+        work.chmod(0o755)
+        trainer = Trainer(work)
+        parts: dict[str, Counter[str]] = {}
+        try:
+            parts["kill -9"] = kill_often(trainer, work, options.kills, began + 60 * options.minutes)
+            show("kill -9", parts["kill -9"])
+            for name, part in (("full disk", full_disk), ("read-only folder", read_only), ("two writers", two_writers)):
+                parts[name] = part(trainer, work, options.tries)
+                show(name, parts[name])
+        finally:
+            trainer.close()
+    report = {name: dict(sorted(counts.items())) for name, counts in parts.items()}
+    print(json.dumps({"machine": describe(), "seconds": time.monotonic() - began, **report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Many processes against one: equal losses to the last bit, saves that any number of them goes on from, a lost one."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+from bitnet.checkpoint import latest_save
+from bitnet.cli import main
+from bitnet.errors import BitNetError
+from bitnet.packed import read_packed
+from bitnet.train.batches import micro_batches, sequences_a_step, share
+from bitnet.train.config import TrainConfig
+
+STEPS, HALF = 50, 25
+# Gains in two halves are whole vectors of 16 numbers: torch's fused AdamW rounds a tail another way than vectors.
+SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
+
+# Imports once and forks the ranks of each run; `cut`: the rank that dies while it writes a save.
+SERVER = """
+import json, os, signal, sys
+import bitnet.train.command, bitnet.train.pretrain as loop
+from bitnet import checkpoint
+from bitnet.cli import main
+loop.plot_run = lambda rows, target, title: []
+while line := sys.stdin.readline():
+    request = json.loads(line)
+    pids = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        if request["ranks"] > 1:
+            os.environ.update({k: str(v) for k, v in {"WORLD_SIZE": request["ranks"], "RANK": rank, "LOCAL_RANK": rank,
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}.items()})
+        log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if rank == request["cut"]:
+            checkpoint.write_tensors = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        signal.alarm(90)
+        code = main(request["args"])
+        sys.stdout.flush()
+        os._exit(code)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+class Ranks:
+    """Runs `bitnet ARGS` as one process or several that know of each other."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, ranks: int, args: list[str], cut: int | None = None) -> list[int]:
+        """Exit codes by rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        request = {"ranks": ranks, "args": args, "port": port, "log": str(self.log), "cut": cut}
+        self._pipe("stdin").write(json.dumps(request) + "\n")
+        self._pipe("stdin").flush()
+        return list(json.loads(self._pipe("stdout").readline()))
+
+    def said(self, rank: int) -> str:
+        return Path(f"{self.log}.{rank}").read_text()
+
+    def close(self) -> None:
+        self._pipe("stdin").close()
+        self._server.wait(60)
+        self._pipe("stdout").close()
+
+    def _pipe(self, name: str) -> IO[str]:
+        pipe: IO[str] | None = getattr(self._server, name)
+        assert pipe is not None
+        return pipe
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    made = Ranks(tmp_path_factory.mktemp("ranks") / "log")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("scale")
+    (made / "toy.txt").write_text("".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(1500)))
+    return made
+
+
+def arguments(folder: Path, out: str, *settings: str) -> list[str]:
+    sets = [f"model.{setting}" for setting in (*SHAPE.split(), "max_position_embeddings=16")]
+    sets += [f"train.save_every={HALF}", "train.eval_every=0", "train.global_batch=4", *settings]
+    flags = f"--data {folder / 'toy.txt'} --out {folder / out} --tokenizer char --dtype fp32 --steps {STEPS} -q"
+    return ["train", *flags.split(), "--batch-size", "2", *[part for s in sets for part in ("--set", s)]]
+
+
+def rows(folder: Path, out: str, after: int = 0) -> list[tuple[float, ...]]:
+    """(step, loss, gradient norm) of the steps, and the last validation."""
+    found = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
+    steps = [(row["step"], row["loss"], row["grad_norm"]) for row in found if "loss" in row and row["step"] > after]
+    return [*steps, *[(row["step"], row["val_loss"]) for row in found if "val_loss" in row]]
+
+
+def half(folder: Path, run: str, copy: str) -> str:
+    """A copy of a finished run as it was after the save at half-time."""
+    shutil.copytree(folder / run, folder / copy)
+    shutil.rmtree(folder / copy / "saves" / f"step-{STEPS:08d}")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: Ranks, folder: Path) -> Path:
+    """The same settings three times: one process, two with the whole model, two with half of its state each."""
+    assert ranks(1, arguments(folder, "one")) == [0], ranks.said(0)
+    assert ranks(2, arguments(folder, "ddp")) == [0, 0], ranks.said(0) + ranks.said(1)
+    assert ranks(2, arguments(folder, "fsdp", "train.parallel=fsdp")) == [0, 0], ranks.said(0) + ranks.said(1)
+    return folder
+
+
+def test_two_processes_are_one_to_the_last_bit(runs: Path) -> None:
+    """Both add the same two gradients of two sequences each; flips of codes and of bf16 would amplify any noise."""
+    wanted = rows(runs, "one")
+    assert len(wanted) == STEPS + 1
+    assert wanted[STEPS - 1][1] < wanted[0][1] - 0.3  # it learns: the comparison is of something
+    assert rows(runs, "ddp") == wanted
+    assert rows(runs, "fsdp") == wanted
+
+
+def test_whoever_saved_the_weights_are_the_same(runs: Path) -> None:
+    saves = {name: latest_save(runs / name / "saves") for name in ("one", "ddp", "fsdp")}
+    for group in ("model", "optimizer", "random"):
+        tensors = {name: save.tensors(group) for name, save in saves.items() if save is not None}
+        assert tensors["one"].keys() == tensors["ddp"].keys() == tensors["fsdp"].keys()
+        for name, value in tensors["one"].items():
+            assert torch.equal(tensors["ddp"][name], value), name
+            assert torch.equal(tensors["fsdp"][name], value), name
+
+
+def test_a_shard_holds_half_and_torch_reads_it(runs: Path) -> None:
+    save = latest_save(runs / "fsdp" / "saves")
+    assert save is not None
+    sizes = [path.stat().st_size for path in sorted(save.path.glob("shard-*-model-*"))]
+    assert len(sizes) == 2
+    assert abs(sizes[0] - sizes[1]) < 0.1 * max(sizes)
+    state = {name: torch.empty_like(value) for name, value in save.tensors("model").items()}
+    with pytest.warns(UserWarning, match="single process"):
+        load(state, storage_reader=HuggingFaceStorageReader(str(save.path)), no_dist=True)
+    assert all(torch.equal(value, save.tensors("model")[name]) for name, value in state.items())
+
+
+def test_a_run_of_shards_packs_as_one_of_one_process(runs: Path) -> None:
+    for name in ("one", "fsdp"):
+        assert main(["pack", str(runs / name), "-o", str(runs / f"{name}.safetensors")]) == 0
+    one, shards = (read_packed(runs / f"{name}.safetensors").tensors for name in ("one", "fsdp"))
+    assert one.keys() == shards.keys()
+    assert all(torch.equal(one[name], shards[name]) for name in one)
+
+
+def test_saved_on_two_goes_on_on_one(ranks: Ranks, runs: Path) -> None:
+    copy = half(runs, "fsdp", "two-to-one")
+    assert ranks(1, arguments(runs, copy, "train.parallel=fsdp")) == [0], ranks.said(0)
+    assert rows(runs, copy) == rows(runs, "one")
+
+
+def test_saved_whole_goes_on_in_shares(ranks: Ranks, runs: Path) -> None:
+    copy = half(runs, "ddp", "whole-to-shares")
+    settings = ("train.parallel=fsdp", "train.async_save=true", "train.recompute=true")
+    assert ranks(2, arguments(runs, copy, *settings)) == [0, 0], ranks.said(0) + ranks.said(1)
+    assert rows(runs, copy) == rows(runs, "one")
+    assert latest_save(runs / copy / "saves").step == STEPS  # type: ignore[union-attr]
+
+
+def test_saved_on_two_goes_on_on_three(ranks: Ranks, runs: Path) -> None:
+    """Four sequences on three processes: 1, 1 and 2. Sums in another order, which codes and bf16 then amplify."""
+    copy = half(runs, "fsdp", "two-to-three")
+    assert ranks(3, arguments(runs, copy, "train.parallel=fsdp")) == [0, 0, 0], ranks.said(0)
+    wanted, got = rows(runs, "one"), rows(runs, copy)
+    assert [row[0] for row in got] == [row[0] for row in wanted]
+    assert got[:HALF] == wanted[:HALF]
+    # The first step after the save: 64 losses from equal weights, summed in another order.
+    assert got[HALF][1] == pytest.approx(wanted[HALF][1], rel=64 * 2**-24)
+    assert got[-1][1] == pytest.approx(wanted[-1][1], abs=0.05)  # the same text learnt as well
+
+
+def test_a_rank_killed_while_it_saves(ranks: Ranks, runs: Path) -> None:
+    """The other one ends with a line that says so; the next start goes on from the save before."""
+    copy = half(runs, "fsdp", "killed")
+    args = arguments(runs, copy, "train.parallel=fsdp")
+    codes = ranks(2, args, cut=1)
+    assert codes == [2, -signal.SIGKILL], ranks.said(0)
+    assert "another process of this run ended" in ranks.said(0)
+    assert "Traceback" not in ranks.said(0)
+    assert latest_save(runs / copy / "saves").step == HALF  # type: ignore[union-attr]
+    assert ranks(2, args) == [0, 0], ranks.said(0)
+    assert rows(runs, copy) == rows(runs, "one")
+
+
+def test_sequences_are_dealt_once_each() -> None:
+    for _ in range(200):
+        size, batch = random.randint(1, 9), random.randint(1, 7)
+        total = random.randint(size, 60)
+        shares = [share(total, rank, size) for rank in range(size)]
+        assert [i for part in shares for i in part] == list(range(total))
+        cuts = [micro_batches(total, size, batch, len(part)) for part in shares]
+        assert [sum(cut) for cut in cuts] == [len(part) for part in shares]
+        assert len({len(cut) for cut in cuts}) == 1  # all meet at every sum
+        assert all(0 <= count <= batch and cut[0] > 0 for cut in cuts for count in cut)
+
+
+def test_a_global_batch_must_reach_all() -> None:
+    assert sequences_a_step(TrainConfig(global_batch=3, batch_size=8), 3) == 3
+    with pytest.raises(BitNetError, match="3 sequences for 4 processes"):
+        sequences_a_step(TrainConfig(global_batch=3), 4)
+    with pytest.raises(BitNetError, match="one of them"):
+        TrainConfig(global_batch=8, accumulate=2)

@@ -1,0 +1,300 @@
+"""A ladder of runs from one TOML file: every setting, every seed, one after the other; a table, JSON, a picture.
+
+    seeds = [1, 2, 3]
+    linears = ["ternary", "plain"]        # with "plain" among them: gaps to the float twin
+    preset = "nano"
+
+    [base]                                # settings of all runs, written as in a run's own file
+    data.paths = ["books/"]
+    train.steps = 400
+
+    [grid]                                # lists: every combination
+    train.lr = [0.003, 0.006, 0.012]
+
+    [[runs]]                              # or one by one; with a grid, each of them at every point of it
+    name = "zero init"
+    train.zero_init = true
+
+A sweep goes on where it stopped: finished runs are read, the one that was under way is resumed. Runs with the same data
+share one set of token shards. A run that diverges is a result, too: it is listed as such and the sweep goes on.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet.checkpoint import replacing
+from bitnet.config import LINEARS
+from bitnet.errors import BitNetError
+from bitnet.train.command import Values, merge, resolve, run_training
+from bitnet.train.config import RunConfig
+from bitnet.train.run import Run
+
+_KEYS = {"seeds", "linears", "preset", "base", "grid", "runs"}
+_DIVERGED = "training diverged"  # how pretrain begins the message
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a sweep."""
+
+    point: str  # the settings that make it differ, in words
+    linear: str
+    seed: int
+    preset: str | None
+    values: Values
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return f"{re.sub(r'[^A-Za-z0-9.+=-]+', '-', self.point)}-{self.linear}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one run; figures are those of the whole validation split after the last step."""
+
+    point: str
+    linear: str
+    seed: int
+    run: str
+    loss: float | None  # nats a token; None where the run diverged
+    bits_per_byte: float | None
+    steps: int
+    tokens: int
+
+
+def read_sweep(path: Path) -> list[Plan]:
+    """The runs a sweep file asks for. Raises BitNetError for what it does not know, and for two runs of one name."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BitNetError(f"sweep: '{path}' cannot be read as TOML: {error}") from error
+    if unknown := values.keys() - _KEYS:
+        raise BitNetError(f"sweep: '{path}': got '{min(unknown)}', expected {', '.join(sorted(_KEYS))}")
+    seeds, linears = values.get("seeds", [0]), values.get("linears", ["ternary"])
+    if not _list_of(int, seeds) or not _list_of(str, linears) or not set(linears) <= set(LINEARS):
+        raise BitNetError(
+            f"sweep: '{path}': got seeds {seeds!r}, linears {linears!r}, expected lists of them, not empty"
+        )
+    plans = [
+        Plan(
+            point,
+            linear,
+            seed,
+            values.get("preset"),
+            merge(settings, {"model": {"linear": linear}, "train": {"seed": seed}}),
+        )
+        for point, settings in _points(path, values)
+        for seed in seeds
+        for linear in linears
+    ]
+    if len({plan.folder for plan in plans}) < len(plans):
+        raise BitNetError(
+            f"sweep: '{path}': got two runs of one name, expected a `name` of its own for each of [[runs]]"
+        )
+    return plans
+
+
+def _list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(element) is kind for element in value)
+
+
+def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, Values]]:
+    """Name and settings of every point: each listed run at every combination of the grid."""
+    axes = [[(f"{section}.{key}", value) for value in _as_list(path, section, key, listed)]
+            for section, content in values.get("grid", {}).items() for key, listed in content.items()]  # fmt: skip
+    for listed in values.get("runs", [{}]):
+        own = {section: content for section, content in listed.items() if section != "name"}
+        for chosen in itertools.product(*axes):
+            grid: Values = {}
+            for name, value in chosen:
+                section, _, key = name.partition(".")
+                grid.setdefault(section, {})[key] = value
+            words = [str(listed["name"])] if "name" in listed else [_words(own)] if own else []
+            words += [f"{name.partition('.')[2]}={_text(value)}" for name, value in chosen]
+            yield " ".join(words) or "base", merge(values.get("base", {}), own, grid)
+
+
+def _as_list(path: Path, section: str, key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise BitNetError(f"sweep: '{path}': grid.{section}.{key}: got {value!r}, expected a list of values")
+    return value
+
+
+def _words(values: Values) -> str:
+    return " ".join(f"{key}={_text(value)}" for content in values.values() for key, value in content.items())
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_sweep(
+    path: Path, out: Path, device: torch.device, say: Callable[[str], None], **openers: Any
+) -> tuple[dict[str, Any] | None, int]:
+    """Train what is left of a sweep into folders of `out`. Returns (report or None, exit code).
+
+    say: called with a line before and after each run. openers: as of `run_training`. The report, also in
+    `out/sweep.json`, has every run, and each point's mean and spread over seeds; None when a signal stopped the sweep.
+    """
+    plans = read_sweep(path)
+    out.mkdir(parents=True, exist_ok=True)
+    configs = [resolve(plan.preset, None, plan.values, [], Run(out / "a run not there yet")) for plan in plans]
+    for plan, config in zip(plans, configs, strict=True):  # all fit, or nothing is trained
+        if not config.train.init:  # the model it starts from decides on more settings
+            Run(out / plan.folder).check(config)
+    results: list[Result] = []
+    for number, (plan, config) in enumerate(zip(plans, configs, strict=True), 1):
+        run = Run(out / plan.folder)
+        if (result := _finished(plan, run, config)) is None:
+            say(f"{number}/{len(plans)}  {plan.folder}")
+            _share_data(out, [other.folder for other in plans], run, config)
+            try:
+                _, code = run_training(plan.preset, None, plan.values, [], run.path, device, quiet=True, **openers)
+            except BitNetError as error:
+                if not str(error).startswith(_DIVERGED):
+                    raise
+                (run.path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
+                code = 0
+            if code:
+                return None, code
+            result = _finished(plan, run, config)
+            assert result is not None, plan.folder
+        say(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
+        results.append(result)
+    report = summarize(results)
+    with replacing(out / "sweep.json") as work:
+        work.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report, 0
+
+
+def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
+    """The result of a run that has nothing left to do, or None."""
+    steps = config.train.steps
+    rows = run.metrics()
+    tokens = max((row["tokens"] for row in rows if "tokens" in row), default=0)
+    if (run.path / "diverged.txt").exists():
+        return Result(plan.point, plan.linear, plan.seed, plan.folder, None, None, steps, tokens)
+    last = [row for row in rows if row.get("val_whole") and row["step"] == steps]
+    if not run.exists() or not last:
+        return None
+    figures = last[-1]["val_loss"], last[-1]["val_bits_per_byte"]
+    return Result(plan.point, plan.linear, plan.seed, plan.folder, *figures, steps, tokens)
+
+
+def _share_data(out: Path, folders: list[str], run: Run, config: RunConfig) -> None:
+    """Link the token shards of a run with the same data: they are never written to."""
+    if run.data.exists():
+        return
+    wanted = config.data, config.tokenizer, config.model.vocab_size, config.train.init, config.train.teacher
+    for other in (Run(out / name) for name in folders):
+        if other.exists() and (other.data / "manifest.json").exists():
+            theirs = other.config()
+            found = theirs.data, theirs.tokenizer, theirs.model.vocab_size, theirs.train.init, theirs.train.teacher
+            if found == wanted:
+                work = run.path / "data.tmp"
+                shutil.rmtree(work, ignore_errors=True)
+                shutil.copytree(other.data, work, copy_function=_link)
+                work.rename(run.data)
+                return
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def summarize(results: list[Result]) -> dict[str, Any]:
+    """Every run, mean and standard error over seeds of each point and linear, and the gap to the float twin."""
+    points: list[dict[str, Any]] = []
+    for point, linear in dict.fromkeys((result.point, result.linear) for result in results):
+        mine = {r.seed: r.loss for r in results if (r.point, r.linear) == (point, linear)}
+        twins = {r.seed: r.loss for r in results if (r.point, r.linear) == (point, "plain")}
+        losses = [loss for loss in mine.values() if loss is not None]
+        gaps = [] if linear == "plain" else _differences(mine, twins)
+        points.append(
+            {
+                "point": point,
+                "linear": linear,
+                "seeds": len(mine),
+                "diverged": len(mine) - len(losses),
+                "loss": mean_and_error(losses),
+                "gap": mean_and_error(gaps),
+            }
+        )
+    best = {}
+    for linear in dict.fromkeys(result.linear for result in results):
+        sound = [p for p in points if p["linear"] == linear and p["loss"] and not p["diverged"]]
+        if sound:
+            best[linear] = min(sound, key=lambda p: p["loss"]["mean"])  # each at its own best setting: the honest gap
+    return {"points": points, "best": best, "runs": [asdict(result) for result in results]}
+
+
+def _differences(mine: dict[int, float | None], twins: dict[int, float | None]) -> list[float]:
+    pairs = ((loss, twins.get(seed)) for seed, loss in mine.items())
+    return [loss - twin for loss, twin in pairs if loss is not None and twin is not None]
+
+
+def mean_and_error(values: list[float]) -> dict[str, float | None] | None:
+    """Mean and standard error; no error for one value, nothing for none."""
+    if not values:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "error": error}
+
+
+def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
+    """Draw losses and, where there is a float twin, gaps of every point into target.png and target.svg.
+
+    Raises BitNetError when matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(point["point"] for point in report["points"]))
+    kinds = [("loss", "validation loss (nats per token)")]
+    if any(point["gap"] for point in report["points"]):
+        kinds.append(("gap", "gap to the float twin (nats per token)"))
+    size = (5 * len(kinds), 1.2 + 0.35 * len(names))
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (kind, label) in zip(axes[0], kinds, strict=True):
+        for linear in dict.fromkeys(point["linear"] for point in report["points"]):
+            shown = [p for p in report["points"] if p["linear"] == linear and p[kind]]
+            if shown:
+                axis.errorbar(
+                    [p[kind]["mean"] for p in shown],
+                    [names.index(p["point"]) for p in shown],
+                    xerr=[p[kind]["error"] or 0.0 for p in shown],
+                    fmt="o",
+                    capsize=3,
+                    label=linear,
+                )
+        axis.set_xlabel(label)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis()
+    paths = [target.with_suffix(".png"), target.with_suffix(".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return paths
