@@ -1,4 +1,4 @@
-"""The command line: train | pack | generate | eval | inspect | export | import | doctor.
+"""The command line: train | pack | generate | serve | eval | inspect | export | import | doctor.
 
 Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
 Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected
@@ -289,6 +289,40 @@ def generate(
         f"{report['tokens']} written at {report['tokens_per_second']:,.0f}/s; seed {report['seed']}",
         err=True,
     )
+
+
+@app.command(cls=_Verb)
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one this machine has.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", envvar="BITNET_API_KEY", help="Ask every client for this key; better not by flag."),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, max=256, help="Texts written at once.")] = 4,
+    queue: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Texts that may wait; more are told to come again.")
+    ] = 64,
+    context: Context = 0,
+    threads: Threads = 0,
+    device: Device = "auto",
+    engine: Engine = "auto",
+    head: Head = "file",
+    cache: Cache = "fp32",
+    debug: Debug = False,
+) -> None:
+    """Serve a model: OpenAI's API, and a page to try it on."""
+    from bitnet.serve import check_packages
+
+    check_packages()
+    from bitnet.serve.server import ServerOptions, serve
+
+    _set_threads(threads)
+    options = ServerOptions(host, port, api_key, slots, context, queue)
+    chosen = {"engine": engine, "head": head, "cache": cache}
+    code = serve(model, pick_device(device), options, lambda url: typer.echo(url), **chosen)
+    raise typer.Exit(code)
 
 
 @app.command("eval", cls=_Verb)

@@ -7,6 +7,7 @@ Dimensions: B batch, T time, V vocabulary, L layers, G key/value heads, S cached
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -51,6 +52,74 @@ class Engine(Protocol):
 
     def logits(self, ids: Tensor) -> Tensor:
         """Score: ids [T] or [B, T] int64 -> logits [T, V] or [B, T, V] fp32 on the CPU, from an empty cache."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ids to append to what a slot holds, one or more; `every`: logits of every position instead of the last."""
+
+    slot: int
+    ids: Sequence[int]
+    every: bool = False
+
+
+class Slots(Protocol):
+    """Sequences that come and go, each with its own position."""
+
+    count: int  # slots
+    limit: int  # tokens that fit in each
+
+    def length(self, slot: int) -> int:
+        """Tokens a slot holds."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of a slot; 0 empties it."""
+
+    def forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One pass for all parts, of distinct slots. Returns [V] or [T, V] fp32 for each."""
+
+
+class SessionSlots:
+    """Slots over sessions, for engines without slots of their own: a pass a part, and what was cut is read again."""
+
+    def __init__(self, engine: Engine, count: int, limit: int) -> None:
+        check_room(count, limit)
+        self.count, self.limit = count, limit
+        self._engine = engine
+        self._ids: list[list[int]] = [[] for _ in range(count)]
+        self._sessions: list[Session | None] = [None] * count
+
+    def length(self, slot: int) -> int:
+        """Tokens a slot holds."""
+        return len(self._ids[slot])
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of a slot; 0 empties it."""
+        if length < len(self._ids[slot]):
+            del self._ids[slot][length:]
+            self._sessions[slot] = None
+
+    def forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One pass for each part, of distinct slots. Returns [V] or [T, V] fp32 for each."""
+        assert len({part.slot for part in parts}) == len(parts), parts
+        return [self._read(part) for part in parts]
+
+    def _read(self, part: Part) -> Tensor:
+        held, new = self._ids[part.slot], list(part.ids)
+        session = self._sessions[part.slot]
+        if session is None:
+            session = self._engine.session(1, self.limit)
+            if held:
+                session.prefill(torch.tensor([held]))
+            self._sessions[part.slot] = session
+        if len(new) == 1:
+            logits = session.decode(torch.tensor(new))
+        else:
+            logits = session.prefill(torch.tensor([new]))
+        self._ids[part.slot] = held + new
+        if part.every:
+            return self._engine.logits(torch.tensor(self._ids[part.slot]))[len(held) :]
+        return logits[0].clone()  # an engine may write the next logits into the same memory
 
 
 class KVCache:

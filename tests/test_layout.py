@@ -182,6 +182,10 @@ VERBS = {
         *("-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"),
         *("--engine", "--head", "--cache"),
     },
+    "serve": {
+        *("-m", "--host", "--port", "--api-key", "-t", "--slots", "-c", "--queue"),
+        *("--engine", "--head", "--cache"),
+    },
     "eval": {"-m", "--data", "--json", "--engine", "--head", "--cache"},
     "inspect": {"--json"},
     "export": {"-o", "--to", "--type", "--json"},
