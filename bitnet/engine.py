@@ -1,7 +1,8 @@
 """Engines: token ids in, token ids out. They know no text and no files.
 
 `Engine` is the protocol that every way of running a model follows; `TorchEngine` is the readable truth, on any
-device. An engine holds the weights; a `Session` holds the keys and values of one batch of sequences.
+device. An engine holds the weights; a `Session` holds the keys and values of a batch of sequences of one length, and
+`Slots` those of sequences that come and go, each of a length of its own.
 
 Dimensions: B batch, T time, V vocabulary, L layers, G key/value heads, S cached time, E width of a head.
 """
@@ -40,6 +41,41 @@ class Session(Protocol):
     def decode(self, ids: Tensor) -> Tensor:
         """Append one id a sequence, [B] int64. Returns logits [B, V] fp32."""
 
+    def score(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T] int64, T >= 1. Returns the logits of every position, [B, T, V] fp32."""
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens of every sequence. Raises BitNetError for more than there are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ids that go behind what a slot holds; `every`: logits of each of them are wanted, not of the last alone."""
+
+    slot: int
+    ids: Sequence[int]
+    every: bool = False
+
+
+class Slots(Protocol):
+    """Sequences that come and go, each with a position of its own."""
+
+    count: int
+    limit: int
+
+    def length(self, slot: int) -> int:
+        """Tokens the slot holds."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the slot's first `length` tokens; 0 empties it. Raises BitNetError for more than there are."""
+
+    def forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One pass over all parts, of different slots. Returns for each its logits: [V], or [T, V] for `every`; fp32.
+
+        What a slot gets does not depend on the others. Raises BitNetError, with nothing changed, for an unknown or
+        repeated slot, for no ids, for ids the model does not have, and where a slot is full.
+        """
+
 
 class Engine(Protocol):
     """Runs one model."""
@@ -49,6 +85,9 @@ class Engine(Protocol):
 
     def session(self, batch: int = 1, limit: int | None = None) -> Session:
         """Start `batch` sequences of at most `limit` tokens (default: the model's context)."""
+
+    def slots(self, count: int, limit: int | None = None) -> Slots:
+        """`count` empty slots of `limit` tokens each (default: the model's context)."""
 
     def logits(self, ids: Tensor) -> Tensor:
         """Score: ids [T] or [B, T] int64 -> logits [T, V] or [B, T, V] fp32 on the CPU, from an empty cache."""
@@ -173,6 +212,10 @@ class TorchEngine:
         """Start `batch` sequences of at most `limit` tokens (default: the model's context)."""
         return TorchSession(self, batch, self.config.context if limit is None else limit)
 
+    def slots(self, count: int, limit: int | None = None) -> "SessionSlots":
+        """`count` empty slots of `limit` tokens each (default: the model's context)."""
+        return SessionSlots(self, count, self.config.context if limit is None else limit)
+
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32 on the CPU."""
@@ -215,14 +258,57 @@ class TorchSession:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
-        ids = check_prefill(ids, self._config, self._batch, self.position, self.limit)
-        hidden = self._model.hidden(ids.to(self._device), self.position, self._cache.layers)
-        self._cache.position += ids.shape[1]
-        return self._model.logits(hidden[:, -1]).float()
+        return self._model.logits(self._append(ids)[:, -1]).float()
 
     def decode(self, ids: Tensor) -> Tensor:
         """Append one id a sequence, [B] int64. Returns logits [B, V] fp32."""
         return self.prefill(ids[:, None])
+
+    @torch.inference_mode()
+    def score(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T] int64, T >= 1. Returns the logits of every position, [B, T, V] fp32."""
+        return self._model.logits(self._append(ids)).float()
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens of every sequence. Raises BitNetError for more than there are."""
+        check_length(length, self.position)
+        self._cache.position = length
+
+    def _append(self, ids: Tensor) -> Tensor:
+        ids = check_prefill(ids, self._config, self._batch, self.position, self.limit)
+        hidden = self._model.hidden(ids.to(self._device), self.position, self._cache.layers)
+        self._cache.position += ids.shape[1]
+        return hidden
+
+
+class SessionSlots:
+    """Slots of any engine: a session each, one after the other."""
+
+    def __init__(self, engine: Engine, count: int, limit: int) -> None:
+        check_room(count, limit)
+        self.count, self.limit, self._config = count, limit, engine.config
+        self._sessions = [engine.session(1, limit) for _ in range(count)]
+
+    def length(self, slot: int) -> int:
+        """Tokens the slot holds."""
+        check_slot(slot, self.count)
+        return self._sessions[slot].position
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the slot's first `length` tokens; 0 empties it. Raises BitNetError for more than there are."""
+        check_slot(slot, self.count)
+        self._sessions[slot].truncate(length)
+
+    def forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """See `Slots.forward`."""
+        rows = check_parts(parts, self, self._config)
+        return [self._read(part, ids[None]) for part, ids in zip(parts, rows)]
+
+    def _read(self, part: Part, ids: Tensor) -> Tensor:
+        session = self._sessions[part.slot]
+        if part.every:
+            return session.score(ids)[0]
+        return session.prefill(ids)[0].clone()  # a session may overwrite what it returned
 
 
 def stream(
@@ -277,6 +363,31 @@ def check_room(batch: int, limit: int) -> None:
     """Refuse a session of no size."""
     if batch < 1 or limit < 1:
         raise BitNetError(f"session: got batch {batch} and limit {limit}, expected 1 or more of both")
+
+
+def check_length(length: int, position: int) -> None:
+    """Refuse to keep more tokens than there are."""
+    if not 0 <= length <= position:
+        raise BitNetError(f"truncate: got {length} tokens to keep, expected 0 to {position}")
+
+
+def check_slot(slot: int, count: int) -> None:
+    """Refuse a slot that is not there."""
+    if not 0 <= slot < count:
+        raise BitNetError(f"slot: got {slot}, expected 0 to {count - 1}")
+
+
+def check_parts(parts: Sequence[Part], slots: Slots, config: ModelConfig) -> list[Tensor]:
+    """The ids of each part, [T] int64. Raises BitNetError for parts that `slots` cannot take."""
+    taken = [part.slot for part in parts]
+    if not parts or len(set(taken)) < len(taken):
+        raise BitNetError(f"forward: got parts of slots {taken}, expected one part or more, each of another slot")
+    rows = []
+    for part in parts:
+        check_slot(part.slot, slots.count)
+        ids = torch.tensor(part.ids, dtype=torch.int64)[None]
+        rows.append(check_prefill(ids, config, 1, slots.length(part.slot), slots.limit)[0])
+    return rows
 
 
 def check_prefill(ids: Tensor, config: ModelConfig, batch: int, position: int, limit: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitnet.config import ModelConfig
-from bitnet.engine import check_ids, check_prefill, check_room, stream
+from bitnet.engine import Part, check_ids, check_length, check_parts, check_prefill, check_room, check_slot, stream
 from bitnet.errors import BitNetError
 from bitnet.kernels import native
 from bitnet.layers import rotary_table
@@ -136,6 +136,13 @@ class CpuEngine:
 
     def session(self, batch: int = 1, limit: int | None = None) -> "CpuSession":
         """Start `batch` sequences of at most `limit` tokens (default: the model's context)."""
+        return CpuSession(self, batch, self._room(batch, limit))
+
+    def slots(self, count: int, limit: int | None = None) -> "CpuSlots":
+        """`count` empty slots of `limit` tokens each (default: the model's context)."""
+        return CpuSlots(self, count, self._room(count, limit))
+
+    def _room(self, batch: int, limit: int | None) -> int:
         limit = self.config.context if limit is None else limit
         check_room(batch, limit)
         with self._growing:  # beyond the context: rotary tables in powers of two
@@ -143,7 +150,7 @@ class CpuEngine:
                 positions = 1 << (limit - 1).bit_length()
                 self._engine.rotary(*self._rotary(positions))
                 self._positions = positions
-        return CpuSession(self, batch, limit)
+        return limit
 
     def logits(self, ids: Tensor) -> Tensor:
         """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32."""
@@ -174,7 +181,7 @@ class CpuSession:
     @property
     def position(self) -> int:
         """Tokens held so far."""
-        return int(self._session.position)
+        return int(self._session.position(0))
 
     @property
     def limit(self) -> int:
@@ -193,12 +200,46 @@ class CpuSession:
         """Append ids [B, T] int64. Returns the logits of every position, [B, T, V] fp32."""
         return self._forward(ids, True).view(*ids.shape, -1)
 
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens of every sequence. Raises BitNetError for more than there are."""
+        check_length(length, self.position)
+        for sequence in range(self._batch):
+            self._session.truncate(sequence, length)
+
     def _forward(self, ids: Tensor, every: bool) -> Tensor:
         ids = check_prefill(ids, self._config, self._batch, self.position, self._limit)
         rows = ids.numel() if every else self._batch
         out = torch.empty(rows, self._config.vocab_size)
         self._session.forward(ids.cpu().contiguous().numpy(), every, out.numpy())
         return out
+
+
+class CpuSlots:
+    """Sequences that come and go, in C++: one pass over all parts."""
+
+    def __init__(self, engine: CpuEngine, count: int, limit: int) -> None:
+        self.count, self.limit, self._config = count, limit, engine.config
+        self._session: Any = native.module().Session(engine._engine, count, limit, engine.cache)
+
+    def length(self, slot: int) -> int:
+        """Tokens the slot holds."""
+        check_slot(slot, self.count)
+        return int(self._session.position(slot))
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the slot's first `length` tokens; 0 empties it. Raises BitNetError for more than there are."""
+        check_length(length, self.length(slot))
+        self._session.truncate(slot, length)
+
+    def forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """See `bitnet.engine.Slots.forward`."""
+        rows = check_parts(parts, self, self._config)
+        counts = [len(ids) for ids in rows]
+        wanted = [n if part.every else 1 for part, n in zip(parts, counts)]
+        out = torch.empty(sum(wanted), self._config.vocab_size)
+        every = [part.every for part in parts]
+        self._session.extend([part.slot for part in parts], counts, every, torch.cat(rows).numpy(), out.numpy())
+        return [rows if part.every else rows[0] for part, rows in zip(parts, out.split(wanted))]
 
 
 _CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitnet.engine import KVCache, check_ids, check_prefill, stream
+from bitnet.engine import KVCache, SessionSlots, check_ids, check_length, check_prefill, stream
 from bitnet.errors import BitNetError
 from bitnet.kernels import packing
 from bitnet.kernels.gpu import device as gpu
@@ -157,19 +157,16 @@ class TritonEngine:
         """Start `batch` (1 to 64) sequences of at most `limit` tokens (default: the model's context)."""
         return TritonSession(self, batch, self.config.context if limit is None else limit)
 
+    def slots(self, count: int, limit: int | None = None) -> SessionSlots:
+        """`count` empty slots of `limit` tokens each (default: the model's context), read one after the other."""
+        return SessionSlots(self, count, self.config.context if limit is None else limit)
+
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32 on the CPU."""
         ids = check_ids(torch.as_tensor(ids), self.config)
         rows = torch.atleast_2d(ids)
-        scores = torch.empty(*rows.shape, self.config.vocab_size)
-        step = max(1, _LOGIT_BYTES // (4 * self.config.vocab_size))
-        for b in range(0, rows.shape[0], MAX_BATCH):
-            part = rows[b : b + MAX_BATCH]
-            terms = TritonSession(self, part.shape[0], part.shape[1]).states(part.to(self.device))
-            flat = scores[b : b + MAX_BATCH].view(-1, self.config.vocab_size)
-            for m in range(0, terms.shape[1], step):
-                flat[m : m + step] = steps.head(terms[:, m : m + step].contiguous(), self.head).cpu()
+        scores = torch.cat([self.session(*part.shape).score(part) for part in rows.split(MAX_BATCH)])
         return scores if ids.dim() == 2 else scores[0]
 
     def generate(
@@ -237,6 +234,24 @@ class TritonSession:
         logits = self._replay() if self._engine.graph else self._step()
         self._cache.position += 1
         return logits
+
+    @torch.inference_mode()
+    def score(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T] int64, T >= 1. Returns the logits of every position, [B, T, V] fp32, on the CPU."""
+        engine = self._engine
+        ids = check_prefill(ids, engine.config, self._batch, self.position, self.limit)
+        terms = self.states(ids.to(engine.device))
+        scores = torch.empty(terms.shape[1], engine.config.vocab_size)
+        step = max(1, _LOGIT_BYTES // (4 * engine.config.vocab_size))
+        for m in range(0, terms.shape[1], step):
+            scores[m : m + step] = steps.head(terms[:, m : m + step].contiguous(), engine.head).cpu()
+        return scores.view(*ids.shape, -1)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens of every sequence. Raises BitNetError for more than there are."""
+        check_length(length, self.position)
+        self._cache.position = length
+        self._device_position.fill_(length)
 
     def states(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
         """Append ids [B, T] on the device. Returns the normed states [3, M, D] of all rows, or of the last ones."""

@@ -507,7 +507,32 @@ def test_the_raw_session_checks_too(make: Callable[..., PackedModel]) -> None:
         session.forward(good, False, out)
     with pytest.raises(ValueError, match="context is full"):
         session.forward(good, False, out)
-    assert session.position == 4
+    assert session.position(0) == 4
+    session.truncate(1, 3)
+    one, row = torch.zeros(1, dtype=torch.int64).numpy(), out[:1]
+    for sequences, counts, every, ids, logits in (
+        ([], [], [], one[:0], out[:0]),
+        ([1], [1], [], one, row),
+        ([1, 1], [1, 1], [False, False], good[:, 0], out),
+        ([2], [1], [False], one, row),
+        ([-1], [1], [False], one, row),
+        ([1], [0], [False], one, row),
+        ([1], [2], [False], one, row),
+        ([1], [-1], [False], one, row),
+        ([1], [1], [False], good[:, 0], row),
+        ([1], [1], [False], one, out),
+        ([1], [2], [True], good[:, 0], out),
+        ([0], [1], [False], one, row),
+        ([1], [1], [False], one + 101, row),
+    ):
+        with pytest.raises(ValueError, match=r"(extend|sequence|ids|logits|context is full)"):
+            session.extend(sequences, counts, every, ids, logits)
+    for sequence, length in ((1, 4), (1, -1), (2, 0), (-1, 0)):
+        with pytest.raises(ValueError, match=r"(truncate|sequence): got"):
+            session.truncate(sequence, length)
+    assert (session.position(0), session.position(1)) == (4, 3)
+    session.extend([1], [1], [True], one, row)
+    assert session.position(1) == 4
 
 
 # ---- a trained model ---------------------------------------------------------------------------------------

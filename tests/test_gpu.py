@@ -435,7 +435,7 @@ def test_the_same_greedy_ids(variant: str, tmp_path: Path, seed: int, monkeypatc
 
 @pytest.mark.parametrize("variant", ["ternary", "llama-shaped"])
 def test_decode_is_prefill(variant: str, tmp_path: Path, seed: int) -> None:
-    """Batch of three: prefill 4, decode 4, prefill 3 more; every logit is that of one pass over all."""
+    """Batch of three: prefill 4, decode 4, prefill 3 more, then back to 5: every logit is that of one pass over all."""
     _, engine = engines(tmp_path, seed, variant)
     ids = torch.randint(61, (3, 11))
     whole = engine.logits(ids)
@@ -445,7 +445,10 @@ def test_decode_is_prefill(variant: str, tmp_path: Path, seed: int) -> None:
     got += [session.decode(ids[:, t]).cpu().clone() for t in range(4, 8)]
     got.append(session.prefill(ids[:, 8:]).cpu())
     assert (session.position, session.limit) == (11, 11)
-    wanted = [whole[:, t] for t in (3, 4, 5, 6, 7, 10)]
+    session.truncate(5)
+    got.append(session.decode(ids[:, 5]).cpu().clone())
+    got.append(session.score(ids[:, 6:])[:, -1])
+    wanted = [whole[:, t] for t in (3, 4, 5, 6, 7, 10, 5, 10)]
     # Attention and norms add up in another order; a flip of one int8 code moves a logit by about 1 / 127 of its size.
     close = [float((a - b).abs().max()) < 0.1 * float(b.abs().max()) for a, b in zip(got, wanted, strict=True)]
     assert all(close)

@@ -98,22 +98,6 @@ void Engine::quantize(const Table& from, Store store, Table& to) {
 
 // ---- session
 
-struct Session::Slice {
-    const int64_t* ids;  // [B], `stride` apart
-    int64_t stride;
-    int64_t tokens;  // of each sequence
-    int64_t start;   // position of the first
-    float* logits;   // of the first token, or null
-    int64_t logit_tokens, logit_stride;  // how many of the last tokens, and elements from sequence to sequence
-    int64_t rows;
-};
-
-// How attention is cut, see `attention`.
-struct Session::Plan {
-    int64_t queries, blocks, items, spans, part;  // part: floats of one task's output
-    bool apart;
-};
-
 Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     : batch(batch),
       limit(limit),
@@ -122,7 +106,8 @@ Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
       width_(engine.shape.head_width()),
       padded_width_(round_up(width_, kLanes)),
       bytes_(size_of(cache)),
-      positions_(round_up(limit, kLanes)) {
+      positions_(round_up(limit, kLanes)),
+      position_((size_t)batch) {
     const Shape& s = engine.shape;
     rows_ = std::max(batch, std::min(kRows, batch * limit));
     const int64_t heads = s.layers * batch * s.kv_heads;
@@ -164,45 +149,54 @@ float* Session::cache_scale(bool values, int64_t layer, int64_t sequence, int64_
     return (values ? value_scales_ : key_scales_).as<float>() + index * positions_;
 }
 
-void Session::forward(const int64_t* ids, int64_t tokens, bool all, float* logits) {
+void Session::forward(const Part* parts, int64_t count, float* logits) {
     const std::lock_guard<std::mutex> lock(engine_.busy);
-    const int64_t vocab = engine_.shape.vocab, step = std::max<int64_t>(1, rows_ / batch);
-    for (int64_t done = 0; done < tokens; done += step) {
-        Slice s{};
-        s.ids = ids + done, s.stride = tokens;
-        s.tokens = std::min(step, tokens - done), s.start = position;
-        s.rows = batch * s.tokens;
-        const bool last = done + s.tokens == tokens;
-        s.logit_tokens = all ? s.tokens : last ? 1 : 0;
-        s.logit_stride = all ? tokens * vocab : vocab;
-        s.logits = all ? logits + done * vocab : logits;
-        reserve(plan(s));  // nothing may throw inside the team
-        engine_.pool.run([&](Team& team) { run(team, s); });
-        position += s.tokens;
+    Part part{};
+    for (int64_t next = 0; next < count || part.tokens;) {
+        pass_.rows.clear(), pass_.pieces.clear(), pass_.wanted.clear();
+        while (rows() < rows_ && (part.tokens || next < count)) {
+            if (!part.tokens) part = parts[next++];
+            add(part, std::min(part.tokens, rows_ - rows()));
+        }
+        pass_.logits = logits;
+        plan();
+        engine_.pool.run([&](Team& team) { run(team); });
+        for (const Piece& piece : pass_.pieces) position_[(size_t)piece.sequence] += piece.tokens;
+        logits += (int64_t)pass_.wanted.size() * engine_.shape.vocab;
     }
 }
 
-void Session::run(Team& team, const Slice& s) {
-    const Shape& shape = engine_.shape;
-    for (int64_t m = team.begin(s.rows); m < team.end(s.rows); m++) {
-        const int64_t id = s.ids[m / s.tokens * s.stride + m % s.tokens];
-        read_row(engine_.embedding, id, shape.width, x_.as<float>() + m * shape.width);
+// The first `tokens` of `part` go into the pass, and out of the part.
+void Session::add(Part& part, int64_t tokens) {
+    const int64_t start = position(part.sequence), index = (int64_t)pass_.pieces.size();
+    pass_.pieces.push_back({part.sequence, start, tokens, rows(), (start + tokens + kSpan - 1) / kSpan});
+    for (int64_t t = 0; t < tokens; t++) {
+        if (part.every || t + 1 == part.tokens) pass_.wanted.push_back(rows());
+        pass_.rows.push_back({part.ids[t], part.sequence, start + t, index});
     }
+    part.ids += tokens, part.tokens -= tokens;
+}
+
+void Session::run(Team& team) {
+    const Shape& shape = engine_.shape;
     const int64_t group = shape.heads / shape.kv_heads;
-    if (team.thread == 0)
-        for (int64_t i = 0; i < s.tokens * group; i++) visible_.as<int64_t>()[i] = s.start + i / group + 1;
-    for (int64_t layer = 0; layer < shape.layers; layer++) block(team, s, layer);
-    if (s.logit_tokens) logits(team, s);
+    for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
+        const Row& row = pass_.rows[(size_t)m];
+        read_row(engine_.embedding, row.id, shape.width, x_.as<float>() + m * shape.width);
+        for (int64_t i = 0; i < group; i++) visible_.as<int64_t>()[m * group + i] = row.position + 1;
+    }
+    for (int64_t layer = 0; layer < shape.layers; layer++) block(team, layer);
+    if (!pass_.wanted.empty()) logits(team);
 }
 
 // Activations of the next product from rows of x: norm, absmax, int8.
-void Session::normed(Team& team, const Slice& s, const std::vector<float>& gain) {
+void Session::normed(Team& team, const std::vector<float>& gain) {
     const Isa& isa = engine_.isa;
     const int64_t n = engine_.shape.width;
     float* row = scratch_[team.thread].row.as<float>();
-    if (team.thread == 0) activations_.shape(s.rows, n);
+    if (team.thread == 0) activations_.shape(rows(), n);
     team.meet();
-    for (int64_t m = team.begin(s.rows); m < team.end(s.rows); m++) {
+    for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
         isa.rms_norm(x_.as<float>() + m * n, gain.data(), n, engine_.shape.eps, row);
         activations_.inv_scale()[m] = isa.quantize(row, n, activations_.row(m));
         activations_.clear_tail(m);
@@ -219,21 +213,21 @@ void Session::multiply(Team& team, const Matrix& matrix, const std::vector<float
     team.meet();
 }
 
-void Session::block(Team& team, const Slice& s, int64_t index) {
+void Session::block(Team& team, int64_t index) {
     const Shape& shape = engine_.shape;
     const Isa& isa = engine_.isa;
     const Layer& layer = engine_.layers[index];
     float* row = scratch_[team.thread].row.as<float>();
 
-    normed(team, s, layer.input_norm);
+    normed(team, layer.input_norm);
     multiply(team, layer.qkv, layer.qkv_scale, y_.as<float>(), layer.qkv.n, false);
-    rotate(team, s, layer, index);
+    rotate(team, layer, index);
     team.meet();
-    attention(team, s, index);
+    attention(team, index);
 
-    if (team.thread == 0) activations_.shape(s.rows, shape.width);
+    if (team.thread == 0) activations_.shape(rows(), shape.width);
     team.meet();
-    for (int64_t m = team.begin(s.rows); m < team.end(s.rows); m++) {
+    for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
         const float* from = mixed_.as<float>() + m * shape.width;
         if (!layer.sub_norm.empty()) {
             isa.rms_norm(from, layer.sub_norm.data(), shape.width, shape.eps, row);
@@ -245,12 +239,12 @@ void Session::block(Team& team, const Slice& s, int64_t index) {
     team.meet();
     multiply(team, layer.output, layer.output_scale, x_.as<float>(), shape.width, true);
 
-    normed(team, s, layer.post_norm);
+    normed(team, layer.post_norm);
     multiply(team, layer.gate_up, layer.gate_up_scale, y_.as<float>(), 2 * shape.ffn, false);
 
-    if (team.thread == 0) activations_.shape(s.rows, shape.ffn);
+    if (team.thread == 0) activations_.shape(rows(), shape.ffn);
     team.meet();
-    for (int64_t m = team.begin(s.rows); m < team.end(s.rows); m++) {
+    for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
         const float* gate = y_.as<float>() + m * 2 * shape.ffn;
         isa.gate(gate, gate + shape.ffn, shape.ffn, shape.squared_relu, row);
         if (!layer.ffn_sub_norm.empty()) isa.rms_norm(row, layer.ffn_sub_norm.data(), shape.ffn, shape.eps, row);
@@ -261,9 +255,9 @@ void Session::block(Team& team, const Slice& s, int64_t index) {
     multiply(team, layer.down, layer.down_scale, x_.as<float>(), shape.width, true);
 }
 
-// Queries, normed, turned and scaled, go to q_ [sequence][kv head][token][head of the group][E]; keys and values go into
+// Queries, normed, turned and scaled, go to q_ [piece][kv head][token][head of the group][E]; keys and values go into
 // the cache: keys in blocks of 16 positions [E][16], values in rows.
-void Session::rotate(Team& team, const Slice& s, const Layer& layer, int64_t index) {
+void Session::rotate(Team& team, const Layer& layer, int64_t index) {
     const Shape& shape = engine_.shape;
     const Isa& isa = engine_.isa;
     const int64_t E = width_, half = E / 2, group = shape.heads / shape.kv_heads, heads = shape.heads + 2 * shape.kv_heads;
@@ -271,10 +265,11 @@ void Session::rotate(Team& team, const Slice& s, const Layer& layer, int64_t ind
     float* head = scratch_[team.thread].row.as<float>();
     int8_t* codes = reinterpret_cast<int8_t*>(head + E);
     // Parts by key/value head: neighbouring positions of a block of keys share cache lines.
-    const int64_t items = s.rows * heads;
+    const int64_t items = rows() * heads;
     for (int64_t item = team.begin(items); item < team.end(items); item++) {
-        const int64_t h = item / s.rows, m = item % s.rows;
-        const int64_t sequence = m / s.tokens, t = m % s.tokens, at = s.start + t;
+        const int64_t h = item / rows(), m = item % rows();
+        const Row& place = pass_.rows[(size_t)m];
+        const int64_t sequence = place.sequence, at = place.position;
         const float* from = y_.as<float>() + m * layer.qkv.n + h * E;
         const bool is_query = h < shape.heads, is_value = h >= shape.heads + shape.kv_heads;
         if (!is_value) {
@@ -292,7 +287,9 @@ void Session::rotate(Team& team, const Slice& s, const Layer& layer, int64_t ind
             from = head;
         }
         if (is_query) {
-            float* to = q_.as<float>() + (((sequence * shape.kv_heads + h / group) * s.tokens + t) * group + h % group) * E;
+            const Piece& piece = pass_.pieces[(size_t)place.piece];
+            const int64_t query = (h / group * piece.tokens + m - piece.first) * group + h % group;
+            float* to = q_.as<float>() + piece.first * shape.width + query * E;
             for (int64_t i = 0; i < E; i++) to[i] = from[i] * scale;
             continue;
         }
@@ -333,106 +330,106 @@ void merge(const float* parts, int64_t stride, const float* highest, const float
 }  // namespace
 
 // Tasks are (sequence, key/value head, up to 16 queries, span of 256 positions). Where there are enough queries a thread
-// takes all spans of some of them; a single long sequence is cut by spans, and merged behind a meeting. The spans and
+// takes all spans of some of them; a few long sequences are cut by spans, and merged behind a meeting. The spans and
 // their order of merging are the same either way.
-Session::Plan Session::plan(const Slice& s) const {
+void Session::plan() {
     const Shape& shape = engine_.shape;
-    Plan p{};
-    p.queries = s.tokens * (shape.heads / shape.kv_heads);
-    p.blocks = (p.queries + kQueries - 1) / kQueries;
-    p.items = batch * shape.kv_heads * p.blocks;
-    p.spans = (s.start + s.tokens + kSpan - 1) / kSpan;
-    p.part = kQueries * padded_width_;
-    p.apart = p.spans > 1 && p.items < 8 * engine_.pool.threads();
-    return p;
-}
-
-void Session::reserve(const Plan& p) {
-    if (p.apart) {
-        partial_.reserve(p.items * p.spans * p.part * 4);
-        tops_.reserve(p.items * p.spans * 2 * kQueries * 4);
+    const int64_t group = shape.heads / shape.kv_heads, part = kQueries * padded_width_ * 4, top = 2 * kQueries * 4;
+    pass_.items.clear(), pass_.tasks.clear();
+    int64_t most = 0, total = 0;
+    for (size_t p = 0; p < pass_.pieces.size(); p++) {
+        const Piece& piece = pass_.pieces[p];
+        for (int64_t head = 0; head < shape.kv_heads; head++)
+            for (int64_t query = 0; query < piece.tokens * group; query += kQueries) {
+                pass_.items.push_back({(int64_t)p, head, query, total});
+                total += piece.spans;
+            }
+        most = std::max(most, piece.spans);
+    }
+    pass_.apart = most > 1 && (int64_t)pass_.items.size() < 8 * engine_.pool.threads();
+    if (!pass_.apart) {
+        for (auto& scratch : scratch_) scratch.partial.reserve(most * part), scratch.tops.reserve(most * top);
         return;
     }
-    for (auto& scratch : scratch_) {
-        scratch.partial.reserve(p.spans * p.part * 4);
-        scratch.tops.reserve(p.spans * 2 * kQueries * 4);
-    }
+    partial_.reserve(total * part), tops_.reserve(total * top);
+    for (size_t i = 0; i < pass_.items.size(); i++)
+        for (int64_t span = 0; span < pass_.pieces[(size_t)pass_.items[i].piece].spans; span++)
+            pass_.tasks.push_back({(int64_t)i, span});
 }
 
-void Session::attention(Team& team, const Slice& s, int64_t index) {
+void Session::attention(Team& team, int64_t index) {
     const Shape& shape = engine_.shape;
-    const auto [queries, blocks, items, spans, part, apart] = plan(s);
-    const int64_t group = shape.heads / shape.kv_heads;
+    const int64_t group = shape.heads / shape.kv_heads, part = kQueries * padded_width_;
+    const int64_t items = (int64_t)pass_.items.size(), tasks = (int64_t)pass_.tasks.size();
     Scratch& scratch = scratch_[team.thread];
-    const Buffer& partial = apart ? partial_ : scratch.partial;
-    const Buffer& tops = apart ? tops_ : scratch.tops;
+    const Buffer& partial = pass_.apart ? partial_ : scratch.partial;
+    const Buffer& tops = pass_.apart ? tops_ : scratch.tops;
 
-    const auto compute = [&, queries = queries, blocks = blocks, part = part](int64_t item, int64_t span, int64_t slot) {
-        const int64_t block = item % blocks, head = item / blocks;  // head over sequences and key/value heads
-        const int64_t sequence = head / shape.kv_heads, g = head % shape.kv_heads, first = block * kQueries;
+    const auto compute = [&](const Item& item, int64_t span, int64_t slot) {
+        const Piece& piece = pass_.pieces[(size_t)item.piece];
+        const int64_t queries = piece.tokens * group;
         AttentionTask task{};
-        task.q = q_.as<float>() + (head * queries + first) * width_;
-        task.visible = visible_.as<int64_t>() + first;
-        task.queries = (int)std::min<int64_t>(kQueries, queries - first);
+        task.q = q_.as<float>() + piece.first * shape.width + (item.head * queries + item.query) * width_;
+        task.visible = visible_.as<int64_t>() + piece.first * group + item.query;
+        task.queries = (int)std::min<int64_t>(kQueries, queries - item.query);
         task.width = (int)width_;
         task.store = cache_;
-        task.keys = key(index, sequence, g), task.values = value(index, sequence, g);
-        task.key_scales = cache_scale(false, index, sequence, g), task.value_scales = cache_scale(true, index, sequence, g);
+        task.keys = key(index, piece.sequence, item.head), task.values = value(index, piece.sequence, item.head);
+        task.key_scales = cache_scale(false, index, piece.sequence, item.head);
+        task.value_scales = cache_scale(true, index, piece.sequence, item.head);
         task.start = span * kSpan;
-        task.end = std::min((span + 1) * kSpan, s.start + s.tokens);
+        task.end = std::min((span + 1) * kSpan, piece.start + piece.tokens);
         task.out = partial.as<float>() + slot * part;
         task.highest = tops.as<float>() + slot * 2 * kQueries;
         task.total = task.highest + kQueries;
         engine_.isa.attend(task);
     };
-    const auto collect = [&, queries = queries, blocks = blocks, part = part, spans = spans](int64_t item, int64_t slot) {
-        const int64_t block = item % blocks, head = item / blocks;
-        const int64_t sequence = head / shape.kv_heads, g = head % shape.kv_heads;
-        for (int64_t j = block * kQueries; j < std::min((block + 1) * kQueries, queries); j++) {
-            const int64_t i = j - block * kQueries, m = sequence * s.tokens + j / group;
+    const auto collect = [&](const Item& item, int64_t slot) {
+        const Piece& piece = pass_.pieces[(size_t)item.piece];
+        for (int64_t j = item.query; j < std::min(item.query + kQueries, piece.tokens * group); j++) {
+            const int64_t i = j - item.query, m = piece.first + j / group;
             const float* top = tops.as<float>() + slot * 2 * kQueries + i;
-            merge(partial.as<float>() + slot * part + i * padded_width_, part, top, top + kQueries, 2 * kQueries, spans,
-                  width_, mixed_.as<float>() + m * shape.width + (g * group + j % group) * width_);
+            merge(partial.as<float>() + slot * part + i * padded_width_, part, top, top + kQueries, 2 * kQueries,
+                  piece.spans, width_, mixed_.as<float>() + m * shape.width + (item.head * group + j % group) * width_);
         }
     };
-    if (apart) {
-        for (int64_t i = team.begin(items * spans); i < team.end(items * spans); i++) compute(i / spans, i % spans, i);
+    if (pass_.apart) {
+        for (int64_t i = team.begin(tasks); i < team.end(tasks); i++) {
+            const Task& task = pass_.tasks[(size_t)i];
+            compute(pass_.items[(size_t)task.item], task.span, i);
+        }
         team.meet();
-        for (int64_t item = team.begin(items); item < team.end(items); item++) collect(item, item * spans);
+        for (int64_t i = team.begin(items); i < team.end(items); i++)
+            collect(pass_.items[(size_t)i], pass_.items[(size_t)i].slot);
     } else {
         // Causal work grows with the position: threads take turns instead of halves.
-        for (int64_t item = team.thread; item < items; item += team.threads) {
-            for (int64_t c = 0; c < spans; c++) compute(item, c, c);
+        for (int64_t i = team.thread; i < items; i += team.threads) {
+            const Item& item = pass_.items[(size_t)i];
+            for (int64_t c = 0; c < pass_.pieces[(size_t)item.piece].spans; c++) compute(item, c, c);
             collect(item, 0);
         }
     }
     team.meet();
 }
 
-void Session::logits(Team& team, const Slice& s) {
+void Session::logits(Team& team) {
     const Shape& shape = engine_.shape;
     const Isa& isa = engine_.isa;
-    const int64_t n = shape.width, stride = round_up(n, kGroup), rows = batch * s.logit_tokens;
+    const int64_t n = shape.width, stride = round_up(n, kGroup), tokens = (int64_t)pass_.wanted.size();
     float* states = states_.as<float>();  // filled up with the zeros it was made with
-    for (int64_t i = team.begin(rows); i < team.end(rows); i++) {
-        const int64_t m = i / s.logit_tokens * s.tokens + s.tokens - s.logit_tokens + i % s.logit_tokens;
-        isa.rms_norm(x_.as<float>() + m * n, engine_.final_norm.data(), n, shape.eps, states + i * stride);
-    }
+    for (int64_t i = team.begin(tokens); i < team.end(tokens); i++)
+        isa.rms_norm(x_.as<float>() + pass_.wanted[(size_t)i] * n, engine_.final_norm.data(), n, shape.eps,
+                     states + i * stride);
     team.meet();
     // 64 rows of the table stay in the second cache while every token passes.
     constexpr int64_t kStep = 64;
     const int64_t bytes = row_bytes(engine_.head.store, n);
-    // Logits of all sequences lie one after the other, unless each is a piece of a longer one.
-    const bool whole = s.logit_stride == s.logit_tokens * shape.vocab;
-    const int64_t runs = whole ? 1 : batch, tokens = whole ? rows : s.logit_tokens;
     for (int64_t v = team.begin(shape.vocab); v < team.end(shape.vocab); v += kStep) {
         const int64_t count = std::min(kStep, team.end(shape.vocab) - v);
         const float* scales = engine_.head.scales ? engine_.head.scales + v : nullptr;
-        for (int64_t b = 0; b < runs; b++)
-            for (int64_t t = 0; t < tokens; t += 4)
-                isa.dots(engine_.head.data + v * bytes, engine_.head.store, scales, count, n,
-                         states + (b * tokens + t) * stride, stride, (int)std::min<int64_t>(4, tokens - t),
-                         s.logits + b * s.logit_stride + t * shape.vocab + v, shape.vocab);
+        for (int64_t t = 0; t < tokens; t += 4)
+            isa.dots(engine_.head.data + v * bytes, engine_.head.store, scales, count, n, states + t * stride, stride,
+                     (int)std::min<int64_t>(4, tokens - t), pass_.logits + t * shape.vocab + v, shape.vocab);
     }
     team.meet();
 }

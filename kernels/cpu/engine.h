@@ -7,7 +7,7 @@
 // cache; q/k/v are one product, gate and up another; the output scale and the residual go into the product's epilogue.
 // A row's arithmetic never depends on the number of threads, so that 1 and 2 threads give the same bits.
 //
-// Dimensions: B sequences, T tokens of each, M = B T rows, D model, F ffn, H heads, G key/value heads, E head width,
+// Dimensions: B sequences, T tokens, M rows of a pass (tokens of all its sequences), D model, F ffn, H heads, G key/value heads, E head width,
 // S positions, V vocabulary.
 
 #pragma once
@@ -73,33 +73,68 @@ class Engine {
     std::atomic<int64_t> positions_{0};
 };
 
-// Keys and values of B sequences, and the buffers of a forward pass.
+// Ids appended to one sequence.
+struct Part {
+    int64_t sequence;
+    const int64_t* ids;
+    int64_t tokens;  // >= 1
+    bool every;      // logits of each token, or of the last
+};
+
+// Keys and values of B sequences, each with a position of its own, and the buffers of a forward pass.
 class Session {
   public:
     Session(Engine& engine, int64_t batch, int64_t limit, Store cache);
 
-    // Append ids [B][T]. Writes logits [B][V] of the last position, or [B][T][V] of all.
-    // The caller has checked: 1 <= T, position + T <= limit, ids in range.
-    void forward(const int64_t* ids, int64_t tokens, bool all, float* logits);
+    // One pass over all parts. Writes logits [R][V], the rows of the first part first.
+    // The caller has checked: sequences differ, position + tokens <= limit, ids in range.
+    void forward(const Part* parts, int64_t count, float* logits);
 
-    std::atomic<int64_t> position{0};  // read by others while a pass goes on
+    int64_t position(int64_t sequence) const { return position_[(size_t)sequence]; }
+    // Forget what lies behind the first `length` <= position tokens.
+    void truncate(int64_t sequence, int64_t length) { position_[(size_t)sequence] = length; }
+
     const int64_t batch, limit;
 
   private:
-    struct Slice;  // of the tokens: as many as the buffers take
-    struct Plan;   // how attention is cut
+    struct Row {  // of a pass: one token
+        int64_t id, sequence, position;
+        int64_t piece;
+    };
+    struct Piece {                     // of a part, in this pass
+        int64_t sequence, start, tokens;  // position of the first token
+        int64_t first;                 // row
+        int64_t spans;                 // of attention
+    };
+    struct Item {  // of attention: up to 16 queries of one key/value head
+        int64_t piece, head, query, slot;
+    };
+    struct Task {  // and one span of its positions
+        int64_t item, span;
+    };
+    // What one pass works on; made before the team starts, for nothing may throw inside it.
+    struct Pass {
+        std::vector<Row> rows;
+        std::vector<Piece> pieces;
+        std::vector<int64_t> wanted;  // rows that end in logits
+        std::vector<Item> items;
+        std::vector<Task> tasks;  // only where `apart`
+        bool apart;
+        float* logits;
+    };
 
-    Plan plan(const Slice& s) const;
-    void reserve(const Plan& plan);
+    void add(Part& part, int64_t tokens);
+    void plan();
 
-    void run(Team& team, const Slice& s);
-    void block(Team& team, const Slice& s, int64_t layer);
-    void normed(Team& team, const Slice& s, const std::vector<float>& gain);
-    void rotate(Team& team, const Slice& s, const Layer& layer, int64_t index);
-    void attention(Team& team, const Slice& s, int64_t index);
-    void logits(Team& team, const Slice& s);
+    void run(Team& team);
+    void block(Team& team, int64_t layer);
+    void normed(Team& team, const std::vector<float>& gain);
+    void rotate(Team& team, const Layer& layer, int64_t index);
+    void attention(Team& team, int64_t index);
+    void logits(Team& team);
     void multiply(Team& team, const Matrix& matrix, const std::vector<float>& scale, float* y, int64_t stride, bool add);
 
+    int64_t rows() const { return (int64_t)pass_.rows.size(); }
     uint8_t* key(int64_t layer, int64_t sequence, int64_t head) const;
     uint8_t* value(int64_t layer, int64_t sequence, int64_t head) const;
     float* cache_scale(bool values, int64_t layer, int64_t sequence, int64_t head) const;
@@ -107,7 +142,9 @@ class Session {
     Engine& engine_;
     const Store cache_;
     const int64_t width_, padded_width_, bytes_, positions_;  // of a head, padded to 16; of a cached value; slots
-    int64_t rows_;                                            // most rows of a slice
+    int64_t rows_;                                            // most rows of a pass
+    std::vector<std::atomic<int64_t>> position_;              // read by others while a pass goes on
+    Pass pass_;
     Buffer keys_, values_, key_scales_, value_scales_;
     Buffer x_, y_, q_, mixed_, states_, partial_, tops_, visible_;
     Activations activations_;

@@ -369,30 +369,83 @@ class PySession {
         session_ = std::make_unique<Session>(*engine_, batch, limit, store_named(cache));
     }
 
+    // The same number of ids for every sequence, [B][T].
     void forward(const Array<const int64_t, 2>& ids, bool all, const Array<float, 2>& logits) {
-        const int64_t batch = session_->batch, tokens = (int64_t)ids.shape(1), vocab = engine_->shape.vocab;
+        const int64_t batch = session_->batch, tokens = (int64_t)ids.shape(1);
         expect((int64_t)ids.shape(0) == batch && tokens >= 1,
                "ids: got " + shape_text(ids.shape(0), tokens) + ", expected [" + std::to_string(batch) + ", T]");
-        expect((int64_t)logits.shape(0) == batch * (all ? tokens : 1) && (int64_t)logits.shape(1) == vocab,
-               "logits: got " + shape_text(logits.shape(0), logits.shape(1)) + ", expected " +
-                   shape_text(batch * (all ? tokens : 1), vocab));
-        expect_natural(ids), expect_natural(logits);
-        // A copy: what was checked must not change while threads read it.
+        expect_natural(ids);
         const std::vector<int64_t> own(ids.data(), ids.data() + batch * tokens);
+        std::vector<Part> parts;
+        for (int64_t i = 0; i < batch; i++) parts.push_back({i, own.data() + i * tokens, tokens, all});
+        run(parts, own, logits);
+    }
+
+    // `counts[i]` of the ids go behind sequence `sequences[i]`; logits of all of them where `every[i]`, else of the last.
+    void extend(const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts, const std::vector<bool>& every,
+                const Array<const int64_t, 1>& ids, const Array<float, 2>& logits) {
+        expect(!sequences.empty() && counts.size() == sequences.size() && every.size() == sequences.size(),
+               "extend: expected a sequence, a count and a flag for each of one part or more");
+        expect_natural(ids);
+        const std::vector<int64_t> own(ids.data(), ids.data() + ids.shape(0));
+        std::vector<bool> seen((size_t)session_->batch);
+        std::vector<Part> parts;
+        size_t used = 0;
+        for (size_t i = 0; i < sequences.size(); i++) {
+            known(sequences[i]);
+            expect(!seen[(size_t)sequences[i]], "extend: got sequence " + std::to_string(sequences[i]) + " twice");
+            seen[(size_t)sequences[i]] = true;
+            expect(counts[i] >= 1 && counts[i] <= (int64_t)(own.size() - used),
+                   "extend: got a count of " + std::to_string(counts[i]) + " with " + std::to_string(own.size() - used) +
+                       " ids left, expected 1 or more, and as many ids as they count");
+            parts.push_back({sequences[i], own.data() + used, counts[i], every[i]});
+            used += (size_t)counts[i];
+        }
+        expect(used == own.size(), "extend: got " + std::to_string(own.size()) + " ids, expected " + std::to_string(used));
+        run(parts, own, logits);
+    }
+
+    int64_t position(int64_t sequence) const {
+        known(sequence);
+        return session_->position(sequence);
+    }
+
+    void truncate(int64_t sequence, int64_t length) {
+        known(sequence);
+        nb::gil_scoped_release release;
+        const std::lock_guard<std::mutex> lock(busy_);
+        expect(length >= 0 && length <= session_->position(sequence),
+               "truncate: got " + std::to_string(length) + ", expected 0 to " + std::to_string(session_->position(sequence)));
+        session_->truncate(sequence, length);
+    }
+
+  private:
+    void known(int64_t sequence) const {
+        expect(sequence >= 0 && sequence < session_->batch, "sequence: got " + std::to_string(sequence) +
+                                                                ", expected 0 to " + std::to_string(session_->batch - 1));
+    }
+
+    // `own`: a copy of the ids, for what is checked must not change while threads read it.
+    void run(const std::vector<Part>& parts, const std::vector<int64_t>& own, const Array<float, 2>& logits) {
+        const int64_t vocab = engine_->shape.vocab;
+        int64_t rows = 0;
+        for (const Part& part : parts) rows += part.every ? part.tokens : 1;
+        expect((int64_t)logits.shape(0) == rows && (int64_t)logits.shape(1) == vocab,
+               "logits: got " + shape_text(logits.shape(0), logits.shape(1)) + ", expected " + shape_text(rows, vocab));
+        expect_natural(logits);
         for (const int64_t id : own)
             expect(id >= 0 && id < vocab, "ids: got " + std::to_string(id) + ", expected 0 to " + std::to_string(vocab - 1));
         float* to = logits.data();
         nb::gil_scoped_release release;
         const std::lock_guard<std::mutex> lock(busy_);
-        expect(session_->position + tokens <= session_->limit,
-               "context is full: got " + std::to_string(tokens) + " tokens after " + std::to_string(session_->position) +
-                   ", expected at most " + std::to_string(session_->limit) + " in all");
-        session_->forward(own.data(), tokens, all, to);
+        for (const Part& part : parts)
+            expect(session_->position(part.sequence) + part.tokens <= session_->limit,
+                   "context is full: got " + std::to_string(part.tokens) + " tokens after " +
+                       std::to_string(session_->position(part.sequence)) + ", expected at most " +
+                       std::to_string(session_->limit) + " in all");
+        session_->forward(parts.data(), (int64_t)parts.size(), to);
     }
 
-    int64_t position() const { return session_->position; }
-
-  private:
     std::shared_ptr<Engine> engine_;
     std::unique_ptr<Session> session_;
     std::mutex busy_;
@@ -427,5 +480,7 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<PyEngine&, int64_t, int64_t, const std::string&>(), nb::keep_alive<1, 2>(), "engine"_a, "batch"_a,
              "limit"_a, "cache"_a)
         .def("forward", &PySession::forward, "ids"_a.noconvert(), "all"_a, "logits"_a.noconvert())
-        .def_prop_ro("position", &PySession::position);
+        .def("extend", &PySession::extend, "sequences"_a, "counts"_a, "every"_a, "ids"_a.noconvert(), "logits"_a.noconvert())
+        .def("position", &PySession::position, "sequence"_a)
+        .def("truncate", &PySession::truncate, "sequence"_a, "length"_a);
 }

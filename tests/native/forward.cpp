@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <vector>
@@ -166,13 +167,42 @@ bool same(const Case& c, const char* what, const float* expected, const float* g
     return true;
 }
 
+void forward(Session& session, const int64_t* ids, int64_t tokens, bool every, float* logits) {
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < session.batch; i++) parts.push_back({i, ids + i * tokens, tokens, every});
+    session.forward(parts.data(), (int64_t)parts.size(), logits);
+}
+
 // All logits [B][T][V] of a batch from an empty cache.
 std::vector<float> scores(Engine& engine, const Case& c, const std::vector<int64_t>& ids, int64_t batch) {
     const int64_t tokens = (int64_t)ids.size() / batch;
     Session session(engine, batch, tokens, c.cache);
     std::vector<float> out(ids.size() * (size_t)engine.shape.vocab, NAN);
-    session.forward(ids.data(), tokens, true, out.data());
+    forward(session, ids.data(), tokens, true, out.data());
     return out;
+}
+
+// Sequences that go on by different lengths, some of them not at all, some of them falling back, in one session.
+bool ragged(const Case& c, Engine& engine, const std::vector<int64_t>& ids, int64_t batch, const std::vector<float>& truth) {
+    const int64_t tokens = (int64_t)ids.size() / batch, vocab = engine.shape.vocab;
+    Session session(engine, batch, tokens, c.cache);
+    for (int turn = 0; turn < 8; turn++) {
+        std::vector<Part> parts;
+        std::vector<int64_t> rows;  // of the truth, in the order they are wanted
+        for (int64_t i = batch; i-- > 0;) {
+            if (draw(0, 3) == 0) session.truncate(i, draw(0, session.position(i)));
+            const int64_t start = session.position(i), room = tokens - start;
+            const int64_t length = std::min(room, draw(0, 2) ? draw(0, 2) : draw(0, tokens));
+            if (!length) continue;
+            parts.push_back({i, ids.data() + i * tokens + start, length, draw(0, 1) > 0});
+            for (int64_t t = parts.back().every ? 0 : length - 1; t < length; t++) rows.push_back(i * tokens + start + t);
+        }
+        std::vector<float> logits(rows.size() * (size_t)vocab, NAN);
+        session.forward(parts.data(), (int64_t)parts.size(), logits.data());
+        for (size_t r = 0; r < rows.size(); r++)
+            if (!same(c, "ragged parts", truth.data() + rows[r] * vocab, logits.data() + r * (size_t)vocab, vocab)) return false;
+    }
+    return true;
 }
 
 // `truth` are the scores of one thread; everything else has to equal them.
@@ -193,9 +223,9 @@ bool check(const Case& c, const std::vector<int64_t>& ids, int64_t batch, const 
     for (int64_t start = 0; start < tokens;) {
         const int64_t length = draw(0, 1) ? 1 : draw(1, tokens - start);
         for (auto& v : last) v = NAN;
-        session.forward(row.data() + start, length, false, last.data());
+        forward(session, row.data() + start, length, false, last.data());
         start += length;
-        if (session.position != start || !same(c, "pieces", expected + (start - 1) * vocab, last.data(), vocab)) return false;
+        if (session.position(0) != start || !same(c, "pieces", expected + (start - 1) * vocab, last.data(), vocab)) return false;
     }
 
     // A batch token by token, behind a prefill.
@@ -204,15 +234,15 @@ bool check(const Case& c, const std::vector<int64_t>& ids, int64_t batch, const 
     std::vector<int64_t> part;
     std::vector<float> logits((size_t)(batch * vocab), NAN);
     for (int64_t i = 0; i < batch; i++) part.insert(part.end(), ids.begin() + i * tokens, ids.begin() + i * tokens + prompt);
-    together.forward(part.data(), prompt, false, logits.data());
+    forward(together, part.data(), prompt, false, logits.data());
     for (int64_t step = 0;; step++) {
         for (int64_t i = 0; i < batch; i++)
             if (!same(c, "batches", truth.data() + (i * tokens + prompt + step - 1) * vocab, logits.data() + i * vocab, vocab))
                 return false;
-        if (step == steps) return true;
+        if (step == steps) return ragged(c, *engine, ids, batch, truth);
         part.clear();
         for (int64_t i = 0; i < batch; i++) part.push_back(ids[(size_t)(i * tokens + prompt + step)]);
-        together.forward(part.data(), 1, false, logits.data());
+        forward(together, part.data(), 1, false, logits.data());
     }
 }
 
