@@ -321,7 +321,7 @@ def serve(
     _set_threads(threads)
     options = ServerOptions(host, port, api_key, slots, context, queue)
     chosen = {"engine": engine, "head": head, "cache": cache}
-    code = serve(model, pick_device(device), options, lambda url: typer.echo(url), **chosen)
+    code = serve(model, pick_device(device), options, typer.echo, **chosen)
     raise typer.Exit(code)
 
 

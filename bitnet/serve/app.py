@@ -425,12 +425,12 @@ async def _page(request: Request) -> Response:
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
-async def _on_refusal(request: Request, error: Exception) -> Response:
+async def _on_refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError), error
     return error_reply(error)
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
+async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), error
     known = {404: "no such path; see /v1/models", 405: "this path does not take that method"}
     reply = error_reply(RequestError(error.status_code, known.get(error.status_code, str(error.detail))))
@@ -439,9 +439,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return reply
 
 
-async def _on_gone(request: Request, error: Exception) -> Response:
+async def _on_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; what others write into their logs for this
 
 
-async def _on_mistake(request: Request, error: Exception) -> Response:
+async def _on_mistake(_: Request, __: Exception) -> Response:
     return error_reply(RequestError(500, "the server made a mistake; its log says more"))

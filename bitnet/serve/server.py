@@ -22,7 +22,7 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bitnet.engine import Engine, SessionSlots, Slots
+from bitnet.engine import Engine, Slots
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text
 from bitnet.inspection import inspect_packed
@@ -241,7 +241,7 @@ class _Run:
             self._model, self._device, options.context, loaded=self._check_stop, **self._engine
         )
         self._check_stop(0)
-        slots = open_slots(engine, options.slots, limit)
+        slots = engine.slots(options.slots, limit)
         metrics = self._service.metrics
         metrics.slots.set(slots.count)
         scheduler = Scheduler(slots, tokenizer, metrics, lambda events: call(deliver, events), queue=options.queue)
@@ -260,12 +260,6 @@ class _Run:
                 "%s can be reached from other machines and no key is set: anybody there may use it (--api-key, or "
                 "BITNET_API_KEY in the environment)", self._options.host,
             )  # fmt: skip
-
-
-def open_slots(engine: Engine, count: int, limit: int) -> Slots:
-    """Slots of an engine: its own, or sessions where it has none."""
-    own = getattr(engine, "slots", None)
-    return own(count, limit) if own else SessionSlots(engine, count, limit)
 
 
 class Facts:
