@@ -4,14 +4,13 @@ the texts written alone, and nothing is read twice, left over or said after a st
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-
-pytest.importorskip("prometheus_client", reason="comes with the extra `serve`")
 
 from bitnet.engine import Part
 from bitnet.sampling import Sampler, Sampling
@@ -173,7 +172,7 @@ def test_a_pass_holds_every_running_text_and_a_bounded_part_of_prompts(
     made.scheduler.submit(jobs)
     made.slots.gate.release(10**5)
     made.until(lambda: all(made.ended(job) for job in jobs))
-    written = {slot: 0 for slot in range(3)}  # tokens of each slot that a pass has read after its prompt
+    written = dict.fromkeys(range(3), 0)  # tokens of each slot that a pass has read after its prompt
     for parts in made.slots.passes:
         prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].ids)]
         assert sum(len(part.ids) for part in prompts) <= 4
@@ -244,7 +243,7 @@ def test_nothing_to_write(bench: Callable[..., Bench]) -> None:
 
 
 def cut(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the stop string that is complete first (the longest of those that end together), by definition."""
+    """The text before the stop string that is complete first; of those that end together, before the longest."""
     for end in range(len(text) + 1):
         lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if lengths:
@@ -260,7 +259,7 @@ def cut(text: str, stops: Sequence[str]) -> str | None:
 def test_stop_strings_do_not_depend_on_where_pieces_end(text: str, stops: list[str], cuts: list[int]) -> None:
     writer, shown = StopWriter(stops), ""
     places = [0, *sorted(min(place, len(text)) for place in cuts), len(text)]
-    for start, end in zip(places, places[1:]):
+    for start, end in pairwise(places):
         shown += writer.push(text[start:end])
         assert writer.shown == len(shown)
         expected = cut(text[:end], stops)

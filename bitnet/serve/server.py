@@ -76,8 +76,9 @@ def serve(
 
 def check_options(options: ServerOptions) -> None:
     """Raise BitNetError for options that make no server."""
-    if options.api_key is not None and (not options.api_key.strip() or not options.api_key.isprintable()):
-        raise BitNetError("api-key: got an empty key or one with control characters, expected some visible text")
+    key = options.api_key
+    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
+        raise BitNetError("api-key: got no key or one that no header can carry, expected visible ASCII characters")
     if not 1 <= options.slots <= 256:  # each takes memory for a whole context
         raise BitNetError(f"slots: got {options.slots}, expected 1 to 256")
     if not 0 <= options.queue <= 100_000:
