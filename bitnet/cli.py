@@ -245,6 +245,9 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a message: use the model's chat template.")
     ] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("-i", "--interactive", help="Ask for prompts, one after the other; Ctrl-C stops a text.")
+    ] = False,
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
@@ -264,6 +267,23 @@ def generate(
         min_p=min_p,
         seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
     )
+    if interactive:
+        if as_json or prompt == "-":
+            raise BitNetError("generate -i: got --json or -p -, expected a terminal alone; leave one of them away")
+        _converse(
+            model,
+            predict,
+            sampling,
+            pick_device(device),
+            first=prompt,
+            context=context,
+            ignore_eos=ignore_eos,
+            chat=chat,
+            engine=engine,
+            head=head,
+            cache=cache,
+        )
+        return
     text = _read_stdin() if prompt == "-" else prompt
     show = None if as_json else write_now
     report = write_text(
@@ -289,6 +309,12 @@ def generate(
         f"{report['tokens']} written at {report['tokens_per_second']:,.0f}/s; seed {report['seed']}",
         err=True,
     )
+
+
+def _converse(*args: Any, **options: Any) -> None:
+    from bitnet.chat import converse
+
+    converse(*args, **options, write=write_now, tell=lambda line: typer.echo(line, err=True))
 
 
 @app.command(cls=_Verb)

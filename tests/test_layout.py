@@ -180,7 +180,7 @@ VERBS = {
     "pack": {"-o"},
     "generate": {
         *("-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"),
-        *("--engine", "--head", "--cache"),
+        *("-i", "--engine", "--head", "--cache"),
     },
     "serve": {
         *("-m", "--host", "--port", "--api-key", "-t", "--slots", "-c", "--queue"),
