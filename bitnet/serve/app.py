@@ -165,6 +165,7 @@ def build_app(service: Service, key: str | None = None, hosts: frozenset[str] | 
             500: _on_mistake,
         },
     )
+    app.router.redirect_slashes = False  # a redirect would be built from the Host header
     app.state.service = service
     return Guard(app, service.metrics, routes, key, hosts)  # type: ignore[arg-type]
 
