@@ -1,4 +1,4 @@
-"""The command line: train | sweep | pack | generate | eval | inspect | export | import | doctor.
+"""The command line: train | sweep | pack | generate | serve | bench | compare | eval | inspect | export | import | doctor.
 
 Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
 Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected
@@ -291,6 +291,9 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a message: use the model's chat template.")
     ] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("-i", "--interactive", help="Ask for prompts, one after the other; Ctrl-C stops a text.")
+    ] = False,
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
@@ -310,6 +313,23 @@ def generate(
         min_p=min_p,
         seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
     )
+    if interactive:
+        if as_json or prompt == "-":
+            raise BitNetError("generate -i: got --json or -p -, expected a terminal alone; leave one of them away")
+        _converse(
+            model,
+            predict,
+            sampling,
+            pick_device(device),
+            first=prompt,
+            context=context,
+            ignore_eos=ignore_eos,
+            chat=chat,
+            engine=engine,
+            head=head,
+            cache=cache,
+        )
+        return
     text = _read_stdin() if prompt == "-" else prompt
     show = None if as_json else write_now
     report = write_text(
@@ -335,6 +355,46 @@ def generate(
         f"{report['tokens']} written at {report['tokens_per_second']:,.0f}/s; seed {report['seed']}",
         err=True,
     )
+
+
+def _converse(*args: Any, **options: Any) -> None:
+    from bitnet.chat import converse
+
+    converse(*args, **options, write=write_now, tell=lambda line: typer.echo(line, err=True))
+
+
+@app.command(cls=_Verb)
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one this machine has.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", envvar="BITNET_API_KEY", help="Ask every client for this key; better not by flag."),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, max=256, help="Texts written at once.")] = 4,
+    queue: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Texts that may wait; more are told to come again.")
+    ] = 64,
+    context: Context = 0,
+    threads: Threads = 0,
+    device: Device = "auto",
+    engine: Engine = "auto",
+    head: Head = "file",
+    cache: Cache = "fp32",
+    debug: Debug = False,
+) -> None:
+    """Serve a model: OpenAI's API, and a page to try it on."""
+    from bitnet.serve import check_packages
+
+    check_packages()
+    from bitnet.serve.server import ServerOptions, serve
+
+    _set_threads(threads)
+    options = ServerOptions(host, port, api_key, slots, context, queue)
+    chosen = {"engine": engine, "head": head, "cache": cache}
+    code = serve(model, pick_device(device), options, typer.echo, **chosen)
+    raise typer.Exit(code)
 
 
 @app.command("eval", cls=_Verb)

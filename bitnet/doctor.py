@@ -20,6 +20,9 @@ OPTIONAL = {
     "wandb": "--wandb",
     "tokenizers": "tokenizers of imported models",
     "huggingface-hub": "import by hub name",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus-client": "serve",
 }
 # The instruction sets that kernels for ternary weights care about.
 CPU_FEATURES = (
@@ -91,7 +94,7 @@ def _tested(backend: ops.Backend, device: torch.device, reason: str | None) -> d
 
 
 def _version(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
         return None
     try:
         return importlib.metadata.version(package)

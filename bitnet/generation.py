@@ -81,17 +81,30 @@ def write_text(
     }
 
 
-def load_for_text(model: Path, device: torch.device, context: int = 0, **options: str) -> tuple[Engine, Tokenizer, int]:
+def load_for_text(
+    model: Path,
+    device: torch.device,
+    context: int = 0,
+    *,
+    loaded: Callable[[int], None] = lambda layer: None,
+    **options: str,
+) -> tuple[Engine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
 
-    options: engine, head and cache of `bitnet.load`. A big file shows a progress bar on a terminal.
+    options: engine, head and cache of `bitnet.load`. A big file shows a progress bar on a terminal; loaded is called
+    with each layer that is ready.
     Raises BitNetError for a model without a tokenizer and for a context beyond the model's.
     """
     console = Console(stderr=True)
     big = model.is_file() and model.stat().st_size > _BIG
     with Progress(console=console, transient=True, disable=not (console.is_terminal and big)) as progress:
         task = progress.add_task("loading", total=None)
-        engine = load(model, device, progress=lambda layer: progress.update(task, advance=1), **options)
+
+        def ready(layer: int) -> None:
+            progress.update(task, advance=1)
+            loaded(layer)
+
+        engine = load(model, device, progress=ready, **options)
     if engine.tokenizer is None:
         raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside; use bitnet.load() and ids")
     longest = engine.config.context

@@ -98,6 +98,9 @@ class JsonTokenizer:
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self._table)
 
+    def spelling(self, id: int) -> bytes:
+        return token_bytes(self._table, id)
+
     def byte_lengths(self) -> NDArray[np.int64]:
         return np.array([len(piece) for piece in self._table], dtype=np.int64)
 

@@ -91,6 +91,10 @@ class Tokenizer(Protocol):
         """A fresh decoder for one id at a time."""
         ...
 
+    def spelling(self, id: int) -> bytes:
+        """The bytes of text behind one id; none for a control id."""
+        ...
+
     def byte_lengths(self) -> NDArray[np.int64]:
         """UTF-8 bytes of text behind each id, int64 [vocab_size]; 0 for control ids. For bits per byte."""
         ...
@@ -115,6 +119,9 @@ class _TableTokenizer:
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self._table)
+
+    def spelling(self, id: int) -> bytes:
+        return token_bytes(self._table, id)
 
     def byte_lengths(self) -> NDArray[np.int64]:
         return np.array([len(piece) for piece in self._table], dtype=np.int64)

@@ -181,6 +181,10 @@ VERBS = {
     "pack": {"-o"},
     "generate": {
         *("-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"),
+        *("-i", "--engine", "--head", "--cache"),
+    },
+    "serve": {
+        *("-m", "--host", "--port", "--api-key", "-t", "--slots", "-c", "--queue"),
         *("--engine", "--head", "--cache"),
     },
     "eval": {"-m", "--data", "--json", "--engine", "--head", "--cache"},

@@ -1,0 +1,144 @@
+"""What stands before every request: the host's name, the key, the size and pace of a body; headers on every reply.
+
+A page from elsewhere that a browser shows must not use a server on the same machine: no CORS header is ever sent, JSON
+must be announced as JSON (a form cannot), and a server on a loopback address answers to the names of this machine only
+(DNS rebinding gives another name the address 127.0.0.1).
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from bitnet.serve.metrics import Metrics
+from bitnet.serve.protocol import RequestError
+from bitnet.serve.replies import error_reply
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+MAX_BODY = 1 << 20  # bytes
+DRAIN = 16 << 20  # bytes of a body that is too large, read and dropped so that its sender hears the answer
+BODY_SECONDS = 30.0  # for a whole body
+OPEN_PATHS = frozenset({"/", "/style.css", "/app.js", "/icon.svg", "/health"})  # nothing secret, no work
+
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        (
+            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+            b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        ),
+    ),
+]
+
+
+class Guard:
+    """Refuses what must not come in and counts what did. key: None lets everybody in; hosts: None answers to any."""
+
+    def __init__(
+        self, app: App, metrics: Metrics, routes: Collection[str], key: str | None, hosts: Collection[str] | None
+    ) -> None:
+        self._app, self._metrics, self._routes = app, metrics, frozenset(routes)
+        self._key = None if key is None else b"Bearer " + key.encode()
+        self._hosts = hosts
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """An ASGI application around another."""
+        if scope["type"] != "http":
+            return
+        path = scope["path"] if scope["path"] in self._routes else "other"
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+                if path not in OPEN_PATHS:
+                    message["headers"].append((b"cache-control", b"no-store"))
+                self._metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        try:
+            self._check(scope)
+        except RequestError as error:
+            await error_reply(error)(scope, receive, send_guarded)  # type: ignore[arg-type]
+            return
+        await self._app(scope, receive, send_guarded)
+
+    def _check(self, scope: Message) -> None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts is not None and host_name(host) not in self._hosts:
+            raise RequestError(
+                421,
+                "Host: got another name than this server's, expected localhost; a proxy has to set the Host header to "
+                "localhost, and --host opens the server to other machines",
+                code="wrong_host",
+            )
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._key):
+            raise RequestError(
+                401, "Authorization: got no valid key, expected 'Bearer' and the server's key", code="invalid_api_key"
+            )
+
+
+def host_name(value: str) -> str:
+    """The name in a Host header, without its port, in lower case."""
+    name = value.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].rstrip(".")
+
+
+def allowed_hosts(bound: str) -> frozenset[str] | None:
+    """The names a server answers to: this machine's on a loopback address, all (None) elsewhere."""
+    if not is_loopback(bound):
+        return None
+    return frozenset({"localhost", "127.0.0.1", "::1", bound.lower()})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class ClientGoneError(Exception):
+    """The client left before its request was whole or its answer done."""
+
+
+async def read_body(receive: Receive, headers: Any) -> bytes:
+    """The body of a request. Raises RequestError (408, 413, 415) and ClientGoneError."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = bytearray()
+    size = 0
+    until = time.monotonic() + BODY_SECONDS
+    while True:
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise RequestError(408, f"body: got part of it in {BODY_SECONDS:.0f} s, expected all") from None
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        size += len(message.get("body", b""))
+        if size <= MAX_BODY:
+            body += message.get("body", b"")
+        if not message.get("more_body") or size > DRAIN:
+            break
+    if size > MAX_BODY:
+        raise RequestError(413, f"body: got more than {MAX_BODY:,} bytes, expected at most that", code="body_too_large")
+    if kind != "application/json":
+        raise RequestError(415, "Content-Type: expected application/json", code="wrong_content_type")
+    return bytes(body)
