@@ -440,9 +440,115 @@ def evaluate(
 
 
 @app.command(cls=_Verb)
+def bench(
+    model: Annotated[
+        list[Path] | None, typer.Option("-m", "--model", metavar="FILE", help="Packed model; may be repeated.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Random weights in the shape of nano, small, 2b4t ...")
+    ] = "",
+    prompt: Annotated[
+        str, typer.Option("-p", "--n-prompt", metavar="N,...", help="Tokens to read. Default: 512 or half a context.")
+    ] = "",
+    predict: Annotated[
+        str, typer.Option("-n", "--n-gen", metavar="N,...", help="Tokens to write. Default: 128 or half a context.")
+    ] = "",
+    pair: Annotated[
+        list[str] | None, typer.Option("--pg", metavar="PP,TG", help="Read and write as one test; may be repeated.")
+    ] = None,
+    depth: Annotated[
+        str, typer.Option("-d", "--n-depth", metavar="N,...", help="Tokens in the context before a test starts.")
+    ] = "0",
+    batch: Annotated[str, typer.Option("-b", "--batch", metavar="N,...", help="Sequences at once.")] = "1",
+    threads: Annotated[
+        str, typer.Option("-t", "--threads", metavar="N,...", help="CPU threads. Default: as torch finds best.")
+    ] = "",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, max=1000, help="Rounds.")] = 5,
+    backend: Annotated[str, typer.Option(metavar="NAME,...", help="auto, cpu (C++), torch, triton.")] = "auto",
+    isa: Annotated[str, typer.Option(metavar="NAME,...", help="Instruction sets of the C++ kernels.")] = "",
+    head: Annotated[str, typer.Option(metavar="NAME,...", help="Head of the C++ engine: file, int8, int4.")] = "file",
+    cache: Annotated[str, typer.Option(metavar="NAME,...", help="Its keys and values: fp32, bf16, int8.")] = "fp32",
+    against: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Others in the same run: torch-bf16, torch-int8, llama.cpp.")
+    ] = "",
+    llama: Annotated[
+        str, typer.Option(metavar="PYTHON", help="The Python that has llama-cpp-python. Default: this one.")
+    ] = "",
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of this machine in dollars an hour: adds $ per million tokens.")
+    ] = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FORMAT", help="md, json or csv.")] = "md",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw FILE-roofline and FILE-comparison; FILE ends in .png or .svg."),
+    ] = None,
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure tokens a second against what the machine allows and against other engines, in turns.
+
+    Lists separated by commas cross-multiply. -p 0 or -n 0 leaves that kind of test out.
+    """
+    from bitnet.bench.command import Flags, parse, run, show
+
+    flags = Flags(
+        models=model or [],
+        preset=preset,
+        prompt=prompt,
+        predict=predict,
+        pairs=pair or [],
+        depth=depth,
+        batch=batch,
+        threads=threads,
+        repetitions=repetitions,
+        backend=backend,
+        isa=isa,
+        head=head,
+        cache=cache,
+        against=against,
+        llama=llama,
+        price=price,
+        output=output,
+        device=pick_device(device),
+    )
+    settings = parse(flags, sys.argv[1:])
+    if plot:
+        from bitnet.bench.plot import check_target
+
+        check_target(plot)
+    document = run(settings, _write_gguf, quiet)
+    if plot:
+        from bitnet.bench.plot import draw
+
+        for path in draw(document, plot):
+            typer.echo(f"bitnet: wrote {path}", err=True)
+    typer.echo(show(document, output))
+
+
+def _write_gguf(packed: Path, config: Any, target: Path) -> None:
+    """A packed file as GGUF, as if it had the config `config`."""
+    from dataclasses import replace
+
+    from bitnet.formats.gguf_export import export_gguf
+    from bitnet.formats.source import PackedSource
+    from bitnet.packed import read_packed
+
+    export_gguf(PackedSource(replace(read_packed(packed), config=config)), target, "tq2_0")
+
+
+@app.command(cls=_Verb)
 def inspect(
-    path: Annotated[Path | None, typer.Argument(metavar="FILE", help="Packed model.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Packed model; with --plot also the folder of a run.")
+    ] = None,
     model: Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="The same, by option.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw weights, zeros and activations: .png or .svg.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="Text for the activations of --plot; - reads stdin.")
+    ] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -452,6 +558,12 @@ def inspect(
     chosen = path or model
     if chosen is None:
         raise BitNetError("inspect: got no file, expected a packed model: bitnet inspect model.safetensors")
+    if prompt and not plot:
+        raise BitNetError("inspect: got a text (-p) without --plot, expected both; add --plot FILE")
+    if plot:
+        _draw_model(chosen, plot, _read_stdin() if prompt == "-" else prompt)
+        if chosen.is_dir():  # the report is of packed files
+            return
     report = inspect_packed(chosen)
     if as_json:
         _print_json(report)
@@ -461,6 +573,23 @@ def inspect(
     from bitnet.tables import inspection_tables
 
     Console().print(*inspection_tables(report), sep="\n")
+
+
+def _draw_model(model: Path, plot: Path, text: str) -> None:
+    """The picture of a packed file, or of the newest save of a run, whose masters it shows too."""
+    from bitnet.bench.plot import check_target
+    from bitnet.packed import build, read_packed
+    from bitnet.picture import draw
+    from bitnet.train.run import Run
+
+    check_target(plot)
+    run = Run(model)
+    if run.exists():
+        draw(run.load()[0], run.tokenizer(), text, plot, model.name)
+    else:
+        packed = read_packed(model)
+        draw(build(packed), packed.tokenizer, text, plot, model.name)
+    typer.echo(f"bitnet: wrote {plot}", err=True)
 
 
 @app.command(cls=_Verb)

@@ -136,6 +136,21 @@ def read_packed(path: str | Path) -> PackedModel:
         ) from error
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The config in a packed file's header; nothing else is read. Raises BitNetError for anything but a packed file."""
+    if not path.is_file():
+        raise BitNetError(f"model: got nothing to read at '{path}', expected a packed model file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+        _check_header(path, metadata, names)
+        return ModelConfig.from_dict(json.loads(metadata["config"]))
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BitNetError):
+            raise
+        raise BitNetError(f"{path}: got a file that cannot be read ({error}), expected a packed model") from error
+
+
 ENGINES = ("auto", "cpu", "torch", "triton")
 
 

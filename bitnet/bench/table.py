@@ -1,0 +1,120 @@
+"""Results for a person (Markdown, as llama-bench prints it) and for a spreadsheet (CSV)."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 0) -> str:
+    """A Markdown table whose columns also line up as text; all but the first `left` columns are numbers."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        return "| " + " | ".join(padded) + " |"
+
+    ruler = ("-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    return "\n".join([line(cells[0]), "| " + " | ".join(ruler) + " |", *map(line, cells[1:])])
+
+
+def size(count: float) -> str:
+    """Bytes with three digits."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{digits(count / unit)} {name}"
+    return f"{count:.0f} B"
+
+
+def digits(value: float) -> str:
+    """Three digits, more before the point where there are more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _bound(row: Row) -> str:
+    """What stands in the way, and how fast that is."""
+    if row["limit_by"] is None:
+        return "unknown"
+    if row["limit_by"] in ("memory", "cache"):
+        return f"{row['limit_by']} {digits(row['bandwidth_gigabytes_per_second'])} GB/s"
+    return f"{row['limit_by']} {digits(row['peak_gigamacs_per_second'])} GMAC/s"
+
+
+def _optional(key: str, show: Callable[[float], str]) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) is None else show(row[key])
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("model", lambda row: row["model"]),
+    ("backend", lambda row: row["backend"]),
+    ("test", lambda row: row["test"]),
+    ("size", lambda row: size(row["model_size"])),
+    ("params", lambda row: f"{digits(row['n_params'] / 1e6)} M"),
+    ("threads", lambda row: str(row["threads"])),
+    ("t/s", lambda row: f"{digits(row['median_ts'])} ± {digits(row['stddev_ts'])}"),
+    ("first token ms", _optional("first_token_ms", digits)),
+    ("read a token", lambda row: size(row["bytes_per_token"])),
+    ("GB/s", lambda row: digits(row["read_gigabytes_per_second"])),
+    ("bound by", _bound),
+    ("% of it", _optional("percent_of_limit", lambda value: f"{value:.0f}")),
+    ("memory", lambda row: size(row["model_memory_bytes"])),
+    ("load s", lambda row: digits(row["load_seconds"])),
+    ("J/token", _optional("joules_per_token", lambda value: f"{value:.3g}")),
+    ("$/M tokens", _optional("dollars_per_million", lambda value: f"{value:.3g}")),
+)
+_WORDS = 3  # columns at the left that are words
+
+
+def results_table(rows: list[Row]) -> str:
+    """The rows as a Markdown table; a column that no row fills is left out."""
+    cells = [[show(row) for _, show in COLUMNS] for row in rows]
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
+    return markdown([COLUMNS[i][0] for i in kept], [[row[i] for i in kept] for row in cells], _WORDS)
+
+
+_LEGEND = (
+    "median ± standard deviation of {} rounds; memory: most resident bytes above the interpreter and its libraries; "
+    "bound by: the larger of bytes over bandwidth and multiply-adds over peak"
+)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """What the figures were measured on, in one line."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; bitnet {machine['bitnet']}, torch {machine['torch']}, Python "
+        f"{machine['python']}, {machine['date']}"
+    )
+
+
+def notes(document: dict[str, Any]) -> list[str]:
+    """What has to be said beside the table, a line each."""
+    machine = document["machine"]
+    found = [
+        machine_line(machine),
+        _LEGEND.format(document["repetitions"]),
+        *(f"{name}: {what}" for name, what in {row["backend"]: row["what"] for row in document["results"]}.items()),
+    ]
+    off = document["bandwidth_off_median"]
+    verdict = "" if document["steady"] else f": the machine is unsteady, more than {document['steady_within']:.0%} off"
+    found.append(f"read bandwidth within {off:.0%} of its median between rounds{verdict}")
+    if document["stolen"] >= 0.01:
+        found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
+    return found + document["notes"]
+
+
+def as_markdown(document: dict[str, Any]) -> str:
+    """The table and its notes."""
+    return "\n".join([results_table(document["results"]), "", *(f"- {note}" for note in notes(document))])
+
+
+def as_csv(rows: list[Row]) -> str:
+    """All figures of all rows but the single samples."""
+    keys = [key for key in rows[0] if key != "samples_ts"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
