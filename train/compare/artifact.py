@@ -59,7 +59,7 @@ def write_model(
     if builder == "torchao":
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-        halves = [name for name, value in state.items() if getattr(value, "target_dtype", None) is torch.int4]
+        halves = [name for name, value in state.items() if getattr(value, "target_dtype", None) is torch.int4]  # type: ignore[attr-defined]
         state, layout = flatten_tensor_state_dict(state)
         for name in halves:
             state[_codes(name)] = pack_nibbles(state[_codes(name)])

@@ -27,6 +27,7 @@ def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
         raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     rows = [row for row in report["results"] if row["status"] == "ok"]
     if not rows:
@@ -45,7 +46,7 @@ def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
         _label(figure, axis, [(row["file_bytes"] / 1e6, row[key], row["method"]) for row in rows])
     families = list(dict.fromkeys(row["family"] for row in rows))
     handles = [
-        plt.Line2D([], [], linestyle="", color=_LOOKS[f][0], marker=_LOOKS[f][1], markersize=8, label=_LOOKS[f][2])
+        Line2D([], [], linestyle="", color=_LOOKS[f][0], marker=_LOOKS[f][1], markersize=8, label=_LOOKS[f][2])
         for f in families
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -52,8 +52,8 @@ def head(report: dict[str, Any]) -> list[str]:
     models = (
         f"{report['parameters'] / 1e6:.1f}M parameters, {report['models']['steps']:,} steps on "
         f"{report['models']['tokens'] / 1e6:.1f}M tokens; scored on {text['tokens']:,} tokens "
-        f"({text['bytes'] / 1e6:.2f} MB) of {', '.join(text['data'])} in windows of {text['context']}; KL (nats a token) "
-        f"and top-1 to the float twin over {text['compared_positions']:,} positions"
+        f"({text['bytes'] / 1e6:.2f} MB) of {', '.join(text['data'])} in windows of {text['context']}; "
+        f"KL (nats a token) and top-1 to the float twin over {text['compared_positions']:,} positions"
     )
     speeds = (
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['date']}; tokens/s: prefill of "

@@ -80,7 +80,10 @@ def activation_ranges(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 def _int4_base() -> Any:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
 
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(_GROUP))
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        weight_granularity=PerGroup(_GROUP),
+    )
 
 
 _INT4 = f"weights int4, a scale for {_GROUP}; activations int8; two to a byte in the file, a byte each in memory"
