@@ -1,5 +1,7 @@
 """The models a comparison is about: a ternary run, its float twin, and a 1-bit run where there is one."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +73,21 @@ def _facts(path: Path, linear: str) -> dict[str, Any]:
         )
     return {
         "tokenizer": manifest.tokenizer_sha256,
-        "data": manifest.fingerprint,
+        # Of the tokens themselves; the manifest's fingerprint knows the dates of the text files too.
+        "data": _digest(shard.sha256 for shard in manifest.train.shards),
         "steps": save.step,
         "tokens": save.state["tokens"],
         "model": {key: value for key, value in asdict(model.config).items() if key != "linear"},
     }
 
 
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 _WORDS = {
     "tokenizer": "tokenizer checksum",
-    "data": "fingerprint of the training data",
+    "data": "fingerprint of the training tokens",
     "steps": "steps trained",
     "tokens": "tokens trained on",
 }
