@@ -168,7 +168,7 @@ def test_no_undeclared_dependency() -> None:
     for extra in project()["optional-dependencies"].values():
         declared |= requirement_names(extra)
     siblings = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # scripts that share code by file name
-    contenders = imported_roots("benchmarks") & {"llama_cpp", "gguf"}  # measured against, never needed to run
+    contenders = imported_roots("benchmarks", "train") & {"llama_cpp", "gguf"}  # measured against, never needed to run
     unknown = imported_roots(*ROOMS) - declared - set(sys.stdlib_module_names) - {"bitnet"} - siblings - contenders
     assert not unknown, f"imported but not in pyproject.toml: {sorted(unknown)}"
 
@@ -188,6 +188,10 @@ VERBS = {
         *("--engine", "--head", "--cache"),
     },
     "eval": {"-m", "--data", "--json", "--engine", "--head", "--cache"},
+    "compare": {
+        *("--twin", "--binary", "--data", "--methods", "-o", "--plot", "--max-tokens", "--kl-tokens", "--qat-steps"),
+        *("--rounds", "--llama", "--keep", "-t", "--json"),
+    },
     "inspect": {"--json"},
     "export": {"-o", "--to", "--type", "--json"},
     "import": {"-o", "--tokenizer", "--weight-scale", "--json"},

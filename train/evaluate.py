@@ -69,8 +69,8 @@ def summarize(nats: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> Evalua
     """Join windows: nats, scored tokens and bytes of each, all of shape [windows]."""
     scored = tokens > 0
     nats, tokens, sizes = nats[scored], tokens[scored], sizes[scored]
-    loss, loss_error = _ratio(nats, tokens)
-    per_byte, per_byte_error = _ratio(nats, sizes)
+    loss, loss_error = ratio(nats, tokens)
+    per_byte, per_byte_error = ratio(nats, sizes)
     # A loss beyond 700 nats has no perplexity that a float can hold.
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(
@@ -84,7 +84,7 @@ def summarize(nats: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> Evalua
     )
 
 
-def _ratio(total: np.ndarray, weight: np.ndarray) -> tuple[float, float | None]:
+def ratio(total: np.ndarray, weight: np.ndarray) -> tuple[float, float | None]:
     """sum(total) / sum(weight) and its standard error, linearised (Cochran 1977, chapter 6)."""
     n = len(weight)
     if weight.sum() == 0:

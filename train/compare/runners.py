@@ -1,0 +1,146 @@
+"""One way to drive what the methods made: time it, score text with it, ask what memory it took.
+
+Dimensions: B windows, T time, V vocabulary.
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet.engine import Engine, TorchEngine
+from bitnet.packed import load
+from bitnet.train.compare import llama
+from bitnet.train.compare.artifact import Artifact, read_model
+from bitnet.train.compare.llama_child import memory
+from bitnet.train.compare.methods import Settings
+
+
+class Runner(Protocol):
+    """A loaded model."""
+
+    def time(self, ids: Tensor, prefill: int) -> dict[str, float]:
+        """Seconds of reading the first `prefill` of ids [T], and of reading the rest one by one."""
+
+    def score(self, ids: Tensor) -> Tensor:
+        """Ids [B, T] -> logits [B, T, V] fp32."""
+
+    def facts(self) -> dict[str, Any]:
+        """peak, before: bytes of the process at most, and before it loaded the model; and what else there is to say."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class EngineRunner:
+    """One of our engines: torch modules, or a packed file."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._autocast: torch.dtype | None = None
+        self._before = memory("VmRSS")
+        self.engine: Engine
+        if artifact.runner == "torch":
+            model, self._autocast = read_model(Path(artifact.path))
+            self.engine = TorchEngine(model)
+        else:
+            self.engine = load(artifact.path, torch.device("cpu"))
+
+    def _context(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast)
+
+    def time(self, ids: Tensor, prefill: int) -> dict[str, float]:
+        session = self.engine.session(1, len(ids))
+        with self._context():
+            started = time.perf_counter()
+            session.prefill(ids[None, :prefill])
+            read = time.perf_counter()
+            for token in ids[prefill:]:
+                session.decode(token[None])
+            return {"prefill": read - started, "decode": time.perf_counter() - read}
+
+    def score(self, ids: Tensor) -> Tensor:
+        with self._context():
+            return self.engine.logits(ids)
+
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"peak": memory("VmHWM"), "before": self._before, "engine": self.engine.name}
+        if isinstance(self.engine, TorchEngine):
+            facts["operators"] = self._operators()
+        else:
+            facts["instruction_set"] = getattr(self.engine, "instruction_set", None)
+        return facts
+
+    def _operators(self) -> dict[str, str]:
+        """The torch operator that takes most of the time of a prefill and of a decoded token: which kernel runs."""
+        ids = torch.zeros(33, dtype=torch.int64)
+        session = self.engine.session(1, len(ids))
+        found = {}
+        with self._context():
+            for name, part in (("prefill", ids[:32]), ("decode", ids[32:])):
+                with torch.profiler.profile() as profile:
+                    session.prefill(part[None])
+                longest = max(profile.key_averages(), key=lambda event: event.self_cpu_time_total)
+                found[name] = longest.key
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+class LlamaRunner:
+    """llama.cpp in a child process."""
+
+    def __init__(self, artifact: Artifact, settings: Settings, context: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="bitnet-llama-")
+        self._logits = Path(self._folder.name) / "logits"
+        self._logits.touch()
+        command = [llama.python(settings), str(llama.CHILD), "serve", artifact.path, str(settings.threads)]
+        self._child = subprocess.Popen(
+            [*command, str(context), str(self._logits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def _ask(self, **command: Any) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(json.dumps(command) + "\n")
+        self._child.stdin.flush()
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama.cpp ended with code {self._child.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def time(self, ids: Tensor, prefill: int) -> dict[str, float]:
+        return self._ask(do="time", ids=ids.tolist(), prefill=prefill)
+
+    def score(self, ids: Tensor) -> Tensor:
+        self._ask(do="score", rows=ids.tolist())
+        values = np.fromfile(self._logits, dtype=np.float32)
+        return torch.from_numpy(values).view(*ids.shape, -1)
+
+    def facts(self) -> dict[str, Any]:
+        return self._ask(do="memory")
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait(timeout=60)
+        self._folder.cleanup()
+
+
+def open_runner(artifact: Artifact, settings: Settings, context: int) -> Runner:
+    """Load what a method made."""
+    if artifact.runner == "llama":
+        return LlamaRunner(artifact, settings, context)
+    return EngineRunner(artifact)

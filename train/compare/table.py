@@ -1,0 +1,86 @@
+"""The report of `bitnet compare` as a table for a terminal."""
+
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bitnet.tables import plus_minus
+
+_COLUMNS = (
+    "method", "MB", "bits/weight", "bits/byte", "more than twin", "KL", "top-1", "prefill t/s", "decode t/s",
+    "model MB", "library", "note",
+)  # fmt: skip
+
+
+WIDTH = 240  # characters, where the output is no terminal: nothing is folded away in a log
+
+
+def comparison_tables(report: dict[str, Any]) -> list[RenderableType]:
+    """The head, the measured rows, and what could not run."""
+    rows = report["results"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in _COLUMNS:
+        words = column in ("method", "library", "note")
+        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    family = ""
+    for row in (row for row in rows if row["status"] == "ok"):
+        if family and family != row["family"]:
+            table.add_section()
+        family = row["family"]
+        table.add_row(*_cells(row))
+    parts: list[RenderableType] = [Text(line) for line in head(report)]
+    parts.append(table)
+    rest = [row for row in rows if row["status"] != "ok"]
+    if rest:
+        missing = Table(title="not measured", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("method", "status", "why"):
+            missing.add_column(column, overflow="fold")
+        for row in rest:
+            style = "bold red" if row["status"] == "failed" else "dim"
+            missing.add_row(row["title"], Text(row["status"], style=style), Text(row["note"]))
+        parts.append(missing)
+    return parts
+
+
+def head(report: dict[str, Any]) -> list[str]:
+    """What was compared, on what, in two lines."""
+    machine, text, timing = report["machine"], report["text"], report["timing"]
+    runs = timing["rounds"] * timing["repeats"]
+    models = (
+        f"{report['parameters'] / 1e6:.1f}M parameters, {report['models']['steps']:,} steps on "
+        f"{report['models']['tokens'] / 1e6:.1f}M tokens; scored on {text['tokens']:,} tokens "
+        f"({text['bytes'] / 1e6:.2f} MB) of {', '.join(text['data'])} in windows of {text['context']}; "
+        f"KL (nats a token) and top-1 to the float twin over {text['compared_positions']:,} positions"
+    )
+    speeds = (
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['date']}; tokens/s: prefill of "
+        f"{timing['prefill']}, then {timing['decode']} one by one, medians of {runs}; model MB: memory at most, less "
+        "what the runtime took before it loaded the model"
+    )
+    return [models, speeds]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str | Text, ...]:
+    more = row["more_than_twin"]
+    return (
+        row["title"],
+        f"{row['file_bytes'] / 1e6:.2f}",
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['bits_per_byte']:.4f}{plus_minus(row['bits_per_byte_error'], 4)}",
+        f"{more:+.4f}{plus_minus(row['more_than_twin_error'], 4)}" if row["method"] != "fp32" else "",
+        kl(row["kl"]) if row["method"] != "fp32" else "",
+        f"{row['top1']:.1%}" if row["method"] != "fp32" else "",
+        f"{row['prefill_tokens_per_second']:,.0f}",
+        f"{row['decode_tokens_per_second']:,.0f}",
+        f"{row['model_bytes'] / 1e6:.0f}",
+        Text(row["library"]),
+        Text(row["note"]),
+    )
+
+
+def kl(value: float) -> str:
+    """A divergence in as many digits as say something."""
+    return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}"
