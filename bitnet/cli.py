@@ -142,7 +142,8 @@ def train(
         str | None, typer.Option(help="sentencepiece or char. Default: sentencepiece.", show_default=False)
     ] = None,
     documents: Annotated[
-        str | None, typer.Option(help="What a document is: file, line, paragraph.", show_default=False)
+        str | None,
+        typer.Option(help="What a document is: file, line, paragraph, row (of data sets).", show_default=False),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences a micro-batch. Default: 16.", show_default=False)
@@ -404,7 +405,7 @@ def evaluate(
     context: Context = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="Score only the first N tokens; 0: all.")] = 0,
     documents: Annotated[
-        str, typer.Option(help="What a document is: file, line, paragraph; best as in training.")
+        str, typer.Option(help="What a document is: file, line, paragraph, row; best as in training.")
     ] = "file",
     threads: Threads = 0,
     device: Device = "auto",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from bitnet.errors import BitNetError
 from bitnet.schema import check_choice, check_types
+from bitnet.train.hub_data import is_dataset
 from bitnet.train.sources import (
     CHUNK,
     COMPRESSED,
@@ -37,9 +38,11 @@ _log = logging.getLogger("bitnet")
 class DataConfig:
     """What to learn from.
 
-    paths: files, folders (all files below), globs, "-" for standard input; none means the Python standard library.
+    paths: files, folders (all files below), globs, "-" for standard input, "datasets:NAME" (bitnet/train/hub_data.py);
+        none means the Python standard library.
     val_paths: the same, for validation; then all of `paths` trains.
-    documents: what one document is: a "file", a "line", or a "paragraph" (between blank lines).
+    documents: what one document is: a "file", a "line", a "paragraph" (between blank lines), or, of data sets only, a
+        "row".
     val_fraction: share of the text held back for validation, above 0 and below 1; unused with val_paths. Documents are
         held back whole, drawn by a hash. Where no choice of whole files comes within a factor of three of the share
         (one file, two equal ones, one that outweighs the rest), the last val_fraction of each file is held back.
@@ -52,13 +55,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        check_choice(self, "data", "documents", ("file", "line", "paragraph"))
+        check_choice(self, "data", "documents", ("file", "line", "paragraph", "row"))
         if not 0 < self.val_fraction < 1:
             raise BitNetError(
                 f"data.val_fraction: got {self.val_fraction}, expected above 0 and below 1; 0.02 suits most corpora"
             )
+        check_documents(self.paths + self.val_paths, self.documents)
         if (self.paths + self.val_paths).count(STANDARD_INPUT) > 1:
             raise BitNetError("data.paths: got '-' more than once, expected it once; standard input ends only once")
+
+
+def check_documents(paths: tuple[str, ...], documents: str) -> None:
+    """Raise BitNetError where rows are asked of files, or other documents of a data set."""
+    if documents == "row" and not (paths and all(is_dataset(path) for path in paths)):
+        raise BitNetError("data.documents: got 'row' for files, expected file, line or paragraph: data sets have rows")
+    if documents != "row" and (named := [path for path in paths if is_dataset(path)]):
+        raise BitNetError(f"data.documents: got '{documents}' for {named[0]}, expected 'row' (--documents row)")
 
 
 class Piece(NamedTuple):
@@ -193,6 +205,8 @@ def cut_after_newlines(parts: Iterable[str]) -> Iterator[str]:
 
 
 def _documents(source: Source, kind: str) -> Iterator[Piece]:
+    if source.rows:
+        return _rows(source)
     if kind == "file":
         return _whole(read_text(source), source.name)
     return _lines(source) if kind == "line" else _paragraphs(source)
@@ -203,6 +217,12 @@ def _whole(parts: Iterable[str], name: str) -> Iterator[Piece]:
     for text in cut_after_newlines(parts):
         yield Piece(begins, text, name)
         begins = False
+
+
+def _rows(source: Source) -> Iterator[Piece]:
+    with source.path.open(encoding="utf-8") as file:
+        for line in file:
+            yield from _whole([json.loads(line)], source.name)
 
 
 def _lines(source: Source) -> Iterator[Piece]:

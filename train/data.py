@@ -28,6 +28,7 @@ from bitnet.errors import BitNetError
 from bitnet.tokenizer import Tokenizer, train_char, train_sentencepiece
 from bitnet.train.corpus import Corpus, DataConfig, Piece, open_corpus
 from bitnet.train.evaluate import IGNORED
+from bitnet.train.hub_data import is_dataset
 from bitnet.train.shards import (
     VERSION,
     Manifest,
@@ -54,7 +55,7 @@ LISTED_SOURCES = 1000  # names kept in the manifest; the count is complete
 BATCH_LOGITS = 16_000_000  # of a scored batch, 64 MB in fp32: they, not the weights, would fill the memory
 BATCH_WINDOWS = 32  # small models: their logits would allow hundreds, and hidden states take memory too
 SPOOL = "standard-input"
-OURS = re.compile(r"(train|val)-\d{5}\.bin|tokenizer\.model|manifest\.json|" + SPOOL)
+OURS = re.compile(r"(train|val)-\d{5}\.bin|tokenizer\.model|manifest\.json|" + SPOOL + "(-[0-9a-f]{16})?")
 
 Report = Callable[[str, int, int | None], None]  # stage, bytes done, bytes in all or None
 _log = logging.getLogger("bitnet")
@@ -135,7 +136,8 @@ def _reuse(out: Path, config: DataConfig, settings: str, made_with: list[str]) -
             f"{out}: got a dataset made with other data or tokenizer settings, expected those asked for; leave them as "
             "they were, or choose another folder (--out)"
         )
-    if STANDARD_INPUT not in config.paths + config.val_paths:  # that may not end, and is read only once
+    named = config.paths + config.val_paths
+    if not any(path == STANDARD_INPUT or is_dataset(path) for path in named):  # read once, and never again
         try:
             corpus = _open_corpus(config, out, out.with_name(out.name + ".tmp"))
         except (BitNetError, OSError):
@@ -210,7 +212,8 @@ def _write(
         sources=tuple(NamedSize(source.name, source.size) for source in corpus.sources[:LISTED_SOURCES]),
     )
     (work / "manifest.json").write_text(manifest.to_json())
-    (work / SPOOL).unlink(missing_ok=True)
+    for spool in work.glob(f"{SPOOL}*"):
+        spool.unlink()
     sync(work / "tokenizer.model")
     sync(work / "manifest.json")
     sync(work)

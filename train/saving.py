@@ -31,7 +31,8 @@ class _Pending:
     step: int
     state: Mapping[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    error: BaseException | None = None
+    written: bool = False
+    error: OSError | None = None
     thread: threading.Thread | None = None
 
 
@@ -85,13 +86,11 @@ class Saver:
 
     def _finish(self, pending: _Pending) -> None:
         processes = self._processes
-        interrupted = pending.error is not None and not isinstance(pending.error, OSError)
-        failed = interrupted or processes.largest(int(pending.error is not None))
-        if failed:
+        if processes.largest(int(not pending.written)):
             if processes.first:
                 shutil.rmtree(pending.work, ignore_errors=True)  # half a save on a full disk would keep it full
             raise pending.error or BitNetError(
-                "train: another process could not write its share of a save; see its line"
+                "train: a process could not write its share of a save; its own last line says why"
             )
         parts = processes.gather(pending.files)
         if not processes.first:
@@ -109,8 +108,9 @@ class Saver:
 def _write(pending: _Pending, groups: Groups, shard: int | None, first_rows: Mapping[str, int] | None) -> None:
     try:
         pending.files = checkpoint.write_files(pending.work, groups, shard, first_rows)
-    except BaseException as error:
+        pending.written = True
+    except OSError as error:
         pending.error = error
-        if pending.thread is None and not isinstance(error, OSError):
-            shutil.rmtree(pending.work, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(pending.work, ignore_errors=True)
+        raise  # in a thread it is printed there; `_finish` sees that nothing was written

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from bitnet.errors import BitNetError
+from bitnet.train.hub_data import is_dataset, spool_rows
 
 CHUNK = 1 << 20  # bytes read at a time: large enough that Python's overhead is gone, small beside any memory
 STANDARD_INPUT = "-"
@@ -49,13 +50,19 @@ class Source:
     size: int  # bytes on disk
     stamp: str  # changes when the content does: path and modification time, or sha256 of standard input
     python: bool = False  # decode as the coding cookie says, not as UTF-8
+    rows: bool = False  # a JSON string a line, each a document
 
 
 def find_sources(names: Iterable[str], spool: Path, skip: frozenset[Path] = frozenset()) -> tuple[Source, ...]:
     """The non-empty files behind `names`, each once, in the order of the names and sorted within a folder or glob."""
     found: dict[str, Source] = {}
     for name in names:
-        sources = [_spool(spool)] if name == STANDARD_INPUT else _expand(name, skip)
+        if is_dataset(name):
+            # By name, not by number: train and validation come through here one after the other.
+            path = spool.with_name(f"{spool.name}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+            sources = [Source(path, name, *spool_rows(name, path), rows=True)]
+        else:
+            sources = [_spool(spool)] if name == STANDARD_INPUT else _expand(name, skip)
         for source in sources:
             if source.size:
                 found.setdefault(source.stamp, source)
