@@ -85,8 +85,8 @@ def load_for_text(
     model: Path,
     device: torch.device,
     context: int = 0,
-    *,
     loaded: Callable[[int], None] = lambda layer: None,
+    /,
     **options: str,
 ) -> tuple[Engine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).

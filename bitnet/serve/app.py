@@ -167,7 +167,7 @@ def build_app(service: Service, key: str | None = None, hosts: frozenset[str] | 
     )
     app.router.redirect_slashes = False  # a redirect would be built from the Host header
     app.state.service = service
-    return Guard(app, service.metrics, routes, key, hosts)  # type: ignore[arg-type]
+    return Guard(app, service.metrics, routes, key, hosts)
 
 
 def _service(request: Request) -> Service:
@@ -261,8 +261,7 @@ async def _run(request: Request, jobs: list[Job], reply: Reply, wishes: Wishes, 
 def deliver(events: Sequence[tuple[Job, Event]]) -> None:
     """Put events into the boxes of their requests. Called on the event loop with what the scheduler posted."""
     for job, event in events:
-        box, index = job.key  # type: ignore[misc]
-        box.put_nowait((index, event))
+        job.key[0].put_nowait((job.key[1], event))
 
 
 async def _whole(request: Request, jobs: list[Job], box: Any, reply: Reply, usage: Usage) -> Response:

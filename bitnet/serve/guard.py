@@ -69,7 +69,7 @@ class Guard:
         try:
             self._check(scope)
         except RequestError as error:
-            await error_reply(error)(scope, receive, send_guarded)  # type: ignore[arg-type]
+            await error_reply(error)(scope, receive, send_guarded)
             return
         await self._app(scope, receive, send_guarded)
 

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Job:
     ends: frozenset[int] = frozenset()
     top: int | None = None  # alternatives for each token; None: no log-probabilities
     echo: str | None = None  # the prompt's text, to be sent first; its tokens are scored where `top` is set
-    key: object = None  # the caller's: where its events belong
+    key: Any = None  # the caller's: where its events belong
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
 

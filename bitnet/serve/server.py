@@ -239,7 +239,7 @@ class _Run:
     def _load(self, call: Callable[..., None]) -> tuple[Scheduler, Loaded]:
         options, started = self._options, time.perf_counter()
         engine, tokenizer, limit = load_for_text(
-            self._model, self._device, options.context, loaded=self._check_stop, **self._engine
+            self._model, self._device, options.context, self._check_stop, **self._engine
         )
         self._check_stop(0)
         slots = engine.slots(options.slots, limit)
