@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import machine
-
+from bitnet.bench import machine
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
 from bitnet.packed import write_packed

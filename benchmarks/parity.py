@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-import machine
-
+from bitnet.bench import machine
 from bitnet.engine import TorchEngine
 from bitnet.kernels import ops
 from bitnet.packed import load, write_packed

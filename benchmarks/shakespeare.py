@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import machine
-
+from bitnet.bench import machine
 from bitnet.config import ModelConfig
 from bitnet.packed import load, write_packed
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig

@@ -21,8 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import itertools
 
-import machine
-
+from bitnet.bench import machine
 from bitnet.config import PRESETS, preset
 from bitnet.model import Transformer, parameters
 from bitnet.train.config import TrainConfig

@@ -40,7 +40,7 @@ _STYLES = (
     ("#6a5acd", "P", "--"),
     ("#222222", "X", "--"),
 )
-_RANGE, _BINS = 3.0, 96  # histogram of W / s_w: beyond three scales there are under two weights in a hundred
+_RANGE, _BINS = 4.0, 128  # histogram of W / s_w; the few weights beyond four scales are counted and not drawn
 PROMPT = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
@@ -52,7 +52,7 @@ PROMPT = (
 class Figures:
     """What the picture shows. By kind of projection; lists are by layer."""
 
-    bins: dict[str, Tensor]  # counts of W / s_w in _BINS bins over -_RANGE.._RANGE; empty without masters
+    bins: dict[str, Tensor]  # shares of W / s_w in _BINS bins over -_RANGE.._RANGE; empty without masters
     codes: dict[str, tuple[float, float, float]]  # shares of -1, 0, +1
     zeros: dict[str, list[float]]
     ranges: dict[str, list[tuple[float, float]]]  # median and largest absmax of a token
@@ -76,7 +76,7 @@ def measure(model: Transformer, tokenizer: Tokenizer | None, text: str) -> Figur
     counts = {kind: [_counts(layer) for layer in layers] for kind, layers in found.items()}
     shares = {kind: torch.stack(rows).sum(dim=0) for kind, rows in counts.items()}
     bins = {
-        kind: torch.stack([_histogram(layer) for layer in layers if isinstance(layer, BitLinear)]).sum(dim=0)
+        kind: torch.stack([_histogram(layer) for layer in layers if isinstance(layer, BitLinear)]).mean(dim=0)
         for kind, layers in found.items()
         if isinstance(layers[0], BitLinear)
     }
@@ -113,7 +113,7 @@ def _counts(layer: nn.Module) -> Tensor:
 
 def _histogram(layer: BitLinear) -> Tensor:
     weight = layer.weight.float() / layer.quantized_weight().scale
-    return torch.histc(weight.clamp(-_RANGE, _RANGE), _BINS, -_RANGE, _RANGE).double()
+    return torch.histc(weight, _BINS, -_RANGE, _RANGE).double() / weight.numel()
 
 
 def _ids(model: Transformer, tokenizer: Tokenizer | None, text: str) -> tuple[Tensor, str]:
@@ -186,17 +186,17 @@ def _masters(part: Any, figures: Figures) -> None:
     centres = [(i + 0.5) / _BINS * 2 * _RANGE - _RANGE for i in range(_BINS)]
     width = 2 * _RANGE / _BINS
     for axis, kind in zip(axes.flat, KINDS):
-        counts = figures.bins[kind]
-        density = (counts / counts.sum() / width).tolist()
+        density = (figures.bins[kind] / width).tolist()
         colours = ["#8fa9cc" if abs(x) < 0.5 else "#1f4e8c" for x in centres]
         axis.bar(centres, density, width, color=colours)
         axis.set_title(kind, loc="left", fontsize=9, pad=2)
         _plain(axis)
         axis.tick_params(labelsize=7)
-        axis.set_xticks([-2, -1, 0, 1, 2])
+        axis.set_xticks([-3, -1, 1, 3])
     axes.flat[7].set_axis_off()
-    axes.flat[7].text(0, 0.5, "light: becomes 0\ndark: becomes -1 or +1", fontsize=8.5, va="center")
-    part.suptitle("masters before: density of weight / scale", x=0.02, ha="left", fontsize=10)
+    part.suptitle(
+        "masters before, density of weight / scale: light becomes 0, dark -1 or +1", ha="left", x=0.02, fontsize=10
+    )
 
 
 def _codes(axis: Any, figures: Figures) -> None:
@@ -218,8 +218,8 @@ def _codes(axis: Any, figures: Figures) -> None:
     axis.set_xticks(list(places), KINDS)
     axis.set_ylabel("% of the weights", fontsize=9)
     axis.set_title("weights after: -1, 0, +1", loc="left", fontsize=10)
-    axis.margins(y=0.12)
-    axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.14))
+    axis.margins(y=0.25)  # room for the legend
+    axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper right")
     _plain(axis)
 
 
@@ -243,11 +243,14 @@ def _ranges(axis: Any, figures: Figures) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("layer", fontsize=9)
     axis.set_ylabel("largest |x| of a token", fontsize=9)
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.set_title(
-        f"activations in front of a projection: median (solid) and largest (dotted) of {figures.tokens} tokens of "
-        f"{figures.text}",
+        f"activations in front of a projection, {figures.tokens} tokens of {figures.text}:\n"
+        "median token (solid), largest (dotted)",
         loc="left",
-        fontsize=9,
+        fontsize=10,
     )
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axis)

@@ -102,7 +102,7 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
 
 
 def _without_folder(word: str) -> str:
-    """A word of the command line for the record: of absolute paths only the name, whose machine is nobody's business."""
+    """A word of the command line for the record: of an absolute path only the name."""
     option, equals, value = word.rpartition("=")
     return option + equals + (Path(value).name if value.startswith("/") else value)
 

@@ -7,11 +7,11 @@ logits of the last position only. Linears in one of two ways:
     int8    weights int8 a tensor (ternary codes are: nothing is lost), activations int8 a token, rounded as they come.
             The head has a scale a row.
 
-Both are oneDNN's products on weights that are brought into its own layout at load, which is what torch.compile makes of
-a frozen model: up to three times as fast as F.linear and torch._int_mm, which stand in where torch has no oneDNN.
+Both are oneDNN's products on weights brought into its own layout at load, which is what torch.compile makes of a
+frozen model: up to three times as fast as F.linear and torch._int_mm, which stand in without oneDNN.
 
-Norms, rotary positions, attention and the residual stream are bf16 in both. Speed alone is asked of it: its text is that
-of the model up to rounding, which tests/test_bench.py checks.
+Norms, rotary positions, attention and the residual stream are bf16 in both. Its logits are the model's up to that
+rounding, which tests/test_bench.py checks.
 
 Dimensions: B batch, T time, D model, V vocabulary, H heads, G key/value heads, E width of a head.
 """

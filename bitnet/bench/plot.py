@@ -38,6 +38,7 @@ def pyplot() -> Any:
         ) from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "bitnet"  # the same picture is the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a fifth of the size
     import matplotlib.pyplot as plt
 
     return plt

@@ -68,11 +68,16 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 _WORDS = 3  # columns at the left that are words
 
 
+def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the results; a column that no row fills is left out."""
+    shown = [[show(row) for _, show in COLUMNS] for row in rows]
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in shown)]
+    return [COLUMNS[i][0] for i in kept], [[row[i] for i in kept] for row in shown]
+
+
 def results_table(rows: list[Row]) -> str:
-    """The rows as a Markdown table; a column that no row fills is left out."""
-    cells = [[show(row) for _, show in COLUMNS] for row in rows]
-    kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
-    return markdown([COLUMNS[i][0] for i in kept], [[row[i] for i in kept] for row in cells], _WORDS)
+    """The rows as a Markdown table."""
+    return markdown(*cells(rows), _WORDS)
 
 
 _LEGEND = (

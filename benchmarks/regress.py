@@ -1,0 +1,181 @@
+"""Is it slower than it was? Two results of `bitnet bench -o json` compared: python benchmarks/regress.py OLD NEW
+
+A script that measures nothing, not an option of the verb: it compares two documents, so that the same pair gives the
+same answer anywhere, and what it guards is this repository's business, not a user's.
+
+Absolute times differ between machines and between days on one, so each row is compared by a ratio that both runs share:
+
+    reference    t/s over t/s of the first contender that is not ours (--reference picks another), same test, same run
+    limit        per cent of what the machine allowed in that run, where there is no reference in both
+    absolute     t/s, where there is neither and both runs come from the same CPU
+
+A row is slower when the new ratio over the old one is below 1 - max(FLOOR, 3 sigma). sigma is the standard error of
+that quotient: of each median 1.25 s / sqrt(n) from its own run's spread. FLOOR is what runs of one build differ by
+beyond their own spread: caches, pages and neighbours that stay for a whole run.
+
+A bound below 1 - TOO_NOISY says nothing: such a row is called noisy.
+
+Exit code: 0, 1 with the table if a row is slower, 2 for files that cannot be compared or hold nothing but noise.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitnet.bench.table import digits, markdown
+from bitnet.errors import BitNetError
+
+FLOOR = 0.05
+TOO_NOISY = 0.30
+_SIGMAS = 3.0
+_MEDIAN = 1.25  # a median's standard error over a mean's, for normal noise
+Row = dict[str, Any]
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row in both runs. `change` is new over old, `bound` the least that passes."""
+
+    key: Key
+    by: str
+    old: float
+    new: float
+    change: float
+    bound: float
+
+    @property
+    def slower(self) -> bool:
+        """Whether the change is more than noise."""
+        return self.change < self.bound
+
+    @property
+    def noisy(self) -> bool:
+        """Whether only a disaster would show."""
+        return self.bound < 1 - TOO_NOISY
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A bench document: the last line of the file. Raises BitNetError for anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
+        rows = document["results"]
+        if document["benchmark"] != "bench" or not rows:
+            raise BitNetError(
+                f"{path}: got a result of '{document['benchmark']}', expected one of bitnet bench -o json"
+            )
+    except (OSError, IndexError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise BitNetError(
+            f"{path}: got no result of bitnet bench -o json ({error}), expected one; run it again"
+        ) from None
+    return document
+
+
+def key(row: Row) -> Key:
+    """What makes a row the same measurement in another run."""
+    return row["model"], row["backend"], row["threads"], row["test"]
+
+
+def noise(row: Row) -> float:
+    """Standard error of a row's median, relative to it."""
+    count = len(row["samples_ts"])
+    return _MEDIAN * row["stddev_ts"] / row["median_ts"] / math.sqrt(count)
+
+
+def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | None:
+    """The row of another contender in the same test of the same run; never one of ours by default."""
+    for other in document["results"]:
+        same = (other["model"], other["threads"], other["test"]) == (row["model"], row["threads"], row["test"])
+        if same and other["backend"] != row["backend"] and (other["backend"] == name if name else not other["ours"]):
+            return other
+    return None
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], floor: float, reference: str | None = None) -> list[Verdict]:
+    """All rows of ours that are in both runs. Raises BitNetError where there is none, or no ratio to compare by."""
+    before = {key(row): row for row in old["results"]}
+    found = [
+        _verdict(old, new, before[key(row)], row, floor, reference)
+        for row in new["results"]
+        if row["ours"] and key(row) in before
+    ]
+    if not found:
+        raise BitNetError(
+            "regress: the two runs share no row (model, backend, threads, test), expected at least one; repeat the "
+            f"stored command: {' '.join(old['command'])}"
+        )
+    return found
+
+
+def _verdict(
+    old: dict[str, Any], new: dict[str, Any], before: Row, after: Row, floor: float, name: str | None
+) -> Verdict:
+    other = reference_of(old, before, name)
+    again = next((row for row in new["results"] if other and key(row) == key(other)), None)
+    rows = [before, after]
+    if other and again:
+        by, values = (
+            other["backend"],
+            (before["median_ts"] / other["median_ts"], after["median_ts"] / again["median_ts"]),
+        )
+        rows += [other, again]
+    elif before["percent_of_limit"] and after["percent_of_limit"]:
+        by, values = "% of limit", (before["percent_of_limit"], after["percent_of_limit"])
+    elif old["machine"]["cpu"] == new["machine"]["cpu"]:
+        by, values = "t/s", (before["median_ts"], after["median_ts"])
+    else:
+        raise BitNetError(
+            f"regress: {' '.join(map(str, key(after)))}: got two machines and nothing to compare by, expected a "
+            "reference contender in both runs (--against torch-bf16) or a known limit"
+        )
+    sigma = math.sqrt(sum(noise(row) ** 2 for row in rows))
+    return Verdict(key(after), by, *values, values[1] / values[0], 1 - max(floor, _SIGMAS * sigma))
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """The comparison for a person, the worst first."""
+    header = ("model", "backend", "threads", "test", "compared by", "old", "new", "change", "bound", "verdict")
+    rows = [
+        (
+            *map(str, one.key),
+            one.by,
+            digits(one.old),
+            digits(one.new),
+            f"{one.change - 1:+.1%}",
+            f"{one.bound - 1:+.1%}",
+            "SLOWER" if one.slower else "noisy" if one.noisy else "ok",
+        )
+        for one in sorted(verdicts, key=lambda one: one.change - one.bound)
+    ]
+    return markdown(header, rows, 2)
+
+
+def main() -> int:
+    """Compare, print the table. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--floor", type=float, default=FLOOR, help=f"least change that counts; default {FLOOR}")
+    parser.add_argument("--reference", metavar="BACKEND", help="contender to compare with; default: the first not ours")
+    options = parser.parse_args()
+    try:
+        verdicts = compare(read(options.old), read(options.new), options.floor, options.reference)
+    except BitNetError as error:
+        print(f"regress: error: {error}", file=sys.stderr)
+        return 2
+    print(table(verdicts))
+    if all(one.noisy for one in verdicts):
+        print(
+            "regress: error: got runs too noisy to compare; repeat them on a quiet machine or with -r 10",
+            file=sys.stderr,
+        )
+        return 2
+    return int(any(one.slower for one in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

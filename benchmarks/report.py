@@ -1,0 +1,269 @@
+"""Stored results as one page: python benchmarks/report.py [RESULTS] [-o FOLDER]
+
+Reads every JSON file of benchmarks/results (or another folder) and writes report.md and report.html, with pictures
+beside them: what was measured, on which machine, with which versions and command. Results of `bitnet bench` get its
+table, roofline and comparison; any other file gets tables of its figures, and the pictures beside it under its name
+(2026-11-21-compare.json: 2026-11-21-compare*.svg or .png).
+"""
+
+import argparse
+import html
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitnet.bench import plot, table
+from bitnet.errors import BitNetError
+
+RESULTS = Path(__file__).with_name("results")
+_LONG = 60  # characters of a cell, past which a value is cut: the file has it whole
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A paragraph; `code`: a command."""
+
+    text: str
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+    text: str
+
+
+Part = Heading | Line | Grid | Picture
+
+
+def read(folder: Path) -> dict[Path, dict[str, Any]]:
+    """All results of a folder, the newest name first. Raises BitNetError for none and for a file that is no JSON."""
+    found = {}
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        text = path.read_text(encoding="utf-8").strip()
+        try:
+            try:
+                found[path] = json.loads(text)
+            except json.JSONDecodeError:
+                found[path] = json.loads(text.splitlines()[-1])  # output of a run, whose last line is the document
+        except (json.JSONDecodeError, IndexError) as error:
+            raise BitNetError(
+                f"report: {path.name}: got no JSON ({error}), expected a result; remove or mend it"
+            ) from None
+    if not found:
+        raise BitNetError(f"report: got no JSON file in '{folder}', expected results; see benchmarks/")
+    return found
+
+
+def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
+    """One result: what it is, its tables and its pictures, which are written to `out`."""
+    yield Heading(path.stem)
+    if command := document.get("command"):
+        yield Line(" ".join(command) if isinstance(command, list) else str(command), code=True)
+    machine = document.get("machine")
+    if document.get("benchmark") == "bench":
+        yield from _bench(path, document, out)
+        return
+    if isinstance(machine, dict):
+        yield Line(", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in machine.items()))
+    yield from _figures(document)
+    for picture in sorted((*path.parent.glob(f"{path.stem}*.svg"), *path.parent.glob(f"{path.stem}*.png"))):
+        if picture.resolve() != (out / picture.name).resolve():
+            shutil.copyfile(picture, out / picture.name)
+        yield Picture(Path(picture.name), picture.stem)
+
+
+def _bench(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
+    header, rows = table.cells(document["results"])
+    yield Grid(tuple(header), [tuple(row) for row in rows])
+    yield from (Line(note) for note in table.notes(document))
+    for picture in plot.draw(document, out / f"{path.stem}.svg"):
+        yield Picture(Path(picture.name), picture.stem)
+
+
+def _figures(document: dict[str, Any], title: str = "") -> Iterator[Part]:
+    """Any document: single values as one table, and a table of each list or dictionary of dictionaries."""
+    single: list[tuple[str, ...]] = []
+    for key, value in document.items():
+        if not title and key in ("machine", "command", "benchmark"):
+            continue
+        name = f"{title}, {key}".removeprefix(", ").replace("_", " ")
+        if _deep(value):
+            yield from _figures(value, name)
+        elif rows := _rows(value):
+            keys = list(dict.fromkeys(name for row in rows for name in row))
+            yield Line(name)
+            yield Grid(
+                tuple(name.replace("_", " ") for name in keys),
+                [tuple(_cell(row.get(name)) for name in keys) for row in rows],
+            )
+        else:
+            single.append((key.replace("_", " "), _cell(value)))
+    if single:
+        if title:
+            yield Line(title)
+        yield Grid(("figure", "value"), single)
+
+
+def _is_spread(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"median", "low", "high"}
+
+
+def _depth(value: Any) -> int:
+    """Dictionaries inside each other; a median with its quartiles is one value."""
+    if not isinstance(value, dict) or _is_spread(value):
+        return 0
+    return 1 + max((_depth(one) for one in value.values()), default=0)
+
+
+def _deep(value: Any) -> bool:
+    """Whether a value is more than one table."""
+    depth = _depth(value)
+    named = depth and all(_depth(one) for one in value.values())  # a row each
+    return depth > (3 if named else 1)
+
+
+def _rows(value: Any) -> list[dict[str, Any]] | None:
+    """A value as rows of a table, nested values flattened; None for what is none."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return [_flat(one) for one in value]
+    if _depth(value) and value and all(_depth(one) for one in value.values()):
+        return [{"name": name, **_flat(one)} for name, one in value.items()]
+    return [_flat(value)] if _depth(value) and value else None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix} {key}".strip()
+        if isinstance(value, dict) and not _is_spread(value):
+            found |= _flat(value, name)
+        else:
+            found[name] = value
+    return found
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if _is_spread(value):
+        return f"{_cell(value['median'])} ({_cell(value['low'])} to {_cell(value['high'])})"
+    if isinstance(value, list):
+        value = ", ".join(_cell(one) for one in value)
+    text = str(value)
+    return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
+
+
+def as_markdown(page: list[Part]) -> str:
+    """The page as Markdown."""
+    return "\n\n".join(_markdown(part) for part in page) + "\n"
+
+
+def _markdown(part: Part) -> str:
+    match part:
+        case Heading(text):
+            return f"## {text}"
+        case Line(text, code):
+            return f"    {text}" if code else text
+        case Picture(path, text):
+            return f"![{text}]({path})"
+        case Grid(header, rows):
+            safe = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+            return table.markdown(header, safe, _words(rows))
+
+
+def _words(rows: list[tuple[str, ...]]) -> int:
+    """Columns at the left that hold words: all before the first that holds a figure in every row."""
+    columns = list(zip(*rows))
+    for i, column in enumerate(columns):
+        if all(not cell or cell.lstrip("-±")[:1].isdigit() for cell in column):
+            return i
+    return len(columns)
+
+
+_STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th.w, td.w { text-align: left }
+img { max-width: 100%; margin: .5rem 0 } pre { background: #f4f4f4; padding: .5rem; overflow-x: auto }
+h2 { margin-top: 3rem; border-top: 2px solid #444; padding-top: .5rem }"""
+
+
+def as_html(title: str, page: list[Part]) -> str:
+    """The page as HTML, one file but for its pictures."""
+    body = "\n".join(_html(part) for part in page)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>\n{_STYLE}\n</style></head>\n<body>\n'
+        f"<h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _html(part: Part) -> str:
+    match part:
+        case Heading(text):
+            return f"<h2>{html.escape(text)}</h2>"
+        case Line(text, code):
+            tag = "pre" if code else "p"
+            return f"<{tag}>{html.escape(text)}</{tag}>"
+        case Picture(path, text):
+            return f'<img src="{html.escape(str(path))}" alt="{html.escape(text)}">'
+        case Grid(header, rows):
+            words = _words(rows)
+            lines = [_html_row("th", header, words), *(_html_row("td", row, words) for row in rows)]
+            return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _html_row(tag: str, cells: tuple[str, ...], words: int) -> str:
+    marks = ((' class="w"' if i < words else "", html.escape(cell)) for i, cell in enumerate(cells))
+    return "<tr>" + "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in marks) + "</tr>"
+
+
+def write(results: Path, out: Path) -> list[Path]:
+    """Write report.md and report.html into `out`, pictures beside them. Returns both paths."""
+    documents = read(results)
+    out.mkdir(parents=True, exist_ok=True)
+    page = [part for path, document in documents.items() for part in parts(path, document, out)]
+    title = f"Measured: {len(documents)} results"
+    written = {out / "report.md": f"# {title}\n\n{as_markdown(page)}", out / "report.html": as_html(title, page)}
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return list(written)
+
+
+def main() -> int:
+    """Write the page. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("-o", "--out", type=Path, default=Path("build/report"), help="folder; default: build/report")
+    options = parser.parse_args()
+    try:
+        for path in write(options.results, options.out):
+            print(path)
+    except (BitNetError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
