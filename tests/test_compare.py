@@ -1,6 +1,7 @@
 """`bitnet compare`: its formulas against fp64 loops, real files, honest refusals, and one whole run on a tiny pair."""
 
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -325,7 +326,7 @@ def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generat
     assert svg.count("<!-- bitnet-b1.58 -->") == 2  # one label a panel
     from rich.console import Console
 
-    console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
+    console = Console(width=240, record=True, file=io.StringIO())
     console.print(*comparison_tables(report))
     text = console.export_text()
     assert all(row["title"] in text for row in report["results"])
