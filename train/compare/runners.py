@@ -18,7 +18,7 @@ from torch import Tensor
 from bitnet.engine import Engine, TorchEngine
 from bitnet.packed import load
 from bitnet.train.compare import llama
-from bitnet.train.compare.artifact import Artifact, read_model
+from bitnet.train.compare.artifact import Artifact, import_library, read_model
 from bitnet.train.compare.llama_child import memory
 from bitnet.train.compare.methods import Settings
 
@@ -44,6 +44,8 @@ class EngineRunner:
 
     def __init__(self, artifact: Artifact) -> None:
         self._autocast: torch.dtype | None = None
+        if artifact.runner == "torch":
+            import_library(Path(artifact.path))  # which is runtime, not model
         self._before = memory("VmRSS")
         self.engine: Engine
         if artifact.runner == "torch":

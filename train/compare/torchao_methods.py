@@ -103,7 +103,7 @@ def _qat(model: Transformer, pair: Pair, settings: Settings) -> str:
     quantize_(model, QATConfig(_int4_base(), step="prepare"), filter_fn=is_linear)
     train_on(model, pair.training_windows(_QAT_BATCH * settings.qat_steps))
     quantize_(model, QATConfig(_int4_base(), step="convert"), filter_fn=is_linear)
-    return f"{_INT4}; {settings.qat_steps} steps of {_QAT_BATCH} windows of training text"
+    return f"{_INT4}; steps: {settings.qat_steps}, each of {_QAT_BATCH} windows of training text"
 
 
 def train_on(model: nn.Module, windows: Tensor) -> list[float]:
