@@ -158,6 +158,10 @@ def test_files_hold_what_was_quantised(name: str, bits: int, pair: Pair, tmp_pat
             assert ((got - weight).abs() <= 0.51 * step + 1e-6).all(), layer
     rest = sum(p.numel() for p in twin.parameters()) - linears
     least = linears * bits / 8 + 2 * twin.model.embed_tokens.weight.numel()
+    ids = pair.training_windows(2)[:, :-1]
+    with torch.no_grad():
+        divergence = measure.divergence(twin(ids), model(ids))
+    assert 0 < float(divergence.mean()) < 0.1  # it runs, and nearly as the twin does
     assert least < artifact.bytes < least + 4 * rest + linears // 4 + 40_000  # scales, norms, tokenizer, header
 
 

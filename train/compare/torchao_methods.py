@@ -50,7 +50,9 @@ def _static(model: Transformer, pair: Pair, settings: Settings) -> str:
     largest = activation_ranges(model, pair.training_windows(settings.calibration)[:, :-1])
     for name, value in largest.items():
         config = Int8StaticActivationInt8WeightConfig(
-            act_quant_scale=value.clamp(min=1e-12) / 127, granularity=[PerTensor(), PerRow()]
+            # As many dimensions as the activations [B, T, K] have.
+            act_quant_scale=(value.clamp(min=1e-12) / 127).view(1, 1, 1),
+            granularity=[PerTensor(), PerRow()],
         )
         quantize_(model, config, filter_fn=lambda module, path, name=name: path == name)
     return f"weights and activations int8, one scale a layer from {settings.calibration} windows of training text"
