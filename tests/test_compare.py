@@ -1,6 +1,7 @@
 """`bitnet compare`: its formulas against fp64 loops, real files, honest refusals, and one whole run on a tiny pair."""
 
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -157,6 +158,10 @@ def test_files_hold_what_was_quantised(name: str, bits: int, pair: Pair, tmp_pat
             assert ((got - weight).abs() <= 0.51 * step + 1e-6).all(), layer
     rest = sum(p.numel() for p in twin.parameters()) - linears
     least = linears * bits / 8 + 2 * twin.model.embed_tokens.weight.numel()
+    ids = pair.training_windows(2)[:, :-1]
+    with torch.no_grad():
+        divergence = measure.divergence(twin(ids), model(ids))
+    assert 0 < float(divergence.mean()) < 0.1  # it runs, and nearly as the twin does
     assert least < artifact.bytes < least + 4 * rest + linears // 4 + 40_000  # scales, norms, tokenizer, header
 
 
@@ -325,7 +330,7 @@ def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generat
     assert svg.count("<!-- bitnet-b1.58 -->") == 2  # one label a panel
     from rich.console import Console
 
-    console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
+    console = Console(width=240, record=True, file=io.StringIO())
     console.print(*comparison_tables(report))
     text = console.export_text()
     assert all(row["title"] in text for row in report["results"])

@@ -4,6 +4,7 @@ Torch models are kept as safetensors. torchao's tensors are taken apart and put 
 values, which it holds in a byte each, lie two to a byte in the file.
 """
 
+import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +73,16 @@ def write_model(
 def _codes(name: str) -> str:
     """Where torchao's flat form keeps the codes of a weight."""
     return f"{name.rpartition('.')[0]}._weight_qdata"
+
+
+def import_library(path: Path) -> None:
+    """Import what `read_model` needs for this file."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        builder = file.metadata()["builder"]
+    if builder == "torchao":
+        importlib.import_module("torchao.prototype.safetensors.safetensors_support")
+    elif builder == "gptq":
+        importlib.import_module("neural_compressor.torch.algorithms.weight_only.modules")
 
 
 def read_model(path: Path) -> tuple[Transformer, torch.dtype | None]:

@@ -286,6 +286,8 @@ def _finish(row: dict[str, Any], timing: dict[str, int]) -> None:
     row["runner"] = row.pop("artifact")["runner"]
     if "library" in facts:
         row["library"] = facts["library"]
+    if "remark" in facts:
+        row["note"] = "; ".join(part for part in (row["note"], facts["remark"]) if part)
     for key in ("operators", "instruction_set", "engine", "features"):
         if facts.get(key):
             row[key] = facts[key]

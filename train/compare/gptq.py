@@ -27,7 +27,7 @@ def _make(pair: Pair, folder: Path, settings: Settings) -> Artifact:
             prepared(row[None])
         quantised = convert(prepared)
     path = write_model(folder / "model.safetensors", quantised, tokenizer, builder="gptq")
-    note = f"weights int4, a scale for {GROUP}; {settings.calibration} windows of training text; unpacked at every call"
+    note = f"weights int4, a scale for {GROUP}; {settings.calibration} windows of training text; fp32 once used"
     return Artifact(str(path), "torch", version("neural-compressor"), note)
 
 

@@ -1,7 +1,7 @@
 """llama.cpp in a process of its own: quantises a file, or loads one and answers.
 
     python llama_child.py quantize IN.gguf OUT.gguf FILE_TYPE THREADS
-    python llama_child.py serve MODEL.gguf THREADS CONTEXT LOGITS
+    python llama_child.py serve MODEL.gguf THREADS CONTEXT LOGITS [--no-repacking]
 
 Runs in any Python that has numpy and llama-cpp-python or cyllama; it imports nothing of ours. `serve` reads one JSON
 command a line and answers each with one JSON line: {"do": "time", "ids", "prefill"} -> seconds of reading the first
@@ -51,8 +51,10 @@ class LlamaCppPython:
         if self.api.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
             raise SystemExit("llama.cpp could not quantise the file")
 
-    def load(self, path: str, threads: int, context: int) -> None:
-        self.model = self.api.llama_model_load_from_file(path.encode(), self.api.llama_model_default_params())
+    def load(self, path: str, threads: int, context: int, repacking: bool) -> None:
+        options = self.api.llama_model_default_params()
+        options.use_extra_bufts = repacking
+        self.model = self.api.llama_model_load_from_file(path.encode(), options)
         if not self.model:
             raise SystemExit("llama.cpp could not load the file")
         params = self.api.llama_context_default_params()
@@ -102,7 +104,9 @@ class Cyllama:
         params.ftype, params.nthread = file_type, threads
         self.api.model_quantize(source, target, params)
 
-    def load(self, path: str, threads: int, context: int) -> None:
+    def load(self, path: str, threads: int, context: int, repacking: bool) -> None:
+        if not repacking:
+            raise SystemExit("cyllama repacks weights always")
         # The wheel's logits ask the model object for the number of tokens, which only its vocabulary has.
         kind = type("Model", (self.api.LlamaModel,), {"n_vocab": property(lambda model: model.get_vocab().n_vocab)})
         self.model = kind(path)
@@ -151,14 +155,14 @@ def score(llama: Any, rows: list[list[int]], path: str) -> dict[str, Any]:
     return {}
 
 
-def serve(path: str, threads: int, context: int, logits: str) -> None:
+def serve(path: str, threads: int, context: int, logits: str, repacking: bool) -> None:
     """Load a model and answer commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     llama = backend()
     before = memory("VmRSS")
     started = time.perf_counter()
-    llama.load(path, threads, context)
+    llama.load(path, threads, context, repacking)
     loaded = time.perf_counter() - started
     for line in sys.stdin:
         command = json.loads(line)
@@ -178,7 +182,7 @@ def main() -> None:
         llama.quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
         print(llama.name)
     else:
-        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], "--no-repacking" not in sys.argv)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], key: str, words: str, title: s
     sizes = [row["file_bytes"] / 1e6 for row in rows]
     axis.set_xlim(min(sizes) / 1.25, max(sizes) * 1.45)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "235" else "")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
     axis.grid(alpha=0.25, which="both")
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bitnet.engine import Engine, TorchEngine
 from bitnet.packed import load
 from bitnet.train.compare import llama
-from bitnet.train.compare.artifact import Artifact, read_model
+from bitnet.train.compare.artifact import Artifact, import_library, read_model
 from bitnet.train.compare.llama_child import memory
 from bitnet.train.compare.methods import Settings
 
@@ -44,6 +44,8 @@ class EngineRunner:
 
     def __init__(self, artifact: Artifact) -> None:
         self._autocast: torch.dtype | None = None
+        if artifact.runner == "torch":
+            import_library(Path(artifact.path))  # which is runtime, not model
         self._before = memory("VmRSS")
         self.engine: Engine
         if artifact.runner == "torch":
@@ -102,13 +104,32 @@ class LlamaRunner:
         self._logits = Path(self._folder.name) / "logits"
         self._logits.touch()
         command = [llama.python(settings), str(llama.CHILD), "serve", artifact.path, str(settings.threads)]
-        self._child = subprocess.Popen(
-            [*command, str(context), str(self._logits)],
+        self._command = [*command, str(context), str(self._logits)]
+        self._facts: dict[str, Any] = {}
+        self._child = self._start()
+        if self._dies():
+            # A build of llama.cpp of 2026 with AMX crashes on weights it has repacked for AMX, at two tokens or more.
+            self._child = self._start("--no-repacking")
+            self._facts["remark"] = "without weight repacking, with which this build of llama.cpp crashes"
+
+    def _start(self, *more: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [*self._command, *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
+
+    def _dies(self) -> bool:
+        """Whether the first prefill ends the process by a signal."""
+        try:
+            self._ask(do="time", ids=[0] * 5, prefill=4)
+        except (RuntimeError, BrokenPipeError):
+            if self._child.wait() >= 0:
+                raise
+            return True
+        return False
 
     def _ask(self, **command: Any) -> dict[str, Any]:
         assert self._child.stdin is not None
@@ -130,7 +151,7 @@ class LlamaRunner:
         return torch.from_numpy(values).view(*ids.shape, -1)
 
     def facts(self) -> dict[str, Any]:
-        return self._ask(do="memory")
+        return self._facts | self._ask(do="memory")
 
     def close(self) -> None:
         assert self._child.stdin is not None

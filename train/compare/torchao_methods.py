@@ -50,7 +50,9 @@ def _static(model: Transformer, pair: Pair, settings: Settings) -> str:
     largest = activation_ranges(model, pair.training_windows(settings.calibration)[:, :-1])
     for name, value in largest.items():
         config = Int8StaticActivationInt8WeightConfig(
-            act_quant_scale=value.clamp(min=1e-12) / 127, granularity=[PerTensor(), PerRow()]
+            # As many dimensions as the activations [B, T, K] have.
+            act_quant_scale=(value.clamp(min=1e-12) / 127).view(1, 1, 1),
+            granularity=[PerTensor(), PerRow()],
         )
         quantize_(model, config, filter_fn=lambda module, path, name=name: path == name)
     return f"weights and activations int8, one scale a layer from {settings.calibration} windows of training text"
@@ -103,7 +105,7 @@ def _qat(model: Transformer, pair: Pair, settings: Settings) -> str:
     quantize_(model, QATConfig(_int4_base(), step="prepare"), filter_fn=is_linear)
     train_on(model, pair.training_windows(_QAT_BATCH * settings.qat_steps))
     quantize_(model, QATConfig(_int4_base(), step="convert"), filter_fn=is_linear)
-    return f"{_INT4}; {settings.qat_steps} steps of {_QAT_BATCH} windows of training text"
+    return f"{_INT4}; steps: {settings.qat_steps}, each of {_QAT_BATCH} windows of training text"
 
 
 def train_on(model: nn.Module, windows: Tensor) -> list[float]:
