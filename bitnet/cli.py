@@ -1,4 +1,4 @@
-"""The command line: train | sweep | pack | generate | serve | bench | compare | eval | inspect | export | import | doctor.
+"""The command line: every verb, from `train` to `doctor`.
 
 Options only; what a verb does lives in its own module, imported when the verb runs, so that `--help` is quick.
 Products go to stdout, everything else to stderr. Exit codes: 0, 2 for bad input (one line that says got, expected

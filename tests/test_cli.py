@@ -25,7 +25,20 @@ from bitnet.engine_cpu import CACHES, HEADS, CpuEngine
 from bitnet.kernels import native
 from bitnet.train.data import open_dataset
 
-VERBS = ("train", "sweep", "pack", "generate", "serve", "eval", "bench", "compare", "inspect", "export", "import", "doctor")
+VERBS = (
+    "train",
+    "sweep",
+    "pack",
+    "generate",
+    "serve",
+    "eval",
+    "bench",
+    "compare",
+    "inspect",
+    "export",
+    "import",
+    "doctor",
+)
 Captured = pytest.CaptureFixture[str]
 SHAPE = {
     "vocab_size": 300,
