@@ -62,7 +62,10 @@ class Energy:
 
     def __init__(self, gpu: int | None, folder: Path = _POWERCAP) -> None:
         self._packages = packages(folder) if gpu is None else []
-        self._nvml, self._gpu = (None, None) if gpu is None else _nvml(gpu)
+        self._nvml: Any = None
+        self._gpu: Any = None
+        if gpu is not None:
+            self._nvml, self._gpu = _nvml(gpu)
 
     def read(self) -> list[int]:
         """Counters: microjoules of each package, or millijoules of the GPU."""
