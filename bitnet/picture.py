@@ -85,7 +85,7 @@ def measure(model: Transformer, tokenizer: Tokenizer | None, text: str) -> Figur
         TorchEngine(model).logits(ids)
     return Figures(
         bins,
-        {kind: tuple((row / row.sum()).tolist()) for kind, row in shares.items()},  # type: ignore[misc]
+        {kind: tuple((row / row.sum()).tolist()) for kind, row in shares.items()},
         {kind: [float(row[1] / row.sum()) for row in rows] for kind, rows in counts.items()},
         {name: [(float(x.median()), float(x.max())) for x in seen[kind]] for kind, name in _INPUTS.items()},
         source,
@@ -94,10 +94,7 @@ def measure(model: Transformer, tokenizer: Tokenizer | None, text: str) -> Figur
 
 
 def _projections(model: Transformer, kind: str) -> list[nn.Module]:
-    return [
-        getattr(block.self_attn if kind in "qkvo" else block.mlp, f"{kind}_proj")  # type: ignore[union-attr]
-        for block in model.model.layers
-    ]
+    return [getattr(block.self_attn if kind in "qkvo" else block.mlp, f"{kind}_proj") for block in model.model.layers]
 
 
 def _counts(layer: nn.Module) -> Tensor:

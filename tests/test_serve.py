@@ -284,6 +284,10 @@ def test_tokenizer_routes(server: Server, engine: Any) -> None:
     with_bos = server.post("/tokenize", content=text).json()
     assert with_bos == {"tokens": prompt_ids(engine.tokenizer, text), "count": len(ids) + 1, "max_model_len": CONTEXT}
     assert server.post("/detokenize", tokens=ids).json()["prompt"] == text
+    # What lm-eval's local-completions asks before it leaves tokenising to a server.
+    info = server.http.get("/tokenizer_info").json()
+    for name, id in (("bos_token", engine.tokenizer.bos_id), ("eos_token", engine.tokenizer.eos_id)):
+        assert server.post("/tokenize", prompt=info[name], add_special_tokens=False).json()["tokens"] == [id]
 
 
 # ---- chat --------------------------------------------------------------------------------------------------

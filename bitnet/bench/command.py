@@ -112,7 +112,7 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
 
     Raises BitNetError, before anything is loaded, for all that can be known to fail.
     """
-    subjects = [(_packed(path), path) for path in settings.models]
+    subjects: list[tuple[Subject, Path | None]] = [(_packed(path), path) for path in settings.models]
     subjects += [(_preset(name), None) for name in settings.presets]
     if not subjects:
         raise BitNetError("bench: got no model, expected -m FILE or --preset NAME")

@@ -1,6 +1,6 @@
 """A contender in a process of its own: python worker.py SCRIPT JSON-OPTIONS PARENT-ID.
 
-Standard library only, so that any Python runs it: llama.cpp may live in another environment. SCRIPT lies beside this
+Standard library only, so that any Python runs it: llama.cpp may live in another environment. SCRIPT.py lies beside this
 file and defines `Contender`; loading is timed, then each JSON line on stdin is answered by one on stdout:
 
     {"do": "measure", "prompt": 512, "predict": 0, "depth": 0, "batch": 1}    -> seconds and joules of its parts
@@ -62,7 +62,10 @@ class Energy:
 
     def __init__(self, gpu: int | None, folder: Path = _POWERCAP) -> None:
         self._packages = packages(folder) if gpu is None else []
-        self._nvml, self._gpu = (None, None) if gpu is None else _nvml(gpu)
+        self._nvml: Any = None
+        self._gpu: Any = None
+        if gpu is not None:
+            self._nvml, self._gpu = _nvml(gpu)
 
     def read(self) -> list[int]:
         """Counters: microjoules of each package, or millijoules of the GPU."""
@@ -120,7 +123,7 @@ def peak_bytes(contender: Any) -> int:
 
 def load(script: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The contender, and what its load took."""
-    module = runpy.run_path(str(Path(__file__).with_name(f"{script}.py")))
+    module = runpy.run_path(str(Path(__file__).parent / f"{script}.py"))
     if "prepare" in module:
         module["prepare"](**options)
     base = status("VmRSS")

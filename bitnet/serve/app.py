@@ -154,6 +154,7 @@ def build_app(service: Service, key: str | None = None, hosts: frozenset[str] | 
         "/v1/chat/completions": ("POST", _chat),
         "/tokenize": ("POST", _tokenize),
         "/detokenize": ("POST", _detokenize),
+        "/tokenizer_info": ("GET", _tokenizer_info),
         **dict.fromkeys(_PAGE, ("GET", _page)),
     }
     app = Starlette(
@@ -374,9 +375,18 @@ async def _tokenize(request: Request) -> Response:
     if not isinstance(text, str):
         raise refuse("prompt", text, "a text")
     special = values.get("add_special_tokens") is None or flag(values, "add_special_tokens")
-    make = (lambda: prompt_ids(loaded.tokenizer, text)) if special else (lambda: loaded.tokenizer.encode(text))
-    ids = await service.encode(make, "")  # however long: nothing is kept of it
+    control = _control_ids(loaded.tokenizer)
+    if not special and text in control:
+        ids = [control[text]]  # the whole text is the name of a control token: somebody asks for its id
+    else:
+        make = (lambda: prompt_ids(loaded.tokenizer, text)) if special else (lambda: loaded.tokenizer.encode(text))
+        ids = await service.encode(make, "")  # however long: nothing is kept of it
     return json_reply({"tokens": ids, "count": len(ids), "max_model_len": loaded.limit})
+
+
+def _control_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    speller = Speller(tokenizer)
+    return {speller.name(id): id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None}
 
 
 async def _detokenize(request: Request) -> Response:
@@ -390,6 +400,16 @@ async def _detokenize(request: Request) -> Response:
         raise RequestError(400, f"tokens: expected ids from 0 to {loaded.tokenizer.vocab_size - 1}", param="tokens")
     text = loaded.tokenizer.decode(ids)
     return json_reply({"prompt": text, "content": text})
+
+
+async def _tokenizer_info(request: Request) -> Response:
+    """What lm-eval asks before it leaves tokenising to the server. /tokenize gives the id of a name."""
+    tokenizer = _service(request).loaded.tokenizer
+    template = tokenizer.settings.chat_template if isinstance(tokenizer, JsonTokenizer) else None
+    speller = Speller(tokenizer)
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names = {name: None if id is None else speller.name(id) for name, id in ids.items()}
+    return json_reply({**names, "pad_token": None, "chat_template": template})
 
 
 # ---- the server itself -------------------------------------------------------------------------------------

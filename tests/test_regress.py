@@ -1,0 +1,187 @@
+"""The regression check and the page of results, as a person runs them."""
+
+import copy
+import html
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, args)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def row(backend: str, speed: float, spread: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": "nano",
+        "backend": backend,
+        "what": f"what {backend} is",
+        "ours": backend == "cpu",
+        "threads": 1,
+        "test": "tg32",
+        "n_prompt": 0,
+        "n_gen": 32,
+        "model_size": 2_800_000,
+        "n_params": 4_200_000,
+        "median_ts": speed,
+        "avg_ts": speed,
+        "stddev_ts": spread * speed,
+        "samples_ts": [speed] * 5,
+        "first_token_ms": None,
+        "bytes_per_token": 2.8e6,
+        "macs_per_token": 4.2e6,
+        "read_gigabytes_per_second": 2.8e-3 * speed,
+        "bandwidth_gigabytes_per_second": 30.0,
+        "cached": True,
+        "limit_by": "cache",
+        "peak_of": "avx512",
+        "peak_gigamacs_per_second": 200.0,
+        "percent_of_limit": speed / 100,
+        "model_memory_bytes": 8e6,
+        "load_seconds": 0.1,
+        "joules_per_token": None,
+        "dollars_per_million": None,
+        **changes,
+    }
+
+
+def document(*rows: dict[str, Any], cpu: str = "A CPU") -> dict[str, Any]:
+    described = {"cpu": cpu, "cores": 2, "bitnet": "0.1", "torch": "2", "python": "3", "date": "2026-11-21"}
+    return {
+        "benchmark": "bench",
+        "command": ["bitnet", "bench", "--preset", "nano"],
+        "machine": described,
+        "repetitions": 5,
+        "bandwidth_off_median": 0.02,
+        "steady": True,
+        "steady_within": 0.1,
+        "stolen": 0.0,
+        "notes": [],
+        "results": list(rows),
+    }
+
+
+def check(folder: Path, old: dict[str, Any], new: dict[str, Any], *options: object) -> tuple[int, str]:
+    for name, content in (("old", old), ("new", new)):
+        (folder / f"{name}.json").write_text("a line before\n" + json.dumps(content) + "\n")
+    done = script("regress.py", folder / "old.json", folder / "new.json", *options)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_same_run_passes(tmp_path: Path) -> None:
+    run = document(row("cpu", 1000.0, 0.01), row("torch-bf16", 100.0, 0.01))
+    code, out = check(tmp_path, run, run)
+    assert code == 0
+    assert "SLOWER" not in out
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_another_machine_cancels(factor: float, tmp_path: Path) -> None:
+    """Everything by a factor: no change. Ours alone slower by 20 %: a change, on either machine."""
+    old = document(row("cpu", 1000.0, 0.01), row("torch-bf16", 100.0, 0.01))
+    same = document(row("cpu", 1000.0 * factor, 0.01), row("torch-bf16", 100.0 * factor, 0.01), cpu="another")
+    assert check(tmp_path, old, same)[0] == 0
+    same["results"][0]["median_ts"] *= 0.8
+    code, out = check(tmp_path, old, same)
+    assert code == 1
+    assert re.search(r"cpu .*torch-bf16 .*-20\.0%.*SLOWER", out)
+
+
+def test_noise_widens_the_bound(tmp_path: Path) -> None:
+    """10 % slower with a spread of 8 %: 3 x 1.25 x 8 % x sqrt(2 / 5) = 19 %."""
+    old = document(row("cpu", 1000.0, 0.08), row("torch-bf16", 100.0, 0.0))
+    new = copy.deepcopy(old)
+    new["results"][0]["median_ts"] = 900.0
+    code, out = check(tmp_path, old, new)
+    assert code == 0
+    bound = float(re.search(r"-10\.0% \|\s+(-[\d.]+)%", out)[1])
+    expected = -300 * 1.25 * ((0.08**2 + (80 / 900) ** 2) / 5) ** 0.5
+    assert bound == pytest.approx(expected, abs=0.06)
+    quiet = document(row("cpu", 1000.0, 0.01), row("torch-bf16", 100.0, 0.0))
+    slower = document(row("cpu", 900.0, 0.01), row("torch-bf16", 100.0, 0.0))
+    assert check(tmp_path, quiet, slower)[0] == 1
+    assert check(tmp_path, quiet, slower, "--floor", 0.2)[0] == 0
+
+
+def test_without_a_reference_the_limit_counts(tmp_path: Path) -> None:
+    old, new = document(row("cpu", 1000.0, 0.01)), document(row("cpu", 700.0, 0.01), cpu="another")
+    new["results"][0]["percent_of_limit"] = old["results"][0]["percent_of_limit"]
+    code, out = check(tmp_path, old, new)
+    assert code == 0
+    assert "% of limit" in out
+    new["results"][0]["percent_of_limit"] = None
+    assert check(tmp_path, old, new)[0] == 2  # two machines and nothing to compare by
+    new["machine"]["cpu"] = "A CPU"
+    assert check(tmp_path, old, new)[0] == 1  # the same one: 30 % slower
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    run = document(row("cpu", 1000.0, 0.01))
+    code, out = check(tmp_path, run, document(row("cpu", 1000.0, 0.01, model="mini")))
+    assert (code, "share no row" in out) == (2, True)
+    code, out = check(tmp_path, document(row("cpu", 1000.0, 0.5)), document(row("cpu", 1000.0, 0.5)))
+    assert (code, "too noisy" in out) == (2, True)
+    (tmp_path / "x.json").write_text("{}")
+    done = script("regress.py", tmp_path / "x.json", tmp_path / "nowhere.json")
+    assert done.returncode == 2
+    assert done.stderr.startswith("regress: error: ")
+
+
+def test_a_page_of_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    value = random.randint(10**6, 10**7)
+    results, out = tmp_path / "results", tmp_path / "page"
+    results.mkdir()
+    run = document(row("cpu", 1234.5, 0.01), row("torch-bf16", 77.25, 0.01), row("cpu", 99.0, 0.01, threads=2))
+    (results / "2026-11-21-bench.json").write_text("words\n" + json.dumps(run))
+    (results / "2026-11-20-other.json").write_text(
+        json.dumps(
+            {
+                "machine": {"cpu": "Some <CPU>"},
+                "count": value,
+                "rows": [{"name": "a|b", "kl": 1e-5}, {"name": "c", "kl": 2.5}],
+            }
+        )
+    )
+    (results / "2026-11-20-other-size.svg").write_text("<svg/>")
+    done = script("report.py", results, "-o", out)
+    assert done.returncode == 0, done.stderr
+    text, page = ((out / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert text.index("2026-11-21-bench") < text.index("2026-11-20-other")  # the newest first
+    for part in ("1,234", "77.2", f"{value:,}", "bitnet bench --preset nano", "A CPU, 2 cores", "what torch-bf16 is"):
+        assert part in text
+        assert part in page
+    assert r"a\|b" in text
+    assert html.escape("Some <CPU>") in page
+    assert "<CPU>" not in page
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(pictures) == 3
+    assert all((out / name).is_file() and f'src="{name}"' in page for name in pictures)
+
+
+def test_a_page_of_the_stored_results(tmp_path: Path) -> None:
+    """Whatever lies in benchmarks/results can be shown."""
+    pytest.importorskip("matplotlib")
+    done = script("report.py", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.md").read_text()
+    stored = list((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert text.count("\n## ") == len(stored) > 0
+
+
+@pytest.mark.parametrize("content", [None, "no JSON"])
+def test_no_page(content: str | None, tmp_path: Path) -> None:
+    if content:
+        (tmp_path / "x.json").write_text(content)
+    done = script("report.py", tmp_path, "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
