@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from bitnet.bench.machine import describe
 
 INTERVAL, STEPS = 3, 90
 SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from machine import describe, line
+
+from bitnet.bench.machine import describe, line
 
 CLIENTS = (1, 4, 16)
 JSON = {"Content-Type": "application/json"}
