@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet.errors import BitNetError
 from bitnet.kernels import ops, reference
 from bitnet.kernels.reference import WeightCodes
 
@@ -30,6 +31,17 @@ _FUSED_MATRICES = 3  # q/k/v, gate/up: what one fused product takes
 # On a GPU: whether the gradients of a layer's input and of its weight come from int8 gradients, at twice the rate and
 # with the errors that kernels/gpu/training.py states. Off until a training run has shown that the loss holds.
 int8_gradients = SimpleNamespace(dx=False, dw=False)
+
+
+
+def use_int8_gradients(kind: str, device: torch.device) -> None:
+    """Choose for this process: "none", "dx" or "all". Raises BitNetError where `device` has no kernels for it."""
+    if kind != "none" and not ops.trains_fused(device):
+        raise BitNetError(
+            f"train.int8_gradients: got '{kind}' on {device.type}, expected an NVIDIA GPU with Triton; leave it 'none'"
+        )
+    int8_gradients.dx, int8_gradients.dw = kind in ("dx", "all"), kind == "all"
+
 
 QUANTIZERS = {"ternary": reference.ternary_weights, "binary": reference.binary_weights}
 

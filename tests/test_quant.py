@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import quant
-from bitnet.kernels import reference
+from bitnet.errors import BitNetError
+from bitnet.kernels import ops, reference
 from bitnet.layers import BitLinear, keep_codes
 
 U, V = 2.0**-24, 2.0**-8
@@ -325,3 +326,13 @@ def test_compiled_layer_gives_the_same(rng: torch.Generator) -> None:
     for got, want in zip((compiled.detach(), x.grad, layer.weight.grad), expected, strict=True):
         # The compiler may fuse a * b + c and replace x / y by x * (1 / y): a few roundings more.
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_int8_gradients_need_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.ENVIRONMENT, "float")
+    for kind in ("dx", "all"):
+        with pytest.raises(BitNetError, match=f"int8_gradients: got '{kind}' on cpu, expected an NVIDIA GPU"):
+            quant.use_int8_gradients(kind, torch.device("cpu"))
+    quant.use_int8_gradients("none", torch.device("cpu"))
+    assert not quant.int8_gradients.dx
+    assert not quant.int8_gradients.dw

@@ -15,6 +15,7 @@ OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "wsd", "two-stage")
 DTYPES = ("auto", "fp32", "bf16")
 PARALLELS = ("ddp", "fsdp")
+INT8_GRADIENTS = ("none", "dx", "all")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest gradient norm
+    int8_gradients: str = "none"  # on a GPU: those of inputs ("dx"), and of weights ("all"), from int8 gradients; faster
     dtype: str = "auto"  # bf16 where the hardware multiplies bf16, else fp32; masters are fp32 always
     compile: bool = False
     seed: int = 0
@@ -83,6 +85,7 @@ class TrainConfig:
         schema.check_choice(self, "train", "schedule", SCHEDULES)
         schema.check_choice(self, "train", "dtype", DTYPES)
         schema.check_choice(self, "train", "parallel", PARALLELS)
+        schema.check_choice(self, "train", "int8_gradients", INT8_GRADIENTS)
         check(self, "train", ("steps", "batch_size", "accumulate", "save_every", "report_every", "skip_limit"), 1)
         check(self, "train", ("context", "eval_every", "sample_every", "global_batch", "loss_chunk"), 0)
         check(self, "train", ("seed",), 0, 2**63 - 1)  # what torch's generators take

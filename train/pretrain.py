@@ -23,6 +23,7 @@ from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
 from bitnet.layers import keep_codes, set_ease
 from bitnet.model import Transformer, parameters
+from bitnet.quant import use_int8_gradients
 from bitnet.sampling import Sampling
 from bitnet.train.batches import micro_batches, sequences_a_step, share
 from bitnet.train.config import RunConfig, TrainConfig
@@ -199,6 +200,7 @@ class Trainer:
             vocab_size=dataset.tokenizer.vocab_size, max_position_embeddings=config.context
         )
         self.sharded = self.settings.parallel == "fsdp" and processes.size > 1
+        use_int8_gradients(self.settings.int8_gradients, self.device)
         self.network = self._build(teacher)
         self._fill(initial)
         torch.manual_seed(self.settings.seed)
