@@ -51,8 +51,6 @@ def main() -> None:
         "chat": measured("generate", "-p", "Hello", "-n", "4", "--chat", *engine),
     }
     compare(source, packed)
-    for name, row in rows.items():
-        print(f"{name:9} {row['seconds']:6.1f} s   peak {row['peak_bytes'] / 1e9:.2f} GB")
     report = {
         "benchmark": "import_2b4t",
         "machine": examine()["cpu"]["name"],
@@ -61,7 +59,9 @@ def main() -> None:
         "packed_bytes": packed.stat().st_size,
         "zero_fraction": rows["inspect"]["report"]["zero_fraction"],
         "written_tokens": rows["generate"]["report"]["tokens"],
-        "rows": {name: {key: row[key] for key in ("seconds", "peak_bytes")} for name, row in rows.items()},
+        "rows": {
+            name: {key: row[key] for key in ("seconds", "cpu_seconds", "peak_bytes")} for name, row in rows.items()
+        },
     }
     print(json.dumps(report))
     if not options.keep:
@@ -167,8 +167,10 @@ def measured(*args: str) -> dict[str, Any]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"bitnet {args[0]} failed with {process.returncode}")
-    seconds = time.perf_counter() - started
-    return {"report": json.loads(text), "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    seconds, peak = time.perf_counter() - started, usage.ru_maxrss * 1024
+    print(f"{args[0]:9} {seconds:6.1f} s   peak {peak / 1e9:.2f} GB", flush=True)
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"report": json.loads(text), "seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak}
 
 
 if __name__ == "__main__":
