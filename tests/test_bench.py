@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ from bitnet.bench import command, contenders, dense, limits, machine, measure, o
 from bitnet.bench.limits import Weights
 from bitnet.bench.plan import Choice, Test
 from bitnet.bench.process import Worker
-from bitnet.bench.random_model import ZEROS, write_random
+from bitnet.bench.random_model import ZEROS, random_packed, write_random
 from bitnet.cli import _write_gguf, main
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
@@ -148,12 +149,18 @@ def test_working_sets_have_two_digits() -> None:
 # ---- models of random weights
 
 
-def test_random_weights_have_their_zeros(model: Path) -> None:
-    packed = read_packed(model)
-    codes = packing.unpack(packed.tensors["model.layers.0.mlp.up_proj.weight"], TINY.hidden_size)
-    share = float((codes == 0).float().mean())
-    assert abs(share - ZEROS) < 5 * (ZEROS * (1 - ZEROS) / codes.numel()) ** 0.5  # five standard errors
-    assert read_config(model) == packed.config == TINY
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 2), (5, 7), (4097, 33), (600, 64)])
+def test_random_weights_have_their_zeros(n: int, k: int, seed: int) -> None:
+    packed = random_packed(n, k, np.random.default_rng(seed))
+    codes = packing.unpack(packed, k)  # refuses code 3 and a fill that is not zero
+    assert codes.shape == (n, k)
+    for value, chance in ((-1, (1 - ZEROS) / 2), (0, ZEROS), (1, (1 - ZEROS) / 2)):
+        share = float((codes == value).float().mean())
+        assert abs(share - chance) <= 6 * (chance * (1 - chance) / codes.numel()) ** 0.5  # six standard errors
+
+
+def test_a_random_model_is_a_model(model: Path) -> None:
+    assert read_config(model) == read_packed(model).config == TINY
 
 
 # ---- contenders: the same model as ours

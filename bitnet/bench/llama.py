@@ -42,6 +42,7 @@ class Contender:
         self._context: Any = None
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._position = self._batch_size = 0
+        self._tokens: Any = None
         layers = llama_cpp.llama_model_n_layer(self._model)
         width = llama_cpp.llama_model_n_embd(self._model) // llama_cpp.llama_model_n_head(self._model)
         system = llama_cpp.llama_print_system_info().decode()
@@ -67,35 +68,50 @@ class Contender:
         if not self._context:
             raise RuntimeError(f"llama.cpp could not make a context of {batch} x {room} tokens")
         self._position, self._batch_size = 0, batch
+        # Drawn here: what is timed is llama.cpp, not Python's random numbers.
+        self._tokens = (llama_cpp.llama_token * room)(*(random.randrange(self._vocab) for _ in range(room)))
         if depth:
             self.prefill(depth)
 
     def prefill(self, tokens: int) -> None:
         """Read `tokens` random ids a sequence."""
-        for sequence in range(self._batch_size):
-            for start in range(0, tokens, _UBATCH):
-                count = min(_UBATCH, tokens - start)
-                rows = [(self._position + start + i, sequence, False) for i in range(count)]
-                last = start + count == tokens
-                self._decode([*rows[:-1], (rows[-1][0], sequence, last)])
-        self._position += tokens
+        self._read(tokens)
 
     def decode(self, tokens: int) -> None:
         """Read `tokens` random ids a sequence, one at a time."""
         for _ in range(tokens):
-            self._decode([(self._position, sequence, True) for sequence in range(self._batch_size)])
-            self._position += 1
+            self._read(1)
 
-    def _decode(self, rows: list[tuple[int, int, bool]]) -> None:
-        """rows: position, sequence, and whether its logits are wanted."""
+    def _read(self, count: int) -> None:
+        """Append `count` ids to every sequence, up to the logits of its last one."""
+        start, self._position = self._position, self._position + count
+        if self._batch_size == 1:
+            for at in range(start, self._position, _UBATCH):
+                length = min(_UBATCH, self._position - at)
+                part = (llama_cpp.llama_token * length).from_buffer(
+                    self._tokens, at * ctypes.sizeof(llama_cpp.llama_token)
+                )
+                self._run(llama_cpp.llama_batch_get_one(part, length))
+        else:
+            rows = [(at, sequence) for sequence in range(self._batch_size) for at in range(start, self._position)]
+            for first in range(0, len(rows), _UBATCH):
+                self._run_rows(rows[first : first + _UBATCH])
+        llama_cpp.llama_get_logits_ith(self._context, -1)  # waits for them
+
+    def _run_rows(self, rows: list[tuple[int, int]]) -> None:
+        """rows: position and sequence."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
-        for i, (position, sequence, wanted) in enumerate(rows):
-            batch.token[i], batch.pos[i] = random.randrange(self._vocab), position
-            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, sequence, wanted
+        for i, (position, sequence) in enumerate(rows):
+            batch.token[i], batch.pos[i] = self._tokens[position], position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = position == self._position - 1
+        try:
+            self._run(batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+    def _run(self, batch: Any) -> None:
         failed = llama_cpp.llama_decode(self._context, batch)
-        if not failed and rows[-1][2]:
-            llama_cpp.llama_get_logits_ith(self._context, -1)  # waits for them
-        llama_cpp.llama_batch_free(batch)
         if failed:
             raise RuntimeError(f"llama_decode failed with {failed}")

@@ -81,7 +81,7 @@ def results_table(rows: list[Row]) -> str:
 
 
 _LEGEND = (
-    "median ± standard deviation of {} rounds; memory: most resident bytes above the interpreter and its libraries; "
+    "median ± standard deviation of -r {}; memory: most resident bytes above the interpreter and its libraries; "
     "bound by: the larger of bytes over bandwidth and multiply-adds over peak"
 )
 
@@ -104,7 +104,7 @@ def notes(document: dict[str, Any]) -> list[str]:
     ]
     off = document["bandwidth_off_median"]
     verdict = "" if document["steady"] else f": the machine is unsteady, more than {document['steady_within']:.0%} off"
-    found.append(f"read bandwidth within {off:.0%} of its median between rounds{verdict}")
+    found.append(f"read bandwidth within {off:.1%} of its median between rounds{verdict}")
     if document["stolen"] >= 0.01:
         found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
     return found + document["notes"]
