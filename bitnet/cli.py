@@ -515,7 +515,7 @@ def bench(
     )
     settings = parse(flags, sys.argv[1:])
     if plot:
-        from bitnet.bench.plot import check_target
+        from bitnet.plotting import check_target
 
         check_target(plot)
     document = run(settings, _write_gguf, quiet)
@@ -626,9 +626,9 @@ def inspect(
 
 def _draw_model(model: Path, plot: Path, text: str) -> None:
     """The picture of a packed file, or of the newest save of a run, whose masters it shows too."""
-    from bitnet.bench.plot import check_target
     from bitnet.packed import build, read_packed
     from bitnet.picture import draw
+    from bitnet.plotting import check_target
     from bitnet.train.run import Run
 
     check_target(plot)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitnet.bench.plot import pyplot, save
 from bitnet.engine import TorchEngine
 from bitnet.errors import BitNetError
 from bitnet.generation import prompt_ids
 from bitnet.kernels import packing
 from bitnet.layers import BitLinear, PackedLinear
 from bitnet.model import Transformer
+from bitnet.plotting import pyplot, save
 from bitnet.tokenizer import Tokenizer
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -467,7 +467,7 @@ def test_help_of_every_verb(verb: str, flag: str, capsys: Captured) -> None:
 def test_help_lists_the_verbs_in_order(capsys: Captured) -> None:
     assert main(["--help"]) == 0
     table = capsys.readouterr().out.partition("Commands")[2]
-    assert sorted(VERBS, key=lambda verb: table.index(f" {verb} ")) == list(VERBS)
+    assert sorted(VERBS, key=lambda verb: table.index(f"│ {verb} ")) == list(VERBS)
 
 
 def test_version_of_the_module() -> None:

@@ -327,7 +327,7 @@ def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generat
     for path in plot_comparison(report, tmp_path / "p.png"):
         assert path.stat().st_size > 10_000
     svg = (tmp_path / "p.svg").read_text()
-    assert svg.count("<!-- bitnet-b1.58 -->") == 2  # one label a panel
+    assert svg.count(">bitnet-b1.58</text>") == 2  # one label a panel
     from rich.console import Console
 
     console = Console(width=240, record=True, file=io.StringIO())

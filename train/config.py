@@ -55,7 +55,9 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest gradient norm
-    int8_gradients: str = "none"  # on a GPU: those of inputs ("dx"), and of weights ("all"), from int8 gradients; faster
+    int8_gradients: str = (
+        "none"  # on a GPU: those of inputs ("dx"), and of weights ("all"), from int8 gradients; faster
+    )
     dtype: str = "auto"  # bf16 where the hardware multiplies bf16, else fp32; masters are fp32 always
     compile: bool = False
     seed: int = 0

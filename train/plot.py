@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bitnet.errors import BitNetError
+from bitnet.plotting import pyplot, save_both
 
 
 def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]:
@@ -11,12 +11,7 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
 
     rows: metrics as in metrics.jsonl. Raises BitNetError when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     training = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "val_loss" in row]
@@ -44,11 +39,7 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
     for axis in (top, bottom):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    paths = [target.with_suffix(".png"), target.with_suffix(".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return paths
+    return save_both(figure, target)
 
 
 def _smooth(values: list[float]) -> list[float]:

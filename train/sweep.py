@@ -37,6 +37,7 @@ import torch
 from bitnet.checkpoint import replacing
 from bitnet.config import LINEARS
 from bitnet.errors import BitNetError
+from bitnet.plotting import pyplot, save_both
 from bitnet.train.command import Values, merge, resolve, run_training
 from bitnet.train.config import RunConfig
 from bitnet.train.run import Run
@@ -262,12 +263,7 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
 
     Raises BitNetError when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     names = list(dict.fromkeys(point["point"] for point in report["points"]))
     kinds = [("loss", "validation loss (nats per token)")]
@@ -293,8 +289,4 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
-    paths = [target.with_suffix(".png"), target.with_suffix(".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return paths
+    return save_both(figure, target)

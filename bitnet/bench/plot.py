@@ -3,45 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from bitnet.errors import BitNetError
+from bitnet.plotting import check_target, pyplot, save
 
-SUFFIXES = (".png", ".svg")
 # Told apart in grey print too: by hatch in bars, by shape in points.
 _COLOURS = ("#1f5aa6", "#e07b39", "#5b8c5a", "#8c8c8c", "#b04a5a", "#6a5acd", "#c9a227", "#3a9ca6")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
 Row = dict[str, Any]
-
-
-def check_target(path: Path) -> None:
-    """Raise BitNetError where a picture cannot be written to `path`, before anybody waits for what it shows."""
-    if path.suffix not in SUFFIXES:
-        raise BitNetError(f"plot: got '{path}', expected a name that ends in {' or '.join(SUFFIXES)}")
-    pyplot()
-    if not path.parent.is_dir():
-        raise BitNetError(f"plot: got no folder '{path.parent}', expected an existing one; create it first")
-    try:
-        probe = path.with_name(f".{path.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BitNetError(f"plot: cannot write in '{path.parent}': {error.strerror}; choose another folder") from None
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files. Raises BitNetError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BitNetError(
-            "plot: got no matplotlib, expected it for pictures; pip install 'bitnet-ternary[plot]'"
-        ) from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "bitnet"  # the same picture is the same file
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a fifth of the size
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def draw(document: dict[str, Any], path: Path) -> list[Path]:
@@ -51,12 +19,6 @@ def draw(document: dict[str, Any], path: Path) -> list[Path]:
     for target, make in zip(paths, (roofline, comparison), strict=True):
         save(make(document), target)
     return paths
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure and let go of it."""
-    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot().close(figure)
 
 
 def roofline(document: dict[str, Any]) -> Any:

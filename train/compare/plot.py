@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.errors import BitNetError
+from bitnet.plotting import pyplot, save_both
 
 # A colour and a marker a family; Okabe and Ito's colours, which most colour-blind people tell apart.
 _LOOKS = {
@@ -21,12 +22,7 @@ _Box = tuple[float, float, float, float]
 
 def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
     """Draw the measured rows of a report into target.png and target.svg. Raises BitNetError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     rows = [row for row in report["results"] if row["status"] == "ok"]
@@ -50,11 +46,7 @@ def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
         for f in families
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    paths = [target.with_suffix(".png"), target.with_suffix(".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return paths
+    return save_both(figure, target)
 
 
 def _panel(axis: Any, rows: list[dict[str, Any]], key: str, words: str, title: str) -> None:
