@@ -82,10 +82,22 @@ def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
     if isinstance(machine, dict):
         yield Line(", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in machine.items()))
     yield from _figures(document)
-    for picture in sorted((*path.parent.glob(f"{path.stem}*.svg"), *path.parent.glob(f"{path.stem}*.png"))):
+    for picture in _pictures(path):
         if picture.resolve() != (out / picture.name).resolve():
             shutil.copyfile(picture, out / picture.name)
         yield Picture(Path(picture.name), picture.stem)
+
+
+def _pictures(path: Path) -> list[Path]:
+    """The pictures of a document: those named after it and after no other document; of two formats the drawing."""
+    others = [other.stem for other in path.parent.glob(f"{path.stem}*.json") if other != path]
+    found = {
+        picture.stem: picture
+        for suffix in (".png", ".svg")
+        for picture in sorted(path.parent.glob(f"{path.stem}*{suffix}"))
+        if not any(picture.stem.startswith(other) for other in others)
+    }
+    return [found[stem] for stem in sorted(found)]
 
 
 def _bench(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:

@@ -14,7 +14,7 @@ import torch
 
 from bitnet.cli import main
 from bitnet.errors import BitNetError
-from bitnet.train.compare import command, llama, measure
+from bitnet.train.compare import command, llama, llama_child, measure
 from bitnet.train.compare.artifact import pack_nibbles, read_model, unpack_nibbles
 from bitnet.train.compare.methods import Settings, choose, registry
 from bitnet.train.compare.pair import Pair, find_twin
@@ -210,6 +210,24 @@ def test_shapes_llama_cpp_cannot_hold(pair: Pair) -> None:
 
 
 # ---- pairs
+
+
+def test_scores_of_a_shorter_batch_replace_those_before(tmp_path: Path, rng: torch.Generator) -> None:
+    class Llama:
+        def clear(self) -> None:
+            self.cleared = True
+
+        def read(self, ids: list[int], start: int, every: bool) -> np.ndarray:
+            assert (self.cleared, start, every) == (True, 0, True)
+            self.cleared = False
+            return np.array(ids, dtype=np.float32)[:, None] * np.arange(7, dtype=np.float32)
+
+    llama, path = Llama(), tmp_path / "logits"
+    for count in (3, 1, 2):
+        rows = torch.randint(100, (count, 5), generator=rng)
+        assert llama_child.score(llama, rows.tolist(), str(path)) == {"vocab": 7}
+        got = np.fromfile(path, dtype=np.float32).reshape(count, 5, 7)
+        assert np.array_equal(got, rows.numpy()[:, :, None].astype(np.float32) * np.arange(7, dtype=np.float32))
 
 
 def test_twins_that_are_none(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,11 +97,11 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
         repetitions=flags.repetitions,
         wanted=wanted,
         price=flags.price,
-        command=["bitnet", *(_without_folder(word) for word in arguments)],
+        command=["bitnet", *(without_folder(word) for word in arguments)],
     )
 
 
-def _without_folder(word: str) -> str:
+def without_folder(word: str) -> str:
     """A word of the command line for the record: of an absolute path only the name."""
     option, equals, value = word.rpartition("=")
     return option + equals + (Path(value).name if value.startswith("/") else value)

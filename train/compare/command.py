@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.status import Status
 
 from bitnet import __version__
+from bitnet.bench.command import without_folder
 from bitnet.checkpoint import replacing
 from bitnet.config import ModelConfig
 from bitnet.doctor import examine
@@ -94,6 +95,7 @@ def compare_runs(
     return {
         "benchmark": "compare",
         "bitnet": __version__,
+        "command": ["bitnet", *(without_folder(word) for word in sys.argv[1:])],
         "machine": _machine(settings),
         "settings": _settings(options, settings, names),
         "models": {key: value for key, value in facts.items() if key != "model"} | {"config": facts["model"]},
@@ -208,8 +210,11 @@ class _Bench:
         """A row for every method, measured or with the reason why not."""
         rows = {method.name: self._made(method) for method in chosen}
         able = {name: row for name, row in rows.items() if row["status"] == "ok"}
-        reference = able.get("fp32") or self._made(choose("fp32")[0])
-        self._measure("fp32", reference, reference=True, score=True)
+        reference = rows.get("fp32") or self._made(choose("fp32")[0])
+        if reference["status"] == "ok":
+            self._measure("fp32", reference, reference=True, score=True)
+        if reference["status"] != "ok":  # everything else is held against it
+            raise BitNetError(f"compare: the float twin itself cannot be measured: {reference['note']}")
         for turn in range(self._options.rounds):
             for name, row in list(able.items())[:: 1 if turn % 2 == 0 else -1]:
                 if row["status"] == "ok" and not (name == "fp32" and turn == 0):

@@ -147,12 +147,15 @@ def timed(llama: Any, ids: list[int], prefill: int) -> dict[str, Any]:
 
 
 def score(llama: Any, rows: list[list[int]], path: str) -> dict[str, Any]:
-    """Logits of every position of every row, each from an empty context."""
-    with open(path, "r+b") as file:  # noqa: PTH123
+    """Logits of every position of every row, each from an empty context, as fp32 in the file `path`."""
+    vocab = 0
+    with open(path, "wb") as file:  # noqa: PTH123
         for row in rows:
             llama.clear()
-            file.write(np.ascontiguousarray(llama.read(row, 0, True)).tobytes())
-    return {}
+            logits = np.ascontiguousarray(llama.read(row, 0, True))
+            vocab = logits.shape[1]
+            file.write(logits.tobytes())
+    return {"vocab": vocab}
 
 
 def serve(path: str, threads: int, context: int, logits: str, repacking: bool) -> None:

@@ -146,9 +146,9 @@ class LlamaRunner:
         return self._ask(do="time", ids=ids.tolist(), prefill=prefill)
 
     def score(self, ids: Tensor) -> Tensor:
-        self._ask(do="score", rows=ids.tolist())
+        vocab = self._ask(do="score", rows=ids.tolist())["vocab"]
         values = np.fromfile(self._logits, dtype=np.float32)
-        return torch.from_numpy(values).view(*ids.shape, -1)
+        return torch.from_numpy(values).view(*ids.shape, vocab)
 
     def facts(self) -> dict[str, Any]:
         return self._facts | self._ask(do="memory")
