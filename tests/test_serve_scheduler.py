@@ -233,6 +233,21 @@ def test_log_probabilities_are_the_models(bench: Callable[..., Bench], monkeypat
         assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+def test_the_token_that_ends_a_scored_text_is_told(bench: Callable[..., Bench]) -> None:
+    """An evaluation harness writes one token and drops it: the prompt's last one must not be dropped in its place."""
+    made = bench(1)
+    ids = some_ids()
+    scores = toy_logits(ids).double().log_softmax(-1)
+    ends = frozenset([int(scores.argmax())])
+    fields = {"ids": ids, "ends": ends, "top": 1, "max_tokens": 1, "sampling": Sampling(temperature=0.0)}
+    text, end, tokens = made.run(some_job(echo=TOKENIZER.decode(ids), **fields))[0]
+    assert (text, end.reason, end.tokens) == (TOKENIZER.decode(ids), "stop", 0)
+    assert [token.id for token in tokens] == [*ids, *ends]
+    assert tokens[-1].start == len(ids)
+    assert tokens[-1].logprob == pytest.approx(float(scores.max()), abs=1e-5)
+    assert made.run(some_job(**fields))[0][2] == []  # not scored: the end has no text and is no token of it
+
+
 def test_nothing_to_write(bench: Callable[..., Bench]) -> None:
     made = bench(1)
     text, end, tokens = made.run(some_job(max_tokens=0, echo="abc"))[0]

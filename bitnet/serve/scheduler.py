@@ -323,7 +323,11 @@ class Scheduler:
         """Draw a token from logits [V] and send the text it completes."""
         job = running.job
         id = int(running.sampler.draw(logits[None]))
+        scores = (None, ()) if job.top is None else judged(log_probabilities(logits[None])[0], id, job.top)
+        place = len(job.echo or "") + running.length
         if id in job.ends:
+            if running.scored:  # who scores a prompt counts on a token behind it, text or not
+                running.pending.append((Token(id, place, *scores), running.length, running.length))
             self._end(running, "stop")
             return
         if not running.new:
@@ -331,10 +335,9 @@ class Scheduler:
         running.new.append(id)
         self._metrics.written.inc()
         piece = running.decoder.push(id)
-        scores = (None, ()) if job.top is None else judged(log_probabilities(logits[None])[0], id, job.top)
         start = running.length
         running.length += len(piece)
-        running.pending.append((Token(id, len(job.echo or "") + start, *scores), start, running.length))
+        running.pending.append((Token(id, place, *scores), start, running.length))
         self._show(running, running.writer.push(piece))
         if running.writer.stopped:
             self._end(running, "stop")
