@@ -209,6 +209,18 @@ def test_the_slot_left_longest_ago_goes_first(bench: Callable[..., Bench]) -> No
     assert [held[0] for held in made.slots.held[1:]] == [1, 2]
 
 
+def test_a_shared_first_token_takes_no_slot_from_another_text(bench: Callable[..., Bench]) -> None:
+    made = bench(2)
+    first, second = ([0, start, *some_ids(8, 20)] for start in (1, 2))  # 0: as BOS begins every text
+    made.run(some_job(ids=first))
+    assert made.run(some_job(ids=second))[0][1].reused == 0  # in the empty slot
+    assert [held[:2] for held in made.slots.held] == [[0, 1], [0, 2]]
+    assert made.run(some_job(ids=[*first, 3]))[0][1].reused >= len(first)
+    third = made.run(some_job(ids=[0, 3, *some_ids(8, 20)]))[0][1]
+    assert third.reused == 1  # what the slot left longest ago happens to share
+    assert [held[:2] for held in made.slots.held] == [[0, 1], [0, 3]]
+
+
 def test_log_probabilities_are_the_models(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the prompt across chunk borders, and of what is written, before temperature and filters."""
     monkeypatch.setattr(scheduling, "CHUNK", 7)

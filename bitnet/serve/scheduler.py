@@ -2,8 +2,8 @@
 
 The thread owns the engine. Each turn is one forward pass: the newest token of every text being written and, beside
 them, up to CHUNK tokens of prompts being read, so that a long prompt slows the running texts a little and never stops
-them. A text that ends leaves its slot at once and the next in the queue takes it: of the free slots the one whose
-tokens share the longest beginning with the prompt, which is then not read again.
+them. A text that ends leaves its slot at once and the next in the queue takes it: of the free slots one whose
+tokens begin as the prompt does, which is then not read again, else the one left longest ago.
 
 Every text draws with a random state of its own, and the engine's rows do not depend on each other: with a seed, the
 same request gives the same text whatever runs beside it.
@@ -257,10 +257,15 @@ class Scheduler:
             self._read_all(running)
 
     def _best_slot(self, ids: Sequence[int]) -> tuple[int, int]:
-        """The free slot with the longest common beginning, of equals the one left longest ago; and that length."""
+        """The free slot with the longest common beginning, else the one left longest ago; and that length.
+
+        A beginning counts from half of the shorter text on: for less (every text may start with BOS and one system
+        prompt) no slot is taken that another conversation may come back to.
+        """
         free = [slot for slot in range(self._slots.count) if slot not in self._running]
         common = {slot: common_length(self._held[slot], ids) for slot in free}
-        slot = max(free, key=lambda slot: (common[slot], -self._used[slot]))
+        worth = {slot: n if 2 * n >= min(len(self._held[slot]), len(ids)) else 0 for slot, n in common.items()}
+        slot = max(free, key=lambda slot: (worth[slot], -self._used[slot]))
         return slot, common[slot]
 
     def _plan(self) -> list[tuple[_Running, Part]]:
