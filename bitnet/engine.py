@@ -240,7 +240,8 @@ class SessionSlots:
         session = self._sessions[part.slot]
         if part.every:
             return session.score(ids)[0]
-        return session.prefill(ids)[0].clone()  # a session may overwrite what it returned
+        logits = session.decode(ids[0]) if ids.shape[1] == 1 else session.prefill(ids)  # decoding may be a graph
+        return logits[0].clone()  # a session may overwrite what it returned
 
 
 def stream(

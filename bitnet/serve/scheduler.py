@@ -5,8 +5,9 @@ them, up to CHUNK tokens of prompts being read, so that a long prompt slows the 
 them. A text that ends leaves its slot at once and the next in the queue takes it: of the free slots one whose
 tokens begin as the prompt does, which is then not read again, else the one left longest ago.
 
-Every text draws with a random state of its own, and the engine's rows do not depend on each other: with a seed, the
-same request gives the same text whatever runs beside it.
+Every text draws with a random state of its own, and the C++ engine's rows do not depend on each other: there, with a
+seed, the same request gives the same text whatever runs beside it. The other engines read a prompt in pieces whose
+sizes depend on what runs beside it, and round a little differently for each size.
 
     waiting  --admit-->  reading its prompt  -->  writing  -->  ended; its tokens stay in the slot until it is taken
 """
