@@ -73,7 +73,8 @@ class Bench:
         self.slots = ToySlots(count)
         self.events: list[tuple[Job, Event]] = []
         self.news = threading.Condition()
-        self.scheduler = Scheduler(self.slots, TOKENIZER, Metrics(), self.post, queue=queue)
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(self.slots, TOKENIZER, self.metrics, self.post, queue=queue)
         self.thread = threading.Thread(target=self.scheduler.run)
         self.thread.start()
 
@@ -361,6 +362,24 @@ def test_the_queue_is_bounded(bench: Callable[..., Bench]) -> None:
     made.slots.gate.release(10**5)
     made.until(lambda: all(made.ended(job) for job in jobs[:5]))
     assert made.run(jobs[5])[0][0] == TOKENIZER.decode(alone(jobs[5]))
+
+
+def test_who_leaves_the_queue_makes_room(bench: Callable[..., Bench]) -> None:
+    made = bench(1, queue=2)
+    made.slots.gate = threading.Semaphore(1)
+    running, *waiting = some_job(ids=[1], max_tokens=20), some_job(), some_job()
+    made.scheduler.submit([running, *waiting])
+    made.until(lambda: bool(made.of(running)))  # in its slot, and stays there: the gate is closed
+    with pytest.raises(QueueFullError):
+        made.scheduler.submit([some_job()])
+    for job in waiting:
+        job.cancelled = True
+    later = [some_job(), some_job()]
+    made.scheduler.submit(later)
+    made.slots.gate.release(10**5)
+    made.until(lambda: all(made.ended(job) for job in later))
+    assert not any(made.of(job) for job in waiting)
+    assert b"bitnet_cancelled_total 2.0" in made.metrics.render()
 
 
 def test_closing_lets_running_texts_end_and_refuses_the_rest(bench: Callable[..., Bench]) -> None:

@@ -156,6 +156,7 @@ class Scheduler:
         with self._lock:
             if self._closing:
                 raise ClosedError
+            self._forget_cancelled()
             free = self._slots.count - len(self._running)
             if len(self._waiting) + len(jobs) > self.queue + free:
                 ahead = len(self._waiting) + len(self._running)
@@ -163,6 +164,12 @@ class Scheduler:
             self._waiting.extend(jobs)
             self._metrics.waiting.set(len(self._waiting))
             self._lock.notify()
+
+    def _forget_cancelled(self) -> None:
+        """Those who left while they waited are no queue. With the lock held."""
+        left = deque(job for job in self._waiting if not job.cancelled)
+        self._metrics.cancelled.inc(len(self._waiting) - len(left))
+        self._waiting = left
 
     @property
     def most(self) -> int:
