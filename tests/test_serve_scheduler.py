@@ -176,7 +176,7 @@ def test_a_pass_holds_every_running_text_and_a_bounded_part_of_prompts(
     written = dict.fromkeys(range(3), 0)  # tokens of each slot that a pass has read after its prompt
     for parts in made.slots.passes:
         prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].ids)]
-        assert sum(len(part.ids) for part in prompts) <= 4
+        assert sum(len(part.ids) for part in parts) <= 4
         assert all(len(part.ids) == 1 for part in parts if part not in prompts)
         for part in parts:
             written[part.slot] += len(part.ids)

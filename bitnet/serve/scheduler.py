@@ -1,7 +1,7 @@
 """Many texts at once on one engine: continuous batching in a thread of its own.
 
 The thread owns the engine. Each turn is one forward pass: the newest token of every text being written and, beside
-them, up to CHUNK tokens of prompts being read, so that a long prompt slows the running texts a little and never stops
+them, tokens of prompts being read, CHUNK in all, so that a long prompt slows the running texts a little and never stops
 them. A text that ends leaves its slot at once and the next in the queue takes it: of the free slots one whose
 tokens begin as the prompt does, which is then not read again, else the one left longest ago.
 
@@ -32,7 +32,7 @@ from bitnet.tokenizer import Tokenizer
 
 _log = logging.getLogger("bitnet")
 
-CHUNK = 256  # prompt tokens a turn: about what the C++ engine reads in the time of a few decode steps
+CHUNK = 256  # tokens a turn: the C++ engine's one pass, about the time of a few decode steps
 _SCORE_BYTES = 64 << 20  # of logits made at once where a prompt is scored
 _MEMORY = 0.9  # of the running mean of a request's seconds, from which Retry-After is guessed
 
@@ -277,9 +277,9 @@ class Scheduler:
         return slot, common[slot]
 
     def _plan(self) -> list[tuple[_Running, Part]]:
-        """The parts of one pass: a token of each writing text, then prompts until CHUNK tokens are reached."""
+        """The parts of one pass: a token of each writing text, then prompts until CHUNK tokens are reached in all."""
         work = [(r, Part(r.slot, r.new[-1:])) for r in self._running.values() if r.new]
-        left = CHUNK
+        left = max(1, CHUNK - len(work))  # a prompt is never stopped either
         for running in self._running.values():
             if running.new or left == 0:
                 continue
