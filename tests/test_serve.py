@@ -625,6 +625,64 @@ def test_health_says_503_while_loading(model: Path) -> None:
     assert replies[1].headers["retry-after"] == "1"
 
 
+def test_a_crowd_is_told_to_come_again() -> None:
+    import asyncio
+
+    from bitnet.serve.app import Service, build_app
+    from bitnet.serve.metrics import Metrics
+
+    async def ask() -> Any:
+        transport = httpx.ASGITransport(build_app(Service(Metrics()), crowded=lambda: True))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.get("/health")
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "crowded")
+    assert (reply.headers["retry-after"], reply.headers["connection"]) == ("1", "close")
+
+
+def test_a_head_that_drips_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first request, and after one."""
+    import asyncio
+
+    import uvicorn
+
+    from bitnet.serve import server as serving
+
+    monkeypatch.setattr(serving, "_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(serving, "_IDLE_SECONDS", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def drip(port: int, begin: bytes) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(begin)
+        if begin:
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+        writer.write(b"GET / HTTP/1.1\r\nX: ")
+        end = asyncio.create_task(reader.read())
+        while not end.done():
+            writer.write(b"x")
+            await asyncio.wait([end], timeout=0.05)
+        writer.close()
+
+    async def main() -> None:
+        config = uvicorn.Config(app, http=serving._Protocol, ws="none", lifespan="off", log_config=None)
+        with serving.open_socket("127.0.0.1", 0) as opened:
+            run = serving._Server(config)
+            task = asyncio.create_task(run.serve(sockets=[opened]))
+            port = opened.getsockname()[1]
+            async with asyncio.timeout(30):
+                await drip(port, b"")
+                await drip(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            run.should_exit = True
+            await task
+
+    asyncio.run(main())
+
+
 def test_the_page_is_in_the_package() -> None:
     """In a checkout, in an editable install and in a wheel: the files lie beside the module."""
     from importlib import resources

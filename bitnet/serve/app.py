@@ -143,8 +143,13 @@ def too_long(got: str, limit: int) -> RequestError:
     return RequestError(400, message, param="prompt", code="context_length_exceeded")
 
 
-def build_app(service: Service, key: str | None = None, hosts: frozenset[str] | None = None) -> App:
-    """The whole server as an ASGI application."""
+def build_app(
+    service: Service,
+    key: str | None = None,
+    hosts: frozenset[str] | None = None,
+    crowded: Callable[[], bool] = lambda: False,
+) -> App:
+    """The whole server as an ASGI application; key, hosts and crowded: of `Guard`."""
     routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
         "/health": ("GET", _health),
         "/metrics": ("GET", _metrics),
@@ -168,7 +173,7 @@ def build_app(service: Service, key: str | None = None, hosts: frozenset[str] | 
     )
     app.router.redirect_slashes = False  # a redirect would be built from the Host header
     app.state.service = service
-    return Guard(app, service.metrics, routes, key, hosts)
+    return Guard(app, service.metrics, routes, key, hosts, crowded)
 
 
 def _service(request: Request) -> Service:

@@ -43,14 +43,23 @@ _HEADERS = [
 
 
 class Guard:
-    """Refuses what must not come in and counts what did. key: None lets everybody in; hosts: None answers to any."""
+    """Refuses what must not come in and counts what did.
+
+    key: None lets everybody in; hosts: None answers to any; crowded: whether there are too many connections.
+    """
 
     def __init__(
-        self, app: App, metrics: Metrics, routes: Collection[str], key: str | None, hosts: Collection[str] | None
+        self,
+        app: App,
+        metrics: Metrics,
+        routes: Collection[str],
+        key: str | None,
+        hosts: Collection[str] | None,
+        crowded: Callable[[], bool],
     ) -> None:
         self._app, self._metrics, self._routes = app, metrics, frozenset(routes)
         self._key = None if key is None else b"Bearer " + key.encode()
-        self._hosts = hosts
+        self._hosts, self._crowded = hosts, crowded
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """An ASGI application around another."""
@@ -69,11 +78,16 @@ class Guard:
         try:
             self._check(scope)
         except RequestError as error:
-            await error_reply(error)(scope, receive, send_guarded)
+            reply = error_reply(error)
+            if error.code == "crowded":
+                reply.headers["Connection"] = "close"
+            await reply(scope, receive, send_guarded)
             return
         await self._app(scope, receive, send_guarded)
 
     def _check(self, scope: Message) -> None:
+        if self._crowded():
+            raise RequestError(503, "the server has too many connections; try again soon", code="crowded", retry=1)
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self._hosts is not None and host_name(host) not in self._hosts:

@@ -114,19 +114,25 @@ def page_url(host: str, port: int) -> str:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's HTTP, with a limit to how long the head of a first request may take."""
+    """uvicorn's HTTP, with a limit to how long the head of a request may take."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._head_timer.cancel()
+        if not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(_IDLE_SECONDS + _HEAD_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()
         super().connection_lost(exc)
 
     def _give_up(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()  # what is left of an answer still goes out
 
 
 class _Server(uvicorn.Server):
@@ -157,7 +163,7 @@ class _Run:
         self._socket, self._announce = opened, announce
         self._host, self._port = opened.getsockname()[:2]
         self._service = Service(Metrics())
-        app = build_app(self._service, options.api_key, allowed_hosts(options.host))
+        app = build_app(self._service, options.api_key, allowed_hosts(options.host), self._crowded)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -171,13 +177,15 @@ class _Run:
                 proxy_headers=False,
                 timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=int(options.grace + _MARGIN),
-                limit_concurrency=_CONNECTIONS,
             )
         )
         self._scheduler: Scheduler | None = None
         self._signal: int | None = None
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+
+    def _crowded(self) -> bool:
+        return len(self._server.server_state.connections) > _CONNECTIONS
 
     def run(self) -> int:
         with self._socket:
