@@ -31,6 +31,7 @@ from bitnet.model import Transformer
 from bitnet.packed import load, write_packed
 from bitnet.sampling import GREEDY, Sampling
 from bitnet.serve.guard import MAX_BODY, allowed_hosts, host_name
+from bitnet.serve.protocol import RequestError, parse_completion, parse_json
 from bitnet.tokenizer import Tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -420,6 +421,17 @@ def test_what_asks_for_nothing_is_taken(server: Server) -> None:
 def test_a_body_that_is_no_json_object(body: bytes, server: Server) -> None:
     reply = server.http.post("/v1/completions", content=body, headers=JSON)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_a_deeply_nested_value_is_refused_at_every_depth() -> None:
+    """Around the depth at which Python gives up, wherever that happens."""
+    for depth in range(900, 1001):
+        for open, close in (("[", "]"), ('{"a":', "}")):
+            body = '{"prompt": ' + open * depth + "5" + close * depth + "}"
+            with pytest.raises(RequestError) as refused:
+                parse_completion(parse_json(body.encode()))
+            assert refused.value.status == 400
+            assert len(refused.value.message) < 300
 
 
 def test_a_lone_surrogate_is_refused_wherever_it_stands(server: Server) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from bitnet.errors import BitNetError
@@ -61,9 +62,20 @@ class RequestError(Exception):
 
 def refuse(param: str, got: Any, expected: str) -> RequestError:
     """The error of one wrong field."""
-    shown = json.dumps(got, default=str)
+    shown = json.dumps(_outline(got), default=str)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return RequestError(400, f"{param}: got {shown}, expected {expected}", param=param)
+
+
+def _outline(value: Any, depth: int = 4) -> Any:
+    """A value's first parts, of its first levels: whole, it may be nested deeper than Python goes."""
+    if not isinstance(value, list | dict):
+        return value
+    if not depth:
+        return "..."
+    if isinstance(value, dict):
+        return {name: _outline(part, depth - 1) for name, part in islice(value.items(), 40)}
+    return [_outline(part, depth - 1) for part in value[:40]]
 
 
 @dataclass(frozen=True)
