@@ -695,6 +695,29 @@ def test_a_head_that_drips_ends_the_connection(monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(main())
 
 
+def test_a_slow_reader_loses_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from bitnet.serve import app
+    from bitnet.serve.scheduler import Failure, Job, Piece
+
+    async def read(count: int) -> tuple[list[Any], list[Job]]:
+        jobs = [Job([1], 9, GREEDY) for _ in range(2)]
+        box = app._Box(jobs)
+        for index, job in enumerate(jobs):
+            job.key = (box, index)
+        for i in range(count):
+            app.deliver([(jobs[i % 2], Piece(str(i), ()))])
+        return [box.get_nowait() for _ in range(box.qsize())], jobs
+
+    monkeypatch.setattr(app, "MOST_EVENTS", most := random.randint(2, 20))
+    for count in (most, most + random.randint(1, 9)):
+        events, jobs = asyncio.run(read(count))
+        assert [event.text for _, event in events[:most]] == [str(i) for i in range(most)]
+        assert [type(event) for _, event in events[most:]] == [Failure] * (count > most)
+        assert [job.cancelled for job in jobs] == [count > most] * 2
+
+
 def test_the_page_is_in_the_package() -> None:
     """In a checkout, in an editable install and in a wheel: the files lie beside the module."""
     from importlib import resources

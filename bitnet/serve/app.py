@@ -46,6 +46,7 @@ from bitnet.serve.scheduler import (
     ClosedError,
     End,
     Event,
+    Failure,
     Job,
     Piece,
     QueueFullError,
@@ -58,6 +59,7 @@ from bitnet.tokenizer import Tokenizer
 
 SEND_SECONDS = 60.0  # a client that takes nothing for so long is gone
 WAITING_SECONDS = 10.0  # between signs of life while a request waits
+MOST_EVENTS = 1024  # that wait for a client; one that reads more slowly than its text is written loses it
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
@@ -248,9 +250,30 @@ def _job(loaded: Loaded, ids: Sequence[int], wishes: Wishes, choice: int, echo: 
     )
 
 
+class _Box(asyncio.Queue[Any]):
+    """The events of one request: (its job's index, event), or "gone" once the client has left."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__()
+        self._jobs = jobs
+
+    def take(self, index: int, event: Event) -> None:
+        """Put an event in; of too many the last is a failure, and the jobs end."""
+        if self.qsize() < MOST_EVENTS:
+            self.put_nowait((index, event))
+        elif not self._jobs[index].cancelled:
+            self.put_nowait((index, Failure(503, "the answer was read too slowly")))
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the jobs; those that have ended do not mind."""
+        for job in self._jobs:
+            job.cancelled = True
+
+
 async def _run(request: Request, jobs: list[Job], reply: Reply, wishes: Wishes, usage: Usage) -> Response:
     """Queue the jobs of a request and answer with what comes of them."""
-    box: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+    box = _Box(jobs)
     for index, job in enumerate(jobs):
         job.key = (box, index)
     try:
@@ -267,10 +290,11 @@ async def _run(request: Request, jobs: list[Job], reply: Reply, wishes: Wishes, 
 def deliver(events: Sequence[tuple[Job, Event]]) -> None:
     """Put events into the boxes of their requests. Called on the event loop with what the scheduler posted."""
     for job, event in events:
-        job.key[0].put_nowait((job.key[1], event))
+        box, index = job.key
+        box.take(index, event)
 
 
-async def _whole(request: Request, jobs: list[Job], box: Any, reply: Reply, usage: Usage) -> Response:
+async def _whole(request: Request, jobs: list[Job], box: _Box, reply: Reply, usage: Usage) -> Response:
     texts: list[list[str]] = [[] for _ in jobs]
     tokens: list[list[Token]] = [[] for _ in jobs]
     reasons = [""] * len(jobs)
@@ -289,7 +313,7 @@ async def _whole(request: Request, jobs: list[Job], box: Any, reply: Reply, usag
     return json_reply(reply.whole(list(zip(map("".join, texts), tokens, reasons, strict=True)), usage))
 
 
-async def _events(jobs: list[Job], box: Any, receive: Receive) -> AsyncIterator[tuple[int, Event] | None]:
+async def _events(jobs: list[Job], box: _Box, receive: Receive) -> AsyncIterator[tuple[int, Event] | None]:
     """What comes of the jobs, until each has ended; None after WAITING_SECONDS of nothing.
 
     Raises ClientGoneError. Whatever ends this also ends the jobs.
@@ -315,8 +339,7 @@ async def _events(jobs: list[Job], box: Any, receive: Receive) -> AsyncIterator[
             left -= not isinstance(found[1], Piece)
             yield found
     finally:
-        for job in jobs:
-            job.cancelled = True  # those that have ended do not mind
+        box.cancel()
         watcher.cancel()
         with suppress(asyncio.CancelledError):
             await watcher
@@ -325,7 +348,7 @@ async def _events(jobs: list[Job], box: Any, receive: Receive) -> AsyncIterator[
 class EventStream(Response):
     """A reply that is sent as it is written."""
 
-    def __init__(self, jobs: list[Job], box: Any, reply: Reply, usage: Usage, include_usage: bool) -> None:
+    def __init__(self, jobs: list[Job], box: _Box, reply: Reply, usage: Usage, include_usage: bool) -> None:
         super().__init__(headers={"X-Accel-Buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._jobs, self._box, self._reply, self._usage, self._include = jobs, box, reply, usage, include_usage
@@ -333,7 +356,8 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         events = _events(self._jobs, self._box, receive)
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             for index in range(len(self._jobs)):
                 for chunk in self._reply.opening(index):
                     await _push(send, sse(chunk))
@@ -345,6 +369,7 @@ class EventStream(Response):
         except (ClientGoneError, TimeoutError):
             pass  # nobody is there to be told; the unfinished answer makes the server close the connection
         finally:
+            self._box.cancel()  # the events may not have begun; then closing them runs nothing
             await events.aclose()  # type: ignore[attr-defined]
 
     async def _pump(self, events: AsyncIterator[tuple[int, Event] | None], send: Send) -> None:
