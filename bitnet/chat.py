@@ -77,6 +77,7 @@ class Talk:
     messages: list[dict[str, str]] = field(default_factory=list)
     text: list[int] = field(default_factory=list)  # ids of the last text, its prompt included
     ended: bool = False  # the model ended it by itself
+    full: bool = False  # the context ended it
 
     def __post_init__(self) -> None:
         self._slots = self.engine.slots(1, self.limit)
@@ -84,18 +85,19 @@ class Talk:
 
     def reset(self) -> None:
         """Forget everything said."""
-        self.messages, self.text, self.ended = [], [], False
+        self.messages, self.text, self.ended, self.full = [], [], False, False
 
     def answer(self, prompt: str) -> Iterator[str]:
         """The pieces of what the model says; an empty prompt goes on with the last text.
 
         Raises BitNetError for a prompt that does not fit and for one that cannot be encoded.
         """
-        ids = self._ids(prompt)
+        going_on = not prompt and bool(self.text) and not self.ended
+        ids = self.text if going_on else self._ids(prompt)
         if len(ids) > self.limit:
             raise BitNetError(f"got {len(ids)} tokens, expected at most the context's {self.limit}; /reset forgets")
         said: list[int] = []
-        self.text, self.ended = list(ids), False
+        self.text, self.ended, self.full = list(ids), False, False
         decoder = self.tokenizer.stream()
         try:
             for id in self._tokens(ids):
@@ -105,18 +107,16 @@ class Talk:
             yield decoder.flush()
         finally:  # also where Ctrl-C ends it: what was said counts
             if self.chat:
-                self._remember(prompt, self.tokenizer.decode(said))
+                self._remember(prompt, self.tokenizer.decode(said), going_on)
 
     def _ids(self, prompt: str) -> list[int]:
-        if not prompt and self.text and not self.ended:
-            return self.text
         if not self.chat:
             return prompt_ids(self.tokenizer, prompt)
         assert isinstance(self.tokenizer, JsonTokenizer), self.tokenizer
         return self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": prompt}])
 
-    def _remember(self, prompt: str, answer: str) -> None:
-        if not prompt and self.messages:  # went on with its last answer
+    def _remember(self, prompt: str, answer: str, going_on: bool) -> None:
+        if going_on:
             self.messages[-1]["content"] += answer
             return
         self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -125,6 +125,7 @@ class Talk:
         new = self._settle(ids)
         for _ in range(self.max_new_tokens):
             if len(self._held) + len(new) > self.limit:
+                self.full = True
                 return
             logits = self._slots.forward([Part(0, new)])[0]
             self._held += new
@@ -175,6 +176,8 @@ def _answer(talk: Talk, prompt: str, write: Callable[[str], None], tell: Callabl
             write(piece)
             count += 1
         write("\n")
+        if talk.full:
+            tell(f"the context of {talk.limit} tokens is full; /reset forgets")
     except KeyboardInterrupt:
         write("\n")
         tell("stopped")

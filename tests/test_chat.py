@@ -181,6 +181,7 @@ def test_a_context_that_is_full_ends_the_text(tokenizer: Tokenizer, seed: int) -
     engine = TorchEngine(made(tokenizer, seed))
     talk = talk_of(engine, tokenizer, 100, limit=10)
     assert len(list(talk.answer("the"))) - 1 == 10 - len(prompt_ids(tokenizer, "the")) + 1
+    assert talk.full
     with pytest.raises(BitNetError, match="at most the context's 10"):
         list(talk.answer("the lazy dog jumps over the quick brown fox and on and on"))
     talk.reset()
@@ -212,6 +213,12 @@ def test_a_conversation_is_kept(seed: int) -> None:
     list(talk.answer("world"))
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.text[:-4] == tokenizer.encode_chat([*said, {"role": "user", "content": "world"}])
+    talk.reset()
+    talk.ends = frozenset(range(tokenizer.vocab_size))  # ends at once: an empty line has nothing to go on with
+    list(talk.answer("hello"))
+    list(talk.answer(""))
+    assert [message["content"] for message in talk.messages] == ["hello", "", "", ""]
+    assert not talk.full
 
 
 def test_what_does_not_go_together(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
