@@ -164,6 +164,7 @@ def test_a_visit(browser: Browser, server: tuple[Any, str], model: Path) -> None
     rows = "[...document.querySelectorAll('#alternatives li')].map(e => e.querySelector('.share').textContent)"
     assert 5 <= len(browser.js(rows)) <= 6
     assert browser.js("document.querySelectorAll('#alternatives .taken').length") == 1
+    assert browser.js("likeliest({7: -3, a: -1, 12: -2}).map(([name]) => name).join()") == "a,12,7"
     browser.press("ArrowRight")
     assert browser.js("document.activeElement.dataset.index") == "1"
     browser.press("ArrowLeft")

@@ -136,9 +136,14 @@ function fromCompletion(choice) {
     name,
     start: found.text_offset[i],
     chance: Math.exp(found.token_logprobs[i]),
-    top: Object.entries(found.top_logprobs[i]).map(([other, value]) => [other, Math.exp(value)]),
+    top: likeliest(found.top_logprobs[i]),
   }));
   return { text: choice.text, tokens };
+}
+
+// An object's own order is not the reply's: names that are whole numbers come first.
+function likeliest(chances) {
+  return Object.entries(chances).map(([name, value]) => [name, Math.exp(value)]).sort((a, b) => b[1] - a[1]);
 }
 
 function fromChat(choice) {
