@@ -172,10 +172,13 @@ def test_a_visit(browser: Browser, server: tuple[Any, str], model: Path) -> None
 
     browser.js(setting("max_tokens", "2048"))
     browser.js(setting("temperature", "0"))  # goes round in circles: long enough to be stopped
+    browser.js("document.getElementById('write').focus()")
     browser.js("document.getElementById('write').click()")
     browser.until(f"{WRITING} && document.querySelectorAll('.token').length > 1")
+    assert browser.js("document.activeElement.id") == "stop"
     browser.press("Escape")
     browser.until(f"!{WRITING}")
+    assert browser.js("document.activeElement.id") == "write"
     assert browser.js("document.querySelectorAll('#zeros-table tbody tr').length") == 2
     assert "C++" in browser.js("document.getElementById('facts').textContent") or engine.name != "cpu"
     assert browser.js("document.documentElement.scrollWidth <= innerWidth")

@@ -214,6 +214,7 @@ const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const visible = (name) => name.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u2423");
 
 function showRunning(on) {
+  const left = [$("write"), $("stop"), $("more"), $("copy")].includes(document.activeElement);
   document.body.classList.toggle("writing", on);
   $("write").hidden = on;
   $("stop").hidden = !on;
@@ -221,7 +222,7 @@ function showRunning(on) {
   $("more").hidden ||= $("chat").checked;
   $("empty").hidden = on || Boolean(state.points.length || state.given);
   if (on) $("status").textContent = "Writing";
-  if (on && document.activeElement === document.body) $("stop").focus();
+  if (left) (on ? $("stop") : $("write").disabled ? $("prompt") : $("write")).focus(); // a hidden button keeps no focus
 }
 
 function showStats(clock, reason) {
@@ -404,10 +405,7 @@ $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   write($("prompt").value);
 });
-$("stop").addEventListener("click", () => {
-  state.running?.abort();
-  $("prompt").focus();
-});
+$("stop").addEventListener("click", () => state.running?.abort());
 $("more").addEventListener("click", () => write(state.given + state.points.join("")));
 $("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText(state.given + state.points.join(""));
