@@ -465,7 +465,9 @@ def test_other_statuses(server: Server, client: Any) -> None:
 @pytest.mark.parametrize(("host", "status"), [("evil.example", 421), ("", 421), ("localhost:1", 200), ("[::1]:8", 200)])
 def test_only_names_of_this_machine(host: str, status: int, server: Server) -> None:
     assert server.http.get("/", headers={"Host": host}).status_code == status
-    assert allowed_hosts("0.0.0.0") is None
+    assert allowed_hosts("0.0.0.0", "0.0.0.0") is None
+    assert allowed_hosts("192.0.2.7", "localhost") is None  # the address decides, not what it is called
+    assert "mybox" in (allowed_hosts("127.0.1.1", "MyBox") or ())
     assert host_name(" LocalHost.:80 ") == "localhost"
 
 

@@ -113,19 +113,19 @@ def host_name(value: str) -> str:
     return name.partition(":")[0].rstrip(".")
 
 
-def allowed_hosts(bound: str) -> frozenset[str] | None:
-    """The names a server answers to: this machine's on a loopback address, all (None) elsewhere."""
+def allowed_hosts(bound: str, asked: str) -> frozenset[str] | None:
+    """The names a server answers to: this machine's on a loopback address, all (None) elsewhere.
+
+    bound: the address of its socket; asked: the name or address that was asked for.
+    """
     if not is_loopback(bound):
         return None
-    return frozenset({"localhost", "127.0.0.1", "::1", bound.lower()})
+    return frozenset({"localhost", "127.0.0.1", "::1", bound, asked.lower()})
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback(address: str) -> bool:
     """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+    return ipaddress.ip_address(address).is_loopback
 
 
 class ClientGoneError(Exception):

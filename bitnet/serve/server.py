@@ -163,7 +163,7 @@ class _Run:
         self._socket, self._announce = opened, announce
         self._host, self._port = opened.getsockname()[:2]
         self._service = Service(Metrics())
-        app = build_app(self._service, options.api_key, allowed_hosts(options.host), self._crowded)
+        app = build_app(self._service, options.api_key, allowed_hosts(self._host, options.host), self._crowded)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -264,7 +264,7 @@ class _Run:
             raise _Stopped
 
     def _warn(self) -> None:
-        if self._options.api_key is None and not is_loopback(self._options.host):
+        if self._options.api_key is None and not is_loopback(self._host):
             _log.warning(
                 "%s can be reached from other machines and no key is set: anybody there may use it (--api-key, or "
                 "BITNET_API_KEY in the environment)", self._options.host,
