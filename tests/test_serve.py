@@ -720,6 +720,17 @@ def test_a_slow_reader_loses_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [job.cancelled for job in jobs] == [count > most] * 2
 
 
+def test_a_prompt_of_several_choices_is_cached_once() -> None:
+    from bitnet.serve.replies import Usage
+    from bitnet.serve.scheduler import End
+
+    usage = Usage(30, 2)  # two prompts, two choices each
+    for index, reused in random.sample(list(enumerate([0, 9, 14, 13])), 4):
+        usage.add(index, End("stop", 3, reused))
+    counted = usage.to_dict()
+    assert (counted["completion_tokens"], counted["prompt_tokens_details"]) == (12, {"cached_tokens": 13})
+
+
 def test_the_page_is_in_the_package() -> None:
     """In a checkout, in an editable install and in a wheel: the files lie beside the module."""
     from importlib import resources

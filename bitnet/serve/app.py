@@ -205,7 +205,7 @@ async def _completions(request: Request) -> Response:
         prompt_tokens += len(ids)
         jobs += [_job(loaded, ids, wishes, i, echo) for i in range(wishes.n)]
     reply = CompletionReply(loaded.name, Speller(loaded.tokenizer), wishes.top, wishes.include_usage)
-    return await _run(request, jobs, reply, wishes, Usage(prompt_tokens))
+    return await _run(request, jobs, reply, wishes, Usage(prompt_tokens, wishes.n))
 
 
 async def _chat(request: Request) -> Response:
@@ -225,7 +225,7 @@ async def _chat(request: Request) -> Response:
     _check_count(wishes.n, loaded.scheduler.most)
     jobs = [_job(loaded, ids, wishes, i, None) for i in range(wishes.n)]
     reply = ChatReply(loaded.name, Speller(tokenizer), wishes.top, wishes.include_usage)
-    return await _run(request, jobs, reply, wishes, Usage(len(ids)))
+    return await _run(request, jobs, reply, wishes, Usage(len(ids), wishes.n))
 
 
 def _check_count(count: int, most: int) -> None:
@@ -306,7 +306,7 @@ async def _whole(request: Request, jobs: list[Job], box: _Box, reply: Reply, usa
             texts[index].append(event.text)
             tokens[index].extend(event.tokens)
         elif isinstance(event, End):
-            usage.add(event)
+            usage.add(index, event)
             reasons[index] = event.reason
         else:
             raise RequestError(event.status, event.message)
@@ -381,7 +381,7 @@ class EventStream(Response):
             if isinstance(event, Piece):
                 await _push(send, sse(self._reply.chunk(index, event, None)))
             elif isinstance(event, End):
-                self._usage.add(event)
+                self._usage.add(index, event)
                 await _push(send, sse(self._reply.chunk(index, Piece("", ()), event.reason)))
             else:
                 await _push(send, sse(RequestError(event.status, event.message).body()))

@@ -47,15 +47,17 @@ SSE_WAITING = b": waiting\n\n"  # a comment, so that proxies see life
 
 
 class Usage:
-    """Counts tokens over the jobs of a request. A prompt counts once, however many choices it has."""
+    """Counts tokens over the jobs of a request. A prompt counts once, however many choices it has (n)."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt, self.written, self.reused = prompt_tokens, 0, 0
+    def __init__(self, prompt_tokens: int, n: int) -> None:
+        self.prompt, self.written, self._n = prompt_tokens, 0, n
+        self._reused: dict[int, int] = {}  # by prompt: what none of its choices had to read
 
-    def add(self, end: End) -> None:
+    def add(self, index: int, end: End) -> None:
         """Count a job that has ended."""
         self.written += end.tokens
-        self.reused += end.reused
+        prompt = index // self._n
+        self._reused[prompt] = min(end.reused, self._reused.get(prompt, end.reused))
 
     def to_dict(self) -> dict[str, Any]:
         """OpenAI's usage object."""
@@ -63,7 +65,7 @@ class Usage:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.written,
             "total_tokens": self.prompt + self.written,
-            "prompt_tokens_details": {"cached_tokens": min(self.reused, self.prompt)},
+            "prompt_tokens_details": {"cached_tokens": sum(self._reused.values())},
         }
 
 

@@ -34,7 +34,7 @@ _log = logging.getLogger("bitnet")
 
 CHUNK = 256  # tokens a turn: the C++ engine's one pass, about the time of a few decode steps
 _SCORE_BYTES = 64 << 20  # of logits made at once where a prompt is scored
-_MEMORY = 0.9  # of the running mean of a request's seconds, from which Retry-After is guessed
+_MEMORY = 0.9  # of the running mean of a job's seconds in its slot, from which Retry-After is guessed
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class _Running:
         self.job, self.slot, self.reused = job, slot, reused
         self.read = reused  # prompt tokens in the slot
         self.new: list[int] = []
+        self.started = time.perf_counter()
         self.sampler = Sampler(job.sampling)
         self.decoder = tokenizer.stream()
         self.writer = StopWriter(job.stop)
@@ -377,9 +378,9 @@ class Scheduler:
             text += writer.flush()
             self._show(running, text, last=not writer.stopped)
         self._send(running.job, End(reason, len(running.new), running.reused))
-        seconds = time.perf_counter() - running.job.submitted
-        self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * seconds
-        self._metrics.job_seconds.observe(seconds)
+        now = time.perf_counter()
+        self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * (now - running.started)
+        self._metrics.job_seconds.observe(now - running.job.submitted)
         self._leave(running)
 
     def _leave(self, running: _Running) -> None:

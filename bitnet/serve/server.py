@@ -233,8 +233,7 @@ class _Run:
             call(self._service.ready, loaded)
             self._warn()
             self._announce(page_url(self._options.host, self._port))
-            if not self._stopping.is_set():
-                scheduler.run()
+            scheduler.run()  # also where a stop came meanwhile: requests that came before it get their answer
         except _Stopped:
             pass
         except (ValueError, OSError, MemoryError, RuntimeError) as error:  # told by the main thread, at the end
@@ -255,6 +254,7 @@ class _Run:
         metrics.slots.set(slots.count)
         scheduler = Scheduler(slots, tokenizer, metrics, lambda events: call(deliver, events), queue=options.queue)
         self._scheduler = scheduler
+        self._check_stop(0)  # a stop before this line has not closed it
         _log.info("%s ready in %.1f s: %s engine", self._model.name, time.perf_counter() - started, engine.name)
         facts = Facts(self._model, engine, slots, tokenizer, self._engine)
         return scheduler, Loaded(self._model.stem, tokenizer, limit, scheduler, facts)

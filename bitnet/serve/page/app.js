@@ -371,7 +371,10 @@ async function connect() {
     document.title = `${info.name} \u00b7 BitNet`;
     $("model-name").textContent = info.name;
     $("chat-row").hidden = !info.chat;
-    if (first && info.chat) $("chat").checked = true;
+    if (first && info.chat) {
+      $("chat").checked = true;
+      showLabel();
+    }
     $("max_tokens").max = info.context;
     if (first) $("max_tokens").value = Math.min(128, Math.floor(info.context / 2));
     showRanges();
@@ -388,6 +391,10 @@ async function connect() {
     showServer("gone", "server gone");
     watch();
   }
+}
+
+function showLabel() {
+  $("prompt-label").textContent = $("chat").checked ? "Message" : "Prompt";
 }
 
 function showRanges() {
@@ -439,7 +446,7 @@ $("reset").addEventListener("click", () => {
   for (const name of [...RANGES, "seed", "stop-at"]) $(name).value = $(name).defaultValue;
   showRanges();
 });
-$("chat").addEventListener("change", () => ($("prompt-label").textContent = $("chat").checked ? "Message" : "Prompt"));
+$("chat").addEventListener("change", showLabel);
 $("shade").addEventListener("change", () => document.body.classList.toggle("shade", $("shade").checked));
 $("mono").addEventListener("change", () => document.body.classList.toggle("mono", $("mono").checked));
 $("key-form").addEventListener("submit", (event) => {
