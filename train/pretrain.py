@@ -38,7 +38,7 @@ from bitnet.train.data import (
     prepare,
 )
 from bitnet.train.display import Display
-from bitnet.train.distributed import Processes, other_ended
+from bitnet.train.distributed import Processes, first_line, other_ended
 from bitnet.train.evaluate import Evaluation, evaluate
 from bitnet.train.initial import (
     Initial,
@@ -104,8 +104,8 @@ def pretrain(
     if config.train.teacher and teacher is None:
         raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model, opened")
     with ExitStack() as stack:
-        processes = stack.enter_context(Processes(device))
         stack.enter_context(lost_processes())
+        processes = stack.enter_context(Processes(device))
         trackers: list[Tracker] = []
         if processes.first:
             with processes.others_stop_on_failure():
@@ -136,7 +136,7 @@ def lost_processes() -> Iterator[None]:
             raise
         raise BitNetError(
             "train: another process of this run ended, so that this one cannot go on; its own last line says why. All "
-            "whole saves are kept: start the same command again"
+            f"whole saves are kept: start the same command again ({first_line(error)})"
         ) from error
 
 
