@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=100e9)
     parser.add_argument("--batch-tokens", type=float, default=1e6, help="a step, over all GPUs")
     parser.add_argument("--micro-tokens", type=float, default=16384, help="a micro-batch of one GPU")
-    parser.add_argument("--rate", type=float, help="tokens/s of one GPU in both passes, measured; replaces the published utilisations")
+    parser.add_argument(
+        "--rate", type=float, help="tokens/s of one GPU in both passes, measured; replaces the published utilisations"
+    )
     parser.add_argument("--recompute", action="store_true", help="blocks are computed again in the backward pass")
     parser.add_argument("--price", type=float, default=2.5, help="dollars a GPU and hour: an assumption")
     options = parser.parse_args()

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bitnet.errors import BitNetError
 
-
 MEETING = timedelta(minutes=5)  # within which all have started: a peer that died before is not waited for
 PATIENCE = timedelta(days=1)  # then: the others wait while the first one tokenises the corpus and validates
 
