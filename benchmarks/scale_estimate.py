@@ -12,7 +12,8 @@ Per step and GPU, with P parameters (M of them in matrices of blocks), n GPUs, k
 
 Arithmetic: 6 operations a parameter and token, and attention (Kaplan et al. 2020; bitnet.model.flops_per_token); with
 recomputed blocks a third more. And a step: Muon's five iterations of Newton and Schulz, 4 n^2 m + 2 n^3 for a matrix
-of n rows and m >= n columns each, which with DDP every GPU repeats and with FSDP they share. The last line is one JSON document.
+of n rows and m >= n columns each, which with DDP every GPU repeats and with FSDP they share. The last line is
+one JSON document.
 """
 
 import argparse

@@ -261,7 +261,7 @@ class Trainer:
         )
         first_step, started = self.step, time.perf_counter()
         signal = None
-        with stop_signals(display.note) as stop, display.live(settings.steps, self.step):
+        with self.saver.left_whole(), stop_signals(display.note) as stop, display.live(settings.steps, self.step):
             while self.step < settings.steps and signal is None:
                 self._step_and_record()
                 last = self.step == settings.steps
@@ -374,6 +374,7 @@ class Trainer:
         if self.processes.first:
             self.display.warn(f"step {self.step} skipped: {reason}")
         if self.skipped >= self.settings.skip_limit:
+            self.saver.wait()  # one that is being written in the background is good, too
             saves = checkpoint.folders(self.run.saves)
             last = f"the last good save is {saves[0]}" if saves else "there is no save yet"
             raise BitNetError(
