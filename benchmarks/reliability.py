@@ -4,8 +4,9 @@
     python benchmarks/reliability.py --kills 20
 
 Killed runs are started again until they finish, and must then equal a run that was never killed, to the last bit.
-After every kill each finished save must verify, and no more than one save interval may be gone. The last line is one
-JSON document.
+After every kill each finished save must verify, and no more than one save interval may be gone; two where saves are
+written in the background. The last line is one JSON document. Exit code 1 when anything of that did not hold, or when
+there was no time for all kills (--minutes).
 """
 
 import argparse
@@ -122,6 +123,29 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in Run(out).metrics() if "loss" in row]
 
 
+_LOST, _LOST_BEHIND = "more than an interval lost", "saved in the background: more than two intervals lost"
+_BAD = ("damaged saves", _LOST, _LOST_BEHIND, "saves before it lost", "half a save left behind")
+_REFUSED = ("tries", "ended with one line and code 2", "equal after going on")
+_EQUAL = {  # what must have been counted as often as the first of them
+    "kill -9": ("runs that finished", "runs equal to the one never killed"),
+    "full disk": _REFUSED,
+    "read-only folder": _REFUSED,
+    "two writers": ("tries", "second one refused", "first one finished", "equal to one alone"),
+}
+
+
+def failures(parts: dict[str, Counter[str]], kills: int) -> list[str]:
+    """What did not hold, in words."""
+    found = []
+    for name, counts in parts.items():
+        total, *others = _EQUAL[name]
+        found += [f"{name}: {counts[bad]} {bad}" for bad in _BAD if counts[bad]]
+        found += [f"{name}: {counts[it]} {it}, expected {counts[total]}" for it in others if counts[it] < counts[total]]
+    if (done := parts["kill -9"]["kills"]) < kills:
+        found.append(f"kill -9: {done} kills, expected {kills}: give it more --minutes")
+    return found
+
+
 def check_saves(out: Path, counts: Counter[str]) -> int:
     """Verify every finished save. Returns the newest one's step."""
     from bitnet.checkpoint import folders, read_save
@@ -168,9 +192,12 @@ def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Cou
             patience += 0.05
             newest = check_saves(out, counts)
             done = max((row[0] for row in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
-            # A save in the background is lost with the kill, and the next one has then not begun either.
-            allowed = INTERVAL * (2 if settings else 1)
-            counts["more than an interval lost"] += done > newest + allowed
+            if settings:  # a save being written is lost with the kill, and the next one has then not begun either
+                counts["saved in the background: kills"] += 1
+                counts["saved in the background: more than one interval lost"] += done > newest + INTERVAL
+                counts[_LOST_BEHIND] += done > newest + 2 * INTERVAL
+            else:
+                counts[_LOST] += done > newest + INTERVAL
         counts["runs that finished"] += 1
         counts["runs equal to the one never killed"] += same(work / "straight", out)
         shutil.rmtree(out)
@@ -254,8 +281,11 @@ def two_writers(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
     for number in range(tries):
         out = work / f"two-{number}"
         first = trainer.start(out)
+        end = time.monotonic() + 60
         while not (out / "metrics.jsonl").exists():
-            time.sleep(0.01)
+            ended = trainer.wait(first, 0.01)
+            assert ended is None, (ended, trainer.log.read_text())
+            assert time.monotonic() < end, trainer.log.read_text()
         log, trainer.log = trainer.log, work / "second"
         second = trainer.wait(trainer.start(out))
         counts["tries"] += 1
@@ -296,8 +326,11 @@ def main() -> None:
                 show(name, parts[name])
         finally:
             trainer.close()
+    failed = failures(parts, options.kills)
     report = {name: dict(sorted(counts.items())) for name, counts in parts.items()}
-    print(json.dumps({"machine": describe(), "seconds": time.monotonic() - began, **report}))
+    print(json.dumps({"machine": describe(), "seconds": time.monotonic() - began, "failures": failed, **report}))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

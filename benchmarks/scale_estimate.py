@@ -11,7 +11,9 @@ Per step and GPU, with P parameters (M of them in matrices of blocks), n GPUs, k
     Muon   of spread matrices: two all-to-alls in bf16  2 (n-1)/n * 2 M / n    train/muon.py
 
 Arithmetic: 6 operations a parameter and token, and attention (Kaplan et al. 2020; bitnet.model.flops_per_token); with
-recomputed blocks a third more. The last line is one JSON document.
+recomputed blocks a third more. And a step: Muon's five iterations of Newton and Schulz, 4 n^2 m + 2 n^3 for a matrix
+of n rows and m >= n columns each, which with DDP every GPU repeats and with FSDP they share. The last line is
+one JSON document.
 """
 
 import argparse
@@ -29,13 +31,25 @@ UTILISATION = (0.33, 0.50)  # of the peak: parameter-golf's ternary record, nano
 NODE = 8
 
 
+def token_operations(config: ModelConfig, recompute: bool) -> float:
+    """Forward and backward pass, a token."""
+    return flops_per_token(config, config.context, training=True) * (4 / 3 if recompute else 1)
+
+
+def muon_operations(config: ModelConfig) -> float:
+    """Newton and Schulz's iterations over all matrices of the blocks, a step."""
+    d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    shapes = 2 * [(d, d)] + 2 * [(kv, d)] + 3 * [(min(d, f), max(d, f))]
+    return 5 * config.num_hidden_layers * sum(4 * n**2 * m + 2 * n**3 for n, m in shapes)
+
+
 def estimate(config: ModelConfig, options: argparse.Namespace, gpus: int, parallel: str, used: float) -> dict[str, Any]:
     """One column: a model on so many GPUs at a share `used` of their peak."""
     P, M = parameters(config), linear_parameters(config)
     step_tokens = options.batch_tokens
     micro = max(1, round(step_tokens / gpus / options.micro_tokens))
-    operations = flops_per_token(config, config.context, training=True) * (4 / 3 if options.recompute else 1)
-    compute = step_tokens / gpus * operations / (PEAK * used)
+    orthogonal = muon_operations(config) / (1 if parallel == "ddp" else gpus)
+    compute = (step_tokens / gpus * token_operations(config, options.recompute) + orthogonal) / (PEAK * used)
     ring = (gpus - 1) / gpus
     if parallel == "ddp":
         sent = {"gradients": 2 * ring * 4 * P}
@@ -54,6 +68,7 @@ def estimate(config: ModelConfig, options: argparse.Namespace, gpus: int, parall
         "utilisation": round(used, 3),
         "micro_batches": micro,
         "compute_seconds_a_step": compute,
+        "of_it_muon_seconds": orthogonal / (PEAK * used),
         "sent_gigabytes_a_step": {name: count / 1e9 for name, count in sent.items()},
         "communication_seconds_a_step": communication,
         "state_gigabytes_a_gpu": state / 1e9,
@@ -72,14 +87,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=100e9)
     parser.add_argument("--batch-tokens", type=float, default=1e6, help="a step, over all GPUs")
     parser.add_argument("--micro-tokens", type=float, default=16384, help="a micro-batch of one GPU")
-    parser.add_argument("--rate", type=float, help="tokens/s of one GPU, measured; replaces the published utilisations")
+    parser.add_argument(
+        "--rate", type=float, help="tokens/s of one GPU in both passes, measured; replaces the published utilisations"
+    )
     parser.add_argument("--recompute", action="store_true", help="blocks are computed again in the backward pass")
     parser.add_argument("--price", type=float, default=2.5, help="dollars a GPU and hour: an assumption")
     options = parser.parse_args()
     config = PRESETS[options.preset]
     used = UTILISATION
     if options.rate:
-        used = (options.rate * flops_per_token(config, config.context, training=True) / PEAK,)
+        used = (options.rate * token_operations(config, options.recompute) / PEAK,)
     print(f"{options.preset}: {parameters(config) / 1e9:.2f}G parameters, {options.tokens / 1e9:.0f}G tokens, "
           f"{options.batch_tokens / 1e6:.2f}M a step, {options.tokens / options.batch_tokens:,.0f} steps")  # fmt: skip
     print(f"assumed: {GPU}, {PEAK / 1e12:.0f} TFLOP/s bf16; {NVLINK / 1e9:.0f} GB/s in a node of {NODE}, "

@@ -250,13 +250,13 @@ def read_save(folder: Path, verify: bool = True) -> Save:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file, readable by everybody the umask allows, and sync it."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # what the umask makes of 0666; asked for, it is changed for all threads
     try:
         safetensors.torch.save_file(on_cpu, path, dict(metadata))
     except safetensors.SafetensorError as error:  # what it makes of a full disk
         raise OSError(errno.EIO, str(error), str(path)) from error
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors creates files as 0600 and does not sync them
+    path.chmod(mode)  # safetensors creates files as 0600 and does not sync them
     sync(path)
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import DistNetworkError, DistStoreError
 
 from bitnet.checkpoint import latest_save
 from bitnet.cli import main
-from bitnet.train.distributed import Processes
+from bitnet.train.distributed import Processes, first_line, other_ended
 
 MODEL = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
 SETTINGS = [
@@ -102,6 +103,63 @@ def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
         (line,) = (line for line in err.splitlines() if line.startswith("bitnet: error:"))
         assert part in line
         assert "Traceback" not in err
+
+
+MEETING_RANKS = """
+import os, sys, time, torch
+from datetime import timedelta
+from bitnet.train import distributed
+from bitnet.train.distributed import Processes
+from bitnet.train.pretrain import lost_processes
+distributed.MEETING = timedelta(seconds=2)
+rank = 0 if os.fork() else 1
+os.environ.update(RANK=str(rank))
+if rank and sys.argv[1] == "dead":
+    os._exit(0)
+with lost_processes(), Processes(torch.device("cpu")) as processes:
+    time.sleep(0 if rank else 4)
+    print(processes.largest(rank))
+"""
+
+
+def meeting(how: str) -> subprocess.CompletedProcess[str]:
+    port = str(random.randrange(20_000, 32_000))
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", MEETING_RANKS, how]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+
+
+def test_a_peer_that_never_came_is_not_waited_for() -> None:
+    found = meeting("dead")
+    assert found.returncode == 1
+    assert "BitNetError: train: another process of this run ended" in found.stderr
+    assert "Timed out" in found.stderr.splitlines()[-1]
+
+
+def test_one_that_works_is_waited_for_longer() -> None:
+    """Twice as long as for all to come."""
+    found = meeting("alive")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("1")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"), True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:9] Read error [::1]:9: Connection reset by peer"), True),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), True),
+        (DistStoreError("Timed out after 4 seconds waiting for clients. 1/2 clients joined."), True),
+        (DistNetworkError("failed to listen: EADDRINUSE, message: address already in use"), False),
+        (RuntimeError("gloo: tensor sizes do not match"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_which_errors_are_those_of_a_lost_process(error: Exception, is_it: bool) -> None:
+    assert other_ended(error) is is_it
+    assert first_line(error) in str(error)
+    assert ".cc" not in first_line(error)
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:

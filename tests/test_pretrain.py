@@ -5,6 +5,7 @@ import math
 import random
 import struct
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet import checkpoint
 from bitnet.checkpoint import latest_save
 from bitnet.errors import BitNetError
 from bitnet.layers import BitLinear
@@ -260,10 +262,20 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert same(save.tensors("model"), {k: v for k, v in poison.kept[8][1].items() if "/" not in k})
 
 
-def test_several_in_a_row_stop_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "in the background"])
+def test_several_in_a_row_stop_the_run(
+    behind: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Poison(monkeypatch, "nan loss", {2, 3, 5, 6, 7, 8})  # two in a row are allowed here, three are not
+    original = checkpoint.write_files
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.3 * behind)  # still at it when the last step fails
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "write_files", slow)
     with pytest.raises(BitNetError, match="diverged") as error:
-        train(configured(corpus, steps=20, skip_limit=3, save_every=2), tmp_path / "run")
+        train(configured(corpus, steps=20, skip_limit=3, save_every=2, async_save=behind), tmp_path / "run")
     save = latest_save(tmp_path / "run" / "saves")
     assert save is not None
     assert str(save.path) in str(error.value)
@@ -273,6 +285,27 @@ def test_several_in_a_row_stop_the_run(corpus: Path, tmp_path: Path, monkeypatch
     assert [(row["step"], "skipped" in row) for row in rows] == [
         (1, False), (2, True), (3, True), (4, False), (5, True), (6, True), (7, True),
     ]  # fmt: skip
+
+
+def test_an_error_waits_for_the_file_that_is_being_written(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a thread would write into a folder whose lock is open."""
+    original, written = checkpoint.write_files, []
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        written.append(original(*args))
+        return written[-1]
+
+    def failing(trainer: loop.Trainer, *args: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoint, "write_files", slow)
+    monkeypatch.setattr(loop.Trainer, "_validate", failing)
+    with pytest.raises(ZeroDivisionError):
+        train(configured(corpus, steps=20, save_every=2, eval_every=3, async_save=True), tmp_path / "run")
+    assert len(written) == 1
 
 
 def test_the_count_of_bad_steps_survives_a_resume(

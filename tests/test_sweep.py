@@ -153,12 +153,22 @@ def test_a_sweep_goes_on_and_tells(
     assert calls == before
 
 
-def test_other_settings_under_the_same_name_are_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_under_the_same_name_are_refused(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = text.parent / "out"
     assert main(["sweep", str(written(text, "seeds = [1]")), "--out", str(out), "-q"]) == 0
     changed = written(text, "seeds = [1]", "train.clip = 0.5\n")
     assert main(["sweep", str(changed), "--out", str(out), "-q"]) == 2
     assert "train.clip" in capsys.readouterr().err
+    longer = written(text, "seeds = [2, 1]")
+    longer.write_text(longer.read_text().replace("train.steps = 4", "train.steps = 6"))
+    assert main(["sweep", str(longer), "--out", str(out), "-q"]) == 2
+    assert "train.steps = 4, got 6" in capsys.readouterr().err
+    assert len(list(out.glob("*s2"))) == 0  # refused before anything is trained
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sweep", str(written(text, "seeds = [1]")), "--out", str(out), "-q"]) == 2
+    assert "expected one" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_listed_and_the_rest_is_trained(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

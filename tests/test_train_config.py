@@ -305,13 +305,26 @@ def test_settings_that_may_change_on_resume(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("section", "key"), [(section, key) for section in MUST_STAY for key in MUST_STAY[section]])
 def test_settings_that_must_stay_on_resume(section: str, key: str, tmp_path: Path) -> None:
-    start(tmp_path, RunConfig())
+    taught = {"train": {"teacher": "runs/one"}} if key in ("distill", "temperature") else {}
+    started = RunConfig().override(taught)
+    start(tmp_path, started)
     before = (tmp_path / "run" / "config.toml").read_bytes()
-    changed = RunConfig().override({section: {key: MUST_STAY[section][key]}})
+    changed = started.override({section: {key: MUST_STAY[section][key]}})
     with pytest.raises(BitNetError) as error:
         Run(tmp_path / "run").check(changed)
     assert f"{section}.{key}" in str(error.value)
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [({"distill": 0.3}, "distill"), ({"temperature": 2.0}, "temperature"), ({"zero_init": True}, "zero_init")],
+)
+def test_what_would_do_nothing_is_refused(values: dict[str, Any], key: str) -> None:
+    other = {"init": "runs/other"} if key == "zero_init" else {}
+    with pytest.raises(BitNetError, match=rf"train\.{key}"):
+        TrainConfig(**values, **other)
+    TrainConfig(**values, **({} if other else {"teacher": "runs/other"}))
 
 
 def test_a_global_batch_may_be_cut_anew_on_resume(tmp_path: Path) -> None:

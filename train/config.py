@@ -40,7 +40,9 @@ class TrainConfig:
     parallel: str = "ddp"  # with several processes: the whole model on each, or "fsdp": a share of its state on each
     recompute: bool = False  # the inside of blocks in the backward pass: less memory, a third more products
     loss_chunk: int = 0  # tokens whose logits are held at a time; 0: all
-    async_save: bool = False  # write saves while training goes on
+    # Write saves while training goes on: each counts from the next one on at the latest, so that a kill loses up to two
+    # intervals (save_every) instead of one.
+    async_save: bool = False
     context: int = 0  # tokens a sequence; 0 is the model's context
     optimizer: str = "muon"  # for the matrices of the blocks; "adamw" for everything
     lr: float = 0.006  # of the matrices; with "adamw" 3e-3 is a good start
@@ -105,6 +107,7 @@ class TrainConfig:
                 f"train.global_batch: got {self.global_batch} with train.accumulate {self.accumulate}, expected one of "
                 "them: a global batch is cut into micro-batches of batch_size by itself"
             )
+        self._check_used()
         if self.ease and self.compile:
             raise BitNetError("train.ease: got it with --compile, which would compile every step anew; use one of them")
         if self.ease + self.float_share > 1:
@@ -112,6 +115,19 @@ class TrainConfig:
                 f"train.float_share: got {self.float_share} and train.ease {self.ease}, expected at most 1 together: "
                 "the quantisers have to be in before the end"
             )
+
+    def _check_used(self) -> None:
+        """Refuse what would do nothing without a word."""
+        if self.zero_init and self.init:
+            raise BitNetError(
+                "train.zero_init: got it with train.init, whose weights the run begins with; use one of them"
+            )
+        for name in ("distill", "temperature"):
+            if not self.teacher and getattr(self, name) != getattr(TrainConfig, name):
+                raise BitNetError(
+                    f"train.{name}: got {getattr(self, name)} without a teacher, expected train.teacher with it; name "
+                    "one or leave it away"
+                )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitnet.errors import BitNetError
+
+MEETING = timedelta(minutes=5)  # within which all have started: a peer that died before is not waited for
+PATIENCE = timedelta(days=1)  # then: the others wait while the first one tokenises the corpus and validates
 
 
 class Processes:
@@ -30,9 +34,21 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         if self.size > 1:
-            # A day: the others wait while the first one tokenises the corpus and validates.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+            self._meet()
         return self
+
+    def _meet(self) -> None:
+        try:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=MEETING)
+        except dist.DistNetworkError as error:
+            if other_ended(error):
+                raise
+            raise BitNetError(
+                "train: got no way to the other processes, expected one at MASTER_ADDR and MASTER_PORT: "
+                f"{first_line(error)}"
+            ) from error
+        self.largest(0)  # NCCL connects in its first collective: now, not while the first process is busy
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)
 
     def __exit__(self, *exc: object) -> None:
         if self.size > 1:
@@ -91,9 +107,19 @@ class Processes:
             dist.barrier()
 
 
+# What gloo, NCCL and the store say; none of them has a class of its own for that.
+_GONE = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process|timed out (after|waiting)|"
+    r"timeout (after|caused)|failed to (recv|connect)",
+    re.IGNORECASE,
+)
+
+
 def other_ended(error: BaseException) -> bool:
-    """Whether an error says that another process is gone: gloo has no class of its own for that."""
-    if isinstance(error, dist.DistError):
-        return True
-    words = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in words or "Connection closed by peer" in words)
+    """Whether an error says that another process is gone."""
+    return isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, without the place in torch's source that gloo puts before it."""
+    return re.sub(r"^\[[^]]*:\d+\] ", "", str(error).strip().partition("\n")[0])

@@ -38,7 +38,7 @@ from bitnet.train.data import (
     prepare,
 )
 from bitnet.train.display import Display
-from bitnet.train.distributed import Processes, other_ended
+from bitnet.train.distributed import Processes, first_line, other_ended
 from bitnet.train.evaluate import Evaluation, evaluate
 from bitnet.train.initial import (
     Initial,
@@ -104,8 +104,8 @@ def pretrain(
     if config.train.teacher and teacher is None:
         raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model, opened")
     with ExitStack() as stack:
-        processes = stack.enter_context(Processes(device))
         stack.enter_context(lost_processes())
+        processes = stack.enter_context(Processes(device))
         trackers: list[Tracker] = []
         if processes.first:
             with processes.others_stop_on_failure():
@@ -136,7 +136,7 @@ def lost_processes() -> Iterator[None]:
             raise
         raise BitNetError(
             "train: another process of this run ended, so that this one cannot go on; its own last line says why. All "
-            "whole saves are kept: start the same command again"
+            f"whole saves are kept: start the same command again ({first_line(error)})"
         ) from error
 
 
@@ -261,7 +261,7 @@ class Trainer:
         )
         first_step, started = self.step, time.perf_counter()
         signal = None
-        with stop_signals(display.note) as stop, display.live(settings.steps, self.step):
+        with self.saver.left_whole(), stop_signals(display.note) as stop, display.live(settings.steps, self.step):
             while self.step < settings.steps and signal is None:
                 self._step_and_record()
                 last = self.step == settings.steps
@@ -374,6 +374,7 @@ class Trainer:
         if self.processes.first:
             self.display.warn(f"step {self.step} skipped: {reason}")
         if self.skipped >= self.settings.skip_limit:
+            self.saver.wait()  # one that is being written in the background is good, too
             saves = checkpoint.folders(self.run.saves)
             last = f"the last good save is {saves[0]}" if saves else "there is no save yet"
             raise BitNetError(

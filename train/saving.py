@@ -11,7 +11,8 @@ save is finished between two steps: at the first after the last file was written
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ class Saver:
         if pending is not None and pending.thread is not None:
             pending.thread.join()
             self._finish(pending)
+
+    @contextmanager
+    def left_whole(self) -> Iterator[None]:
+        """Leave the block with an error only when this process's file is written. The others are not asked."""
+        try:
+            yield
+        except BaseException:
+            if self._pending is not None and self._pending.thread is not None:
+                self._pending.thread.join()
+            raise
 
     def _finish(self, pending: _Pending) -> None:
         processes = self._processes

@@ -149,13 +149,20 @@ def run_sweep(
 
     say: called with a line before and after each run. openers: as of `run_training`. The report, also in
     `out/sweep.json`, has every run, and each point's mean and spread over seeds; None when a signal stopped the sweep.
+    Raises BitNetError for what does not fit the runs in `out`, and under `torchrun`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BitNetError(
+            f"sweep: got {os.environ['WORLD_SIZE']} processes, expected one: start it without torchrun, or each run "
+            "with: torchrun -m bitnet.cli train"
+        )
     plans = read_sweep(path)
     out.mkdir(parents=True, exist_ok=True)
     configs = [resolve(plan.preset, None, plan.values, [], Run(out / "a run not there yet")) for plan in plans]
     for plan, config in zip(plans, configs, strict=True):  # all fit, or nothing is trained
         if not config.train.init:  # the model it starts from decides on more settings
             Run(out / plan.folder).check(config)
+        _check_steps(Run(out / plan.folder), config)
     results: list[Result] = []
     for number, (plan, config) in enumerate(zip(plans, configs, strict=True), 1):
         run = Run(out / plan.folder)
@@ -179,6 +186,15 @@ def run_sweep(
     with replacing(out / "sweep.json") as work:
         work.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report, 0
+
+
+def _check_steps(run: Run, config: RunConfig) -> None:
+    """A run may go on for more steps than it was begun with; but its schedule was then that of a shorter one."""
+    if run.exists() and (steps := run.config().train.steps) != config.train.steps:
+        raise BitNetError(
+            f"sweep: '{run.path}' holds a run with train.steps = {steps}, got {config.train.steps}; its learning rate "
+            "followed the former: choose another folder (--out)"
+        )
 
 
 def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
