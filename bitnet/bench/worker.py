@@ -51,6 +51,12 @@ def status(key: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_peak(path: Path = Path("/proc/self/clear_refs")) -> None:
+    """Let VmHWM start from what is resident now; without Linux the peak counts what was prepared too."""
+    if path.exists():
+        path.write_text("5", encoding="ascii")
+
+
 def packages(folder: Path = _POWERCAP) -> list[Path]:
     """RAPL's counters of whole CPU packages; empty where there are none or root alone may read them."""
     found = [path for path in sorted(folder.glob("*rapl:*")) if path.name.count(":") == 1]
@@ -126,6 +132,7 @@ def load(script: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     module = runpy.run_path(str(Path(__file__).parent / f"{script}.py"))
     if "prepare" in module:
         module["prepare"](**options)
+        forget_peak()
     base = status("VmRSS")
     started = time.perf_counter()
     contender = module["Contender"](**options)
