@@ -126,11 +126,9 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
         for subject, path, tests in work:
             files = _files(subject, path, Path(folder), lined_up, write_gguf, say, notes)
             for threads in settings.threads:
-                found, report = measure.group(
-                    subject, files, lined_up, tests, threads, settings.repetitions, str(settings.wanted.device), say
-                )
+                found, seen = measure.group(subject, files, lined_up, tests, threads, settings.repetitions, say)
                 rows += found
-                reports.append(report)
+                reports += seen
             for made in Path(folder).iterdir():
                 made.unlink()
     return _document(settings, rows, reports, notes, before)

@@ -46,6 +46,7 @@ class Contender:
     python: str = sys.executable
     environment: dict[str, str] = field(default_factory=dict)
     ours: bool = True
+    device: str = "cpu"  # where it runs
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _ours(backend: str, wanted: Wanted) -> Iterator[Contender]:
             lambda config, test, head=head: _our_bytes(config, test, backend, head),  # type: ignore[misc]
             suffix=", ".join(shown),
             environment={native.ENVIRONMENT: isa} if isa else {},
+            device=str(device),
         )
 
 
