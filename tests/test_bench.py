@@ -437,6 +437,23 @@ def test_a_plot_without_matplotlib(capsys: Captured, monkeypatch: pytest.MonkeyP
     assert "pip install" in line
 
 
+def test_disk_is_needed_for_what_is_written() -> None:
+    size, config = 10**6, TINY
+    mine, random_one = (measure.Subject("m", config, size, source) for source in ("m.safetensors", command.RANDOM))
+    ours_alone = contenders.line_up(contenders.Wanted(["torch"], [], ["file"], ["fp32"], [], "", torch.device("cpu")))
+    assert (command._disk(mine, ours_alone), command._disk(random_one, ours_alone)) == (0, size)
+    both = [*ours_alone, contenders._llama("python")]
+    assert command._disk(mine, both) > 0.5 * linear_parameters(config)
+
+
+def test_dense_torch_refuses_a_plain_model() -> None:
+    plain = measure.Subject("m", TINY.replace(linear="plain"), 1, "m.safetensors")
+    wanted = contenders.Wanted(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cpu"))
+    settings = command.Settings([], [], choice(), [1], 1, wanted, None, [])
+    with pytest.raises(BitNetError, match="plain linears"):
+        command._checked(plain, settings, contenders.line_up(wanted))
+
+
 def test_llama_cpp_gets_a_shape_that_it_runs(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     config = TINY.replace(hidden_size=256, intermediate_size=512)
