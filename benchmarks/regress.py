@@ -6,21 +6,25 @@ same answer anywhere, and what it guards is this repository's business, not a us
 Absolute times differ between machines and between days on one, so each row is compared by a ratio that both runs share:
 
     reference    t/s over t/s of the first contender that is not ours (--reference picks another), same test, same run
-    limit        per cent of what the machine allowed in that run, where there is no reference in both
+    machine      t/s over what the machine did in that run, where there is no reference in both: the read bandwidth, or
+                 the peak of products, whichever bounds the row. Our own bytes and multiply-adds are no part of it: an
+                 engine that reads more than it did is slower
     absolute     t/s, where there is neither and both runs come from the same CPU
 
 A row is slower when the new ratio over the old one is below 1 - max(FLOOR, 3 sigma). sigma is the standard error of
-that quotient: of each median 1.25 s / sqrt(n) from its own run's spread. FLOOR is what runs of one build differ by
+that quotient: of each median 1.25 s / sqrt(n) from its own run's spread, the machine's included. FLOOR is what runs of one build differ by
 beyond their own spread: caches, pages and neighbours that stay for a whole run.
 
-A bound below 1 - TOO_NOISY says nothing: such a row is called noisy.
+A bound below 1 - TOO_NOISY says nothing: such a row is called noisy, and so is one of fewer than LEAST samples, whose
+spread nobody knows.
 
-Exit code: 0, 1 with the table if a row is slower, 2 for files that cannot be compared or hold nothing but noise.
+Exit code: 0, 1 with the table if a row is slower or is not in the new run any more, 2 for files that cannot be compared or hold nothing but noise.
 """
 
 import argparse
 import json
 import math
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,7 @@ from bitnet.errors import BitNetError
 
 FLOOR = 0.05
 TOO_NOISY = 0.30
+LEAST = 3  # samples of a row, for a spread
 _SIGMAS = 3.0
 _MEDIAN = 1.25  # a median's standard error over a mean's, for normal noise
 Row = dict[str, Any]
@@ -81,9 +86,27 @@ def key(row: Row) -> Key:
 
 
 def noise(row: Row) -> float:
-    """Standard error of a row's median, relative to it."""
+    """Standard error of a row's median, relative to it; infinite for too few samples."""
     count = len(row["samples_ts"])
-    return _MEDIAN * row["stddev_ts"] / row["median_ts"] / math.sqrt(count)
+    return _MEDIAN * row["stddev_ts"] / row["median_ts"] / math.sqrt(count) if count >= LEAST else math.inf
+
+
+def allowed(document: dict[str, Any], row: Row) -> tuple[str, float, float] | None:
+    """What bounds a row, how fast the machine did that in the row's run, and the relative standard error of it."""
+    by = row["limit_by"]
+    if by is None:
+        return None
+    reads = by in ("memory", "cache")
+    rate = row["bandwidth_gigabytes_per_second" if reads else "peak_gigamacs_per_second"]
+    samples: list[float] = []
+    for seen in document.get("measured", []):
+        here = [seen[name] == row[name] for name in ("model", "threads")]
+        if all(here) and seen.get("device", "cpu") == row.get("device", "cpu"):
+            sizes = {read["bytes"]: read["samples"] for read in seen["reads"]}
+            samples = sizes[row["working_set_bytes"]] if reads else seen.get("gigamacs_samples", {}).get(by, [])
+    spread = statistics.stdev(samples) / statistics.median(samples) if len(samples) > 1 else 0.0
+    # A bandwidth is a median of its samples, a peak the best of a few.
+    return "bandwidth" if reads else by, rate, _MEDIAN * spread / math.sqrt(len(samples)) if reads and samples else spread
 
 
 def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | None:
@@ -117,14 +140,16 @@ def _verdict(
     other = reference_of(old, before, name)
     again = next((row for row in new["results"] if other and key(row) == key(other)), None)
     rows = [before, after]
+    machines: list[float] = []  # relative errors of what the machine did
     if other and again:
         by, values = (
             other["backend"],
             (before["median_ts"] / other["median_ts"], after["median_ts"] / again["median_ts"]),
         )
         rows += [other, again]
-    elif before["percent_of_limit"] and after["percent_of_limit"]:
-        by, values = "% of limit", (before["percent_of_limit"], after["percent_of_limit"])
+    elif (was := allowed(old, before)) and (now := allowed(new, after)) and was[0] == now[0]:
+        by, values = f"t/s per {was[0]}", (before["median_ts"] / was[1], after["median_ts"] / now[1])
+        machines = [was[2], now[2]]
     elif old["machine"]["cpu"] == new["machine"]["cpu"]:
         by, values = "t/s", (before["median_ts"], after["median_ts"])
     else:
@@ -132,8 +157,14 @@ def _verdict(
             f"regress: {' '.join(map(str, key(after)))}: got two machines and nothing to compare by, expected a "
             "reference contender in both runs (--against torch-bf16) or a known limit"
         )
-    sigma = math.sqrt(sum(noise(row) ** 2 for row in rows))
+    sigma = math.sqrt(sum(error**2 for error in [*map(noise, rows), *machines]))
     return Verdict(key(after), by, *values, values[1] / values[0], 1 - max(floor, _SIGMAS * sigma))
+
+
+def missing(old: dict[str, Any], new: dict[str, Any]) -> list[Key]:
+    """Rows of ours that the new run no longer has."""
+    there = {key(row) for row in new["results"]}
+    return [key(row) for row in old["results"] if row["ours"] and key(row) not in there]
 
 
 def table(verdicts: list[Verdict]) -> str:
@@ -163,18 +194,23 @@ def main() -> int:
     parser.add_argument("--reference", metavar="BACKEND", help="contender to compare with; default: the first not ours")
     options = parser.parse_args()
     try:
-        verdicts = compare(read(options.old), read(options.new), options.floor, options.reference)
+        old, new = read(options.old), read(options.new)
+        verdicts, gone = compare(old, new, options.floor, options.reference), missing(old, new)
     except BitNetError as error:
         print(f"regress: error: {error}", file=sys.stderr)
         return 2
     print(table(verdicts))
+    for one in gone:
+        print(f"regress: error: got no row {' '.join(map(str, one))} in the new run, expected it", file=sys.stderr)
+    if gone or any(one.slower for one in verdicts):
+        return 1
     if all(one.noisy for one in verdicts):
         print(
             "regress: error: got runs too noisy to compare; repeat them on a quiet machine or with -r 10",
             file=sys.stderr,
         )
         return 2
-    return int(any(one.slower for one in verdicts))
+    return 0
 
 
 if __name__ == "__main__":

@@ -141,9 +141,21 @@ def test_the_limit_is_the_slower_of_two() -> None:
 
 
 def test_working_sets_have_two_digits() -> None:
-    assert limits.working_set(Weights(1_234_567, 0.0), [Test(1, 0)]) == 1_200_000
-    assert limits.working_set(Weights(3, 0.0), [Test(1, 0)]) == 3
-    assert limits.working_set(Weights(1000, 10.0), [Test(0, 50, 50, 2)]) == 3000
+    assert limits.working_set(Weights(1_234_567, 0.0), Test(1, 0)) == 1_200_000
+    assert limits.working_set(Weights(3, 0.0), Test(1, 0)) == 3
+    assert limits.working_set(Weights(1000, 10.0), Test(0, 50, 50, 2)) == 3000
+
+
+def test_int8_rows_share_the_fastest_product() -> None:
+    peaks = {"avx2": 3.0, measure.DOT_PRODUCTS: 7.0, "torch int8": None, "torch bf16": 9.0}
+    assert measure.fastest("avx2", peaks) == measure.fastest("torch int8", peaks) == measure.DOT_PRODUCTS
+    assert measure.fastest("torch bf16", peaks) == "torch bf16"
+    assert measure.fastest("avx2", {"avx2": None, "torch bf16": 9.0}) == "avx2"
+
+
+def test_who_runs_on_the_cpu_is_held_against_it() -> None:
+    wanted = contenders.Wanted(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cuda:0"))
+    assert {one.name: one.device for one in contenders.line_up(wanted)} == {"torch": "cuda:0", "torch-bf16": "cpu"}
 
 
 # ---- models of random weights
@@ -221,6 +233,7 @@ import os, sys, time
 def prepare(mode, **options):
     if mode == "refuse":
         raise ValueError("got a mode,\\nexpected another")
+    bytearray(b"x") * 300_000_000  # more than all that follows
 class Contender:
     def __init__(self, mode):
         if mode == "die":
@@ -255,6 +268,8 @@ def test_a_worker_runs_tests_and_answers(fake: str) -> None:
         assert str(Path(worker.__file__).parent) not in history["path"]
         assert one.facts["load_seconds"] >= 0
         assert one.facts["peak_bytes"] > 0
+        if sys.platform == "linux":  # what was prepared is no part of it
+            assert one.facts["peak_bytes"] < 300_000_000
     assert gone(history["id"])
 
 
@@ -422,6 +437,23 @@ def test_a_plot_without_matplotlib(capsys: Captured, monkeypatch: pytest.MonkeyP
     assert "pip install" in line
 
 
+def test_disk_is_needed_for_what_is_written() -> None:
+    size, config = 10**6, TINY
+    mine, random_one = (measure.Subject("m", config, size, source) for source in ("m.safetensors", command.RANDOM))
+    ours_alone = contenders.line_up(contenders.Wanted(["torch"], [], ["file"], ["fp32"], [], "", torch.device("cpu")))
+    assert (command._disk(mine, ours_alone), command._disk(random_one, ours_alone)) == (0, size)
+    both = [*ours_alone, contenders._llama("python")]
+    assert command._disk(mine, both) > 0.5 * linear_parameters(config)
+
+
+def test_dense_torch_refuses_a_plain_model() -> None:
+    plain = measure.Subject("m", TINY.replace(linear="plain"), 1, "m.safetensors")
+    wanted = contenders.Wanted(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cpu"))
+    settings = command.Settings([], [], choice(), [1], 1, wanted, None, [])
+    with pytest.raises(BitNetError, match="plain linears"):
+        command._checked(plain, settings, contenders.line_up(wanted))
+
+
 def test_llama_cpp_gets_a_shape_that_it_runs(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     config = TINY.replace(hidden_size=256, intermediate_size=512)
@@ -473,6 +505,9 @@ def test_rows_carry_what_they_promise(document: dict[str, Any]) -> None:
         assert row["dollars_per_million"] == pytest.approx(2 / 3600 / row["median_ts"] * 1e6)
         assert (row["first_token_ms"] is None) == (row["n_prompt"] == 0)
         assert row["peak_memory_bytes"] > 0
+        assert row["device"] == "cpu"
+        assert row["own_peak_of"] == "torch bf16" or row["peak_of"] != "torch bf16"
+        assert (row["peak_gigamacs_per_second"] or 0) >= (row["own_peak_gigamacs_per_second"] or 0)
         expected = limits.work(
             TINY,
             Weights(row["model_size"], row["bytes_per_token"]),  # only the sizes of a test are asked of it

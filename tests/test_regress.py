@@ -112,16 +112,54 @@ def test_noise_widens_the_bound(tmp_path: Path) -> None:
     assert check(tmp_path, quiet, slower, "--floor", 0.2)[0] == 0
 
 
-def test_without_a_reference_the_limit_counts(tmp_path: Path) -> None:
-    old, new = document(row("cpu", 1000.0, 0.01)), document(row("cpu", 700.0, 0.01), cpu="another")
-    new["results"][0]["percent_of_limit"] = old["results"][0]["percent_of_limit"]
+@pytest.mark.parametrize(
+    ("by", "rate"), [("memory", "bandwidth_gigabytes_per_second"), ("avx512", "peak_gigamacs_per_second")]
+)
+def test_without_a_reference_the_machine_counts(by: str, rate: str, tmp_path: Path) -> None:
+    old = document(row("cpu", 1000.0, 0.01, limit_by=by))
+    new = document(row("cpu", 700.0, 0.01, limit_by=by), cpu="another")
+    assert check(tmp_path, old, new)[0] == 1
+    new["results"][0][rate] *= 0.7
     code, out = check(tmp_path, old, new)
     assert code == 0
-    assert "% of limit" in out
-    new["results"][0]["percent_of_limit"] = None
+    assert f"t/s per {'bandwidth' if by == 'memory' else by}" in out
+    # An engine that reads a third more than it did is as near its limit as before, and slower.
+    new["results"][0] |= {"median_ts": 525.0, "bytes_per_token": 4e6, "percent_of_limit": 10.0}
+    assert check(tmp_path, old, new)[0] == 1
+    new["results"][0]["median_ts"] = 700.0
+    new["results"][0]["limit_by"] = None
     assert check(tmp_path, old, new)[0] == 2  # two machines and nothing to compare by
     new["machine"]["cpu"] = "A CPU"
     assert check(tmp_path, old, new)[0] == 1  # the same one: 30 % slower
+
+
+def test_an_unsteady_machine_widens_the_bound(tmp_path: Path) -> None:
+    """10 % slower against a bandwidth that varies by 8 % of itself."""
+    old, new = (document(row("cpu", speed, 0.0, working_set_bytes=100)) for speed in (1000.0, 900.0))
+    assert check(tmp_path, old, new)[0] == 1
+    rates = [27.6, 27.6, 30.0, 32.4, 32.4]  # stddev 2.4
+    for run in (old, new):
+        run["measured"] = [{"model": "nano", "threads": 1, "reads": [{"bytes": 100, "samples": rates}]}]
+    code, out = check(tmp_path, old, new)
+    assert code == 0
+    bound = float(re.search(r"-10\.0% \|\s+(-[\d.]+)%", out)[1])
+    assert bound == pytest.approx(-300 * 1.25 * 0.08 * (2 / 5) ** 0.5, abs=0.06)
+
+
+def test_two_samples_are_noise_and_a_lost_row_is_a_failure(tmp_path: Path) -> None:
+    run = document(row("cpu", 1000.0, 0.01), row("cpu", 50.0, 0.01, test="pp512"))
+    few = document(row("cpu", 1000.0, 0.0, samples_ts=[1000.0] * 2))
+    code, out = check(tmp_path, document(run["results"][0]), few)
+    assert (code, "too noisy" in out) == (2, True)
+    code, out = check(tmp_path, run, document(run["results"][0]))
+    assert (code, "no row nano cpu 1 pp512 in the new run" in out) == (1, True)
+
+
+def test_slower_comes_before_noisy(tmp_path: Path) -> None:
+    """A bound of -40 %, which is noise, and a tenth of the speed, which is not."""
+    spread = 0.4 / 3 / 1.25 * (5 / 2) ** 0.5
+    old, new = (document(row("cpu", speed, spread)) for speed in (1000.0, 100.0))
+    assert check(tmp_path, old, new)[0] == 1
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

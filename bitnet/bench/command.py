@@ -24,10 +24,11 @@ from bitnet.bench.random_model import write_random
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine_cpu import CACHES, HEADS
 from bitnet.errors import BitNetError
-from bitnet.model import packed_bytes
+from bitnet.model import linear_parameters, packed_bytes, table_parameters
 from bitnet.packed import read_config
 
 STEADY = 0.10  # a sample of the read bandwidth may be this far off its median
+RANDOM = "random weights"
 OUTPUTS = ("md", "json", "csv")
 WriteGguf = Callable[[Path, ModelConfig, Path], None]  # packed file, the config llama.cpp is to see, file to write
 
@@ -126,11 +127,9 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
         for subject, path, tests in work:
             files = _files(subject, path, Path(folder), lined_up, write_gguf, say, notes)
             for threads in settings.threads:
-                found, report = measure.group(
-                    subject, files, lined_up, tests, threads, settings.repetitions, str(settings.wanted.device), say
-                )
+                found, seen = measure.group(subject, files, lined_up, tests, threads, settings.repetitions, say)
                 rows += found
-                reports.append(report)
+                reports += seen
             for made in Path(folder).iterdir():
                 made.unlink()
     return _document(settings, rows, reports, notes, before)
@@ -143,7 +142,7 @@ def _packed(path: Path) -> Subject:
 
 def _preset(name: str) -> Subject:
     config = preset(name)
-    return Subject(name, config, packed_bytes(config), "random weights")
+    return Subject(name, config, packed_bytes(config), RANDOM)
 
 
 def _checked(subject: Subject, settings: Settings, lined_up: list[Contender]) -> list[Test]:
@@ -153,13 +152,26 @@ def _checked(subject: Subject, settings: Settings, lined_up: list[Contender]) ->
     contenders.check_batch(tests, lined_up)
     if any(one.script == "llama" for one in lined_up):
         contenders.llama_config(subject.config)
-    free, needed = shutil.disk_usage(tempfile.gettempdir()).free, 4 * subject.size
+    if subject.config.linear == "plain" and any(one.script == "dense" for one in lined_up):
+        raise BitNetError(
+            f"bench: --against: {subject.name} has plain linears, expected ternary or binary ones for torch-bf16 and "
+            "torch-int8; leave them out"
+        )
+    free, needed = shutil.disk_usage(tempfile.gettempdir()).free, _disk(subject, lined_up)
     if free < needed:
         raise BitNetError(
-            f"bench: {subject.name} needs up to {needed / 1e9:.1f} GB of disk for temporary files, got "
+            f"bench: {subject.name} needs about {needed / 1e9:.1f} GB of disk for temporary files, got "
             f"{free / 1e9:.1f} GB in '{tempfile.gettempdir()}'; set TMPDIR to a larger one"
         )
     return tests
+
+
+def _disk(subject: Subject, lined_up: list[Contender]) -> float:
+    """Bytes that are written to temporary files: a preset's weights, and two GGUF files for llama.cpp."""
+    linear, tables = linear_parameters(subject.config), table_parameters(subject.config)
+    packed = subject.size if subject.source == RANDOM else 0
+    gguf = 2 * 0.26 * linear + (2 + 0.83) * tables  # TQ2_0 in both; F16, then Q6_K
+    return packed + gguf * any(one.script == "llama" for one in lined_up)
 
 
 def _files(

@@ -21,6 +21,7 @@ BACKENDS = ("auto", "cpu", "torch", "triton")
 OTHERS = ("torch-bf16", "torch-int8", "llama.cpp")
 _INTERPRETER = 250e6  # bytes of a process with torch in it
 LLAMA_INSTALL = "pip install --no-binary llama-cpp-python llama-cpp-python"  # compiles it for this very CPU
+_UBATCH = 512  # tokens llama.cpp computes at once, for each of which it keeps room for logits
 _SEQUENCES = 64  # that one llama.cpp context takes
 
 
@@ -45,6 +46,7 @@ class Contender:
     python: str = sys.executable
     environment: dict[str, str] = field(default_factory=dict)
     ours: bool = True
+    device: str = "cpu"  # where it runs
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def _ours(backend: str, wanted: Wanted) -> Iterator[Contender]:
             lambda config, test, head=head: _our_bytes(config, test, backend, head),  # type: ignore[misc]
             suffix=", ".join(shown),
             environment={native.ENVIRONMENT: isa} if isa else {},
+            device=str(device),
         )
 
 
@@ -154,8 +157,12 @@ def _dense(name: str) -> Contender:
 
 def _llama(python: str) -> Contender:
     def needs(config: ModelConfig, test: Test) -> float:
-        size = linear_parameters(config) * 0.26 + table_parameters(config) * 2  # F16 while it is quantised
-        return _INTERPRETER + size + test.batch * kv_cache_bytes(config, test.room, 2)
+        table = config.vocab_size * config.hidden_size
+        made = 10 * table  # a table at a time while it is quantised: F16 as read, fp32, and room for the result
+        logits = 4 * config.vocab_size * max(_UBATCH, test.batch)
+        run = linear_parameters(config) * 0.26 + table_parameters(config) * 0.83  # TQ2_0, Q6_K
+        run += logits + test.batch * kv_cache_bytes(config, test.room, 2)
+        return _INTERPRETER + max(made, run)
 
     return Contender(
         "llama.cpp",

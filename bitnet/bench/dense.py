@@ -123,10 +123,7 @@ class Contender:
         """weight: [N, K] codes, or the values of a table; scale: [N] fp32."""
         values = weight if weight.dtype == torch.bfloat16 else (weight * scale[:, None]).bfloat16()
         self._weight_bytes += values.nbytes
-        if not torch.backends.mkldnn.is_available():
-            return lambda x: F.linear(x, values)
-        ordered = torch.ops.mkldnn._reorder_linear_weight(values, None)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
+        return bf16_product(values)
 
     def _int8(self, weight: Tensor, scale: Tensor) -> Linear:
         """weight: [N, K] int8, scale: [N] fp32."""
@@ -192,6 +189,14 @@ class Contender:
         """Read `tokens` random ids a sequence, one at a time."""
         for at in range(self._position, self._position + tokens):
             self.forward(self._ids[:, at : at + 1])
+
+
+def bf16_product(weight: Tensor) -> Linear:
+    """oneDNN's product with a weight [N, K] bf16, brought into its layout; F.linear where there is no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight)
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
 
 
 def int8_product(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -73,11 +73,9 @@ def work(config: ModelConfig, weights: Weights, test: Test) -> Work:
     )
 
 
-def working_set(weights: Weights, tests: list[Test]) -> int:
-    """Bytes that a step of the longest of these tests reads, to two digits, so that neighbours share a measurement."""
-    longest = max(test.room for test in tests)
-    batch = max(test.batch for test in tests)
-    size = int(weights.weight_bytes + batch * weights.kv_bytes * longest)
+def working_set(weights: Weights, test: Test) -> int:
+    """Bytes that the last step of a test reads, to two digits, so that neighbours share a measurement."""
+    size = int(weights.weight_bytes + test.batch * weights.kv_bytes * test.room)
     unit = 10 ** max(0, len(str(size)) - 2)
     return max(1, round(size / unit)) * unit
 

@@ -43,6 +43,7 @@ class Contender:
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._position = self._batch_size = 0
         self._tokens: Any = None
+        self._batches: dict[int, list[Any]] = {}  # position -> what is read from there
         layers = llama_cpp.llama_model_n_layer(self._model)
         width = llama_cpp.llama_model_n_embd(self._model) // llama_cpp.llama_model_n_head(self._model)
         system = llama_cpp.llama_print_system_info().decode()
@@ -73,6 +74,14 @@ class Contender:
         if depth:
             self.prefill(depth)
 
+    def ready(self, prompt: int, predict: int) -> None:
+        """Lay out what will be read: what is timed is llama.cpp, not Python's loops."""
+        at = self._position
+        counts = [prompt] * bool(prompt) + [1] * predict
+        for count in counts:
+            self._batches[at] = self._laid_out(at, count)
+            at += count
+
     def prefill(self, tokens: int) -> None:
         """Read `tokens` random ids a sequence."""
         self._read(tokens)
@@ -85,33 +94,32 @@ class Contender:
     def _read(self, count: int) -> None:
         """Append `count` ids to every sequence, up to the logits of its last one."""
         start, self._position = self._position, self._position + count
-        if self._batch_size == 1:
-            for at in range(start, self._position, _UBATCH):
-                length = min(_UBATCH, self._position - at)
-                part = (llama_cpp.llama_token * length).from_buffer(
-                    self._tokens, at * ctypes.sizeof(llama_cpp.llama_token)
-                )
-                self._run(llama_cpp.llama_batch_get_one(part, length))
-        else:
-            rows = [(at, sequence) for sequence in range(self._batch_size) for at in range(start, self._position)]
-            for first in range(0, len(rows), _UBATCH):
-                self._run_rows(rows[first : first + _UBATCH])
+        for batch in self._batches.pop(start, None) or self._laid_out(start, count):
+            failed = llama_cpp.llama_decode(self._context, batch)
+            if failed:
+                raise RuntimeError(f"llama_decode failed with {failed}")
+            if self._batch_size > 1:
+                llama_cpp.llama_batch_free(batch)
         llama_cpp.llama_get_logits_ith(self._context, -1)  # waits for them
 
-    def _run_rows(self, rows: list[tuple[int, int]]) -> None:
-        """rows: position and sequence."""
+    def _laid_out(self, start: int, count: int) -> list[Any]:
+        """Batches of `count` positions of every sequence."""
+        if self._batch_size == 1:
+            return [self._part(at, min(_UBATCH, start + count - at)) for at in range(start, start + count, _UBATCH)]
+        rows = [(at, sequence) for sequence in range(self._batch_size) for at in range(start, start + count)]
+        return [self._rows(rows[first : first + _UBATCH], start + count - 1) for first in range(0, len(rows), _UBATCH)]
+
+    def _part(self, at: int, length: int) -> Any:
+        width = ctypes.sizeof(llama_cpp.llama_token)
+        part = (llama_cpp.llama_token * length).from_buffer(self._tokens, at * width)
+        return llama_cpp.llama_batch_get_one(part, length)  # points into self._tokens
+
+    def _rows(self, rows: list[tuple[int, int]], last: int) -> Any:
+        """rows: position and sequence; logits of position `last`."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
         for i, (position, sequence) in enumerate(rows):
             batch.token[i], batch.pos[i] = self._tokens[position], position
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            batch.logits[i] = position == self._position - 1
-        try:
-            self._run(batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
-
-    def _run(self, batch: Any) -> None:
-        failed = llama_cpp.llama_decode(self._context, batch)
-        if failed:
-            raise RuntimeError(f"llama_decode failed with {failed}")
+            batch.logits[i] = position == last
+        return batch

@@ -14,11 +14,13 @@ from bitnet.bench import limits
 from bitnet.bench.contenders import Contender, Files
 from bitnet.bench.limits import Weights
 from bitnet.bench.machine import MEMORY
+from bitnet.bench.meter import DOT_PRODUCTS
 from bitnet.bench.plan import Test
 from bitnet.bench.process import Worker
 from bitnet.config import ModelConfig
 from bitnet.model import parameters
 
+FLOATS = ("torch fp32", "torch bf16")  # products that are held against their own peak; all others are int8's
 _WARM_TOKENS = 4  # written in the warm-up: one would do, and a slow contender takes long
 Say = Callable[[str], None]
 
@@ -35,23 +37,29 @@ class Subject:
 
 @dataclass
 class Machine:
-    """What was measured of the machine while one model ran on so many threads."""
+    """What was measured of one device while a model ran on so many threads."""
 
+    device: str
     meter: Worker
     reads: dict[int, list[float]] = field(default_factory=dict)  # working set -> bytes/s, a sample a visit
-    peaks: dict[str, float | None] = field(default_factory=dict)
+    products: dict[str, list[float]] = field(default_factory=dict)  # kind -> multiply-adds/s; none: it has it not
 
-    def read(self, sizes: list[int]) -> None:
-        """One more sample of each working set."""
-        for size in sizes:
+    def read(self, sizes: set[int]) -> None:
+        """One more sample of each working set, and of the memory."""
+        for size in sorted({MEMORY, *sizes}):
             self.reads.setdefault(size, []).append(self.meter.ask("read", size=size)["rate"])
 
-    def product(self, kinds: list[str]) -> None:
-        """The peaks of these products; the best of all visits."""
-        for kind in kinds:
+    def product(self, kinds: set[str]) -> None:
+        """One more sample of the peaks of these products, and of those they are held against."""
+        rivals = {"torch int8", DOT_PRODUCTS} if self.device == "cpu" else {"torch int8"}
+        for kind in sorted(kinds | rivals if kinds - {*FLOATS} else kinds):
             rate = self.meter.ask("product", kind=kind)["rate"]
-            before = self.peaks.get(kind)
-            self.peaks[kind] = max(rate, before) if rate and before else rate
+            self.products.setdefault(kind, []).extend([rate] if rate else [])
+
+    @property
+    def peaks(self) -> dict[str, float | None]:
+        """The best of all visits; None where the machine has no such product."""
+        return {kind: max(rates, default=None) for kind, rates in self.products.items()}
 
     def bandwidth(self, size: int) -> float:
         """Bytes/s, the median of the samples."""
@@ -64,10 +72,14 @@ class Runner:
 
     contender: Contender
     worker: Worker
-    working_set: int
+    machine: Machine
     weights: Weights
     taken: dict[Test, list[dict[str, Any]]] = field(default_factory=dict)
     peak_bytes: int = 0
+
+    def working_set(self, test: Test) -> int:
+        """Bytes that a step reads; above MEMORY they are read no slower."""
+        return min(MEMORY, limits.working_set(self.weights, test))
 
     def run(self, test: Test, warm: bool) -> None:
         """One test once; what warms up is not kept."""
@@ -85,12 +97,14 @@ def group(
     tests: list[Test],
     threads: int,
     repetitions: int,
-    device: str,
     say: Say,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All contenders and tests of one model on so many threads: rows, and what the machine did meanwhile."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All contenders and tests of one model on so many threads: rows, and what each device did meanwhile."""
     with ExitStack() as stack:
-        meter = stack.enter_context(Worker("meter", "meter", {"threads": threads, "device": device}, threads))
+        machines = {}
+        for device in dict.fromkeys(one.device for one in contenders):
+            meter = Worker("meter", "meter", {"threads": threads, "device": device}, threads)
+            machines[device] = Machine(device, stack.enter_context(meter))
         runners = []
         for one in contenders:
             say(f"{subject.name}, {threads} threads: loading {one.name}")
@@ -98,26 +112,29 @@ def group(
                 Worker(one.name, one.script, one.options(files, threads), threads, one.python, one.environment)
             )
             weights = Weights(worker.facts["weight_bytes"], worker.facts["kv_bytes"])
-            size = min(MEMORY, limits.working_set(weights, tests))
-            runners.append(Runner(one, worker, size, weights, peak_bytes=worker.facts["peak_bytes"]))
-        machine = Machine(meter)
-        sizes = sorted({MEMORY, *(runner.working_set for runner in runners)})
-        kinds = sorted({runner.worker.facts["peak"] for runner in runners})
-        machine.read(sizes)
-        machine.product(kinds)
+            runners.append(Runner(one, worker, machines[one.device], weights, peak_bytes=worker.facts["peak_bytes"]))
+        _visit(runners, tests, products=True)
         for turn in range(repetitions + 1):
             for test in tests:
                 for runner in runners if turn % 2 else reversed(runners):
                     part = f"round {turn} of {repetitions}" if turn else "warming up"
                     say(f"{subject.name}, {threads} threads: {part}: {test.name} on {runner.contender.name}")
                     runner.run(test, warm=turn == 0)
-            machine.read(sizes)
-        machine.product(kinds)
-        rows = [row(subject, runner, test, threads, machine) for test in tests for runner in runners]
-        return rows, _machine_report(subject, threads, machine)
+            _visit(runners, tests, products=turn == repetitions)
+        rows = [row(subject, runner, test, threads) for test in tests for runner in runners]
+        return rows, [_machine_report(subject, threads, machine) for machine in machines.values()]
 
 
-def row(subject: Subject, runner: Runner, test: Test, threads: int, machine: Machine) -> dict[str, Any]:
+def _visit(runners: list[Runner], tests: list[Test], products: bool) -> None:
+    """Measure each device at the sizes, and at the products, of those that run there."""
+    for machine in {id(runner.machine): runner.machine for runner in runners}.values():
+        there = [runner for runner in runners if runner.machine is machine]
+        machine.read({runner.working_set(test) for runner in there for test in tests})
+        if products:
+            machine.product({runner.worker.facts["peak"] for runner in there})
+
+
+def row(subject: Subject, runner: Runner, test: Test, threads: int) -> dict[str, Any]:
     """One line of the result: a test of one contender, as JSON values."""
     facts, taken = runner.worker.facts, runner.taken[test]
     count = test.tokens * test.batch
@@ -134,6 +151,7 @@ def row(subject: Subject, runner: Runner, test: Test, threads: int, machine: Mac
         "what": facts["what"],
         "system": facts.get("system"),
         "ours": runner.contender.ours,
+        "device": runner.contender.device,
         "threads": threads,
         "test": test.name,
         "n_prompt": test.prompt,
@@ -148,7 +166,7 @@ def row(subject: Subject, runner: Runner, test: Test, threads: int, machine: Mac
         "bytes_per_token": work.bytes,
         "macs_per_token": work.macs,
         "read_gigabytes_per_second": work.bytes * middle / 1e9,
-        **_limit(subject, runner, test, machine, middle),
+        **_limit(subject, runner, test, middle),
         "load_seconds": facts["load_seconds"],
         "peak_memory_bytes": runner.peak_bytes,
         "model_memory_bytes": runner.peak_bytes - facts["base_bytes"],
@@ -161,17 +179,27 @@ def label(runner: Runner) -> str:
     return f"{runner.worker.facts['backend']} {runner.contender.suffix}".strip()
 
 
-def _limit(subject: Subject, runner: Runner, test: Test, machine: Machine, speed: float) -> dict[str, Any]:
-    kind, bandwidth = runner.worker.facts["peak"], machine.bandwidth(runner.working_set)
-    peak = machine.peaks[kind]
+def fastest(kind: str, peaks: dict[str, float | None]) -> str:
+    """The product that bounds one of this kind: its own in floats; for int8 the fastest int8 one, whoever's it is."""
+    rivals = [kind] if kind in FLOATS else [kind, *sorted(peaks.keys() - {kind, *FLOATS})]
+    return max(rivals, key=lambda name: peaks[name] or 0.0)
+
+
+def _limit(subject: Subject, runner: Runner, test: Test, speed: float) -> dict[str, Any]:
+    machine, size, own = runner.machine, runner.working_set(test), runner.worker.facts["peak"]
+    bandwidth, peaks = machine.bandwidth(size), machine.peaks
+    kind = fastest(own, peaks)
+    peak, own_peak = peaks[kind], peaks[own]
     found = limits.limit(limits.parts(subject.config, runner.weights, test), bandwidth, peak)
     cached = bandwidth > limits.CACHED * machine.bandwidth(MEMORY)
     values: dict[str, Any] = {
         "bandwidth_gigabytes_per_second": bandwidth / 1e9,
-        "working_set_bytes": runner.working_set,
+        "working_set_bytes": size,
         "cached": cached,
         "peak_gigamacs_per_second": peak / 1e9 if peak else None,
         "peak_of": kind,
+        "own_peak_gigamacs_per_second": own_peak / 1e9 if own_peak else None,
+        "own_peak_of": own,
         "limit_ts": None,
         "limit_by": None,
         "percent_of_limit": None,
@@ -189,6 +217,7 @@ def _limit(subject: Subject, runner: Runner, test: Test, machine: Machine, speed
 def _machine_report(subject: Subject, threads: int, machine: Machine) -> dict[str, Any]:
     return {
         "model": subject.name,
+        "device": machine.device,
         "threads": threads,
         "reads": [
             {
@@ -200,4 +229,5 @@ def _machine_report(subject: Subject, threads: int, machine: Machine) -> dict[st
             for size, rates in machine.reads.items()
         ],
         "gigamacs_per_second": {kind: rate / 1e9 if rate else None for kind, rate in machine.peaks.items()},
+        "gigamacs_samples": {kind: [rate / 1e9 for rate in rates] for kind, rates in machine.products.items()},
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bitnet.bench.dense import int8_product
+from bitnet.bench.dense import bf16_product, int8_product
 from bitnet.bench.random_model import random_codes
 from bitnet.kernels import native, packing
 
@@ -76,6 +76,9 @@ class Contender:
             return lambda: torch._int_mm(q, w.T)
         kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
         a, b = (torch.randn(rows, k, device=self.device, dtype=kind) for rows in (m, n))
+        if dtype == "bf16" and self.device.type == "cpu":
+            product = bf16_product(b)
+            return lambda: product(a)
         return lambda: torch.nn.functional.linear(a, b)
 
     def _seconds(self, action: Callable[[], object], rounds: int) -> float:

@@ -13,8 +13,6 @@ from bitnet.kernels import native, ops
 from bitnet.model import kv_cache_bytes, norm_parameters
 from bitnet.packed import load
 
-_PEAKS = {"triton": "torch int8", "onednn": "torch int8"}  # products of the same kind, of the backends that are not C++
-
 
 def prepare(engine: str, device: str, threads: int, **_options: Any) -> None:
     """Test the kernels. Raises BitNetError where their sums are wrong: such an engine gets no figures."""
@@ -59,7 +57,7 @@ class Contender:
         return f"our torch engine, {backend.name}{set_} products, fp32 head and cache"
 
     def _peak(self, backend: ops.Backend) -> str | None:
-        """The product that bounds a long prompt, as meter.py names it."""
+        """The kind of product it uses, as meter.py names them."""
         if self.engine.config.linear == "plain":
             return "torch fp32"
         return (

@@ -45,7 +45,12 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
     bottom = min(x_row["macs_per_token"] * x_row["median_ts"] / 1e9 for _, x_row in points) / 3
     kinds = {row["bandwidth_gigabytes_per_second"]: "cache" if row["cached"] else "memory" for row in rows}
     reads = sorted(kinds)
-    peaks = {row["peak_of"]: row["peak_gigamacs_per_second"] for row in rows if row["peak_gigamacs_per_second"]}
+    peaks = {
+        row[f"{whose}peak_of"]: row[f"{whose}peak_gigamacs_per_second"]
+        for row in rows
+        for whose in ("own_", "")
+        if row.get(f"{whose}peak_gigamacs_per_second")
+    }
     top = max(peaks.values(), default=max(reads) * high)
     # A line for the slowest and the fastest working set: memory, and the cache of the smallest model.
     ends = dict.fromkeys((reads[0], reads[-1]) if reads[-1] > 1.25 * reads[0] else (reads[-1],))

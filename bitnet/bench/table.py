@@ -53,6 +53,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("test", lambda row: row["test"]),
     ("size", lambda row: size(row["model_size"])),
     ("params", lambda row: f"{digits(row['n_params'] / 1e6)} M"),
+    ("device", lambda row: "" if row.get("device", "cpu") == "cpu" else row["device"]),
     ("threads", lambda row: str(row["threads"])),
     ("t/s", lambda row: f"{digits(row['median_ts'])} ± {digits(row['stddev_ts'])}"),
     ("first token ms", _optional("first_token_ms", digits)),
@@ -82,7 +83,8 @@ def results_table(rows: list[Row]) -> str:
 
 _LEGEND = (
     "median ± standard deviation of -r {}; memory: most resident bytes above the interpreter and its libraries; "
-    "bound by: the larger of bytes over bandwidth and multiply-adds over peak"
+    "bound by: the larger of bytes over bandwidth and multiply-adds over peak, "
+    "int8 over the fastest int8 product of the run, whoever's"
 )
 
 

@@ -13,6 +13,7 @@ file and defines `Contender`; loading is timed, then each JSON line on stdin is 
         def prefill(self, tokens): ...              reads a prompt up to the logits behind it
         def decode(self, tokens): ...               writes so many tokens, one at a time
 
+A contender may have `ready(prompt, predict)`, which is called between start and what is timed: inputs to be laid out.
 A script may have `prepare(**options)`, which runs before the load and is not timed: files to be made. The process ends
 when stdin does and, on Linux, with its parent. Whatever a contender prints goes to stderr.
 """
@@ -49,6 +50,12 @@ def status(key: str) -> int:
         return int(lines[key].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(path: Path = Path("/proc/self/clear_refs")) -> None:
+    """Let VmHWM start from what is resident now; without Linux the peak counts what was prepared too."""
+    if path.exists():
+        path.write_text("5", encoding="ascii")
 
 
 def packages(folder: Path = _POWERCAP) -> list[Path]:
@@ -103,6 +110,8 @@ def _nvml(index: int) -> tuple[Any, Any]:
 def measure(contender: Any, energy: Energy, prompt: int, predict: int, depth: int, batch: int) -> dict[str, Any]:
     """Run one test once. Returns seconds of reading and of writing, and joules of both."""
     contender.start(batch, depth, depth + prompt + predict)
+    if hasattr(contender, "ready"):
+        contender.ready(prompt, predict)
     before = energy.read()
     started = time.perf_counter()
     if prompt:
@@ -126,6 +135,7 @@ def load(script: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     module = runpy.run_path(str(Path(__file__).parent / f"{script}.py"))
     if "prepare" in module:
         module["prepare"](**options)
+        forget_peak()
     base = status("VmRSS")
     started = time.perf_counter()
     contender = module["Contender"](**options)
