@@ -426,8 +426,8 @@ def test_a_body_that_is_no_json_object(body: bytes, server: Server) -> None:
 def test_a_deeply_nested_value_is_refused_at_every_depth() -> None:
     """Around the depth at which Python gives up, wherever that happens."""
     for depth in range(900, 1001):
-        for open, close in (("[", "]"), ('{"a":', "}")):
-            body = '{"prompt": ' + open * depth + "5" + close * depth + "}"
+        for start, end in (("[", "]"), ('{"a":', "}")):
+            body = '{"prompt": ' + start * depth + "5" + end * depth + "}"
             with pytest.raises(RequestError) as refused:
                 parse_completion(parse_json(body.encode()))
             assert refused.value.status == 400
@@ -529,6 +529,11 @@ def test_half_a_request_does_no_harm(server: Server) -> None:
     ):
         with socket.create_connection(("127.0.0.1", server.port)) as raw:
             raw.sendall(part)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
+        raw.sendall(b"no http\r\n\r\n")
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
     assert server.http.get("/health").json() == {"status": "ok"}
 
 

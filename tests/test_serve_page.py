@@ -173,9 +173,10 @@ def test_a_visit(browser: Browser, server: tuple[Any, str], model: Path) -> None
     browser.js(setting("max_tokens", "2048"))
     browser.js(setting("temperature", "0"))  # goes round in circles: long enough to be stopped
     browser.js("document.getElementById('write').focus()")
-    browser.js("document.getElementById('write').click()")
-    browser.until(f"{WRITING} && document.querySelectorAll('.token').length > 1")
-    assert browser.js("document.activeElement.id") == "stop"
+    assert browser.js("document.getElementById('write').click(), document.activeElement.id") == "stop"
+    browser.until(
+        f"{WRITING} && document.querySelectorAll('.token').length > 1 && document.activeElement.id === 'stop'"
+    )
     browser.press("Escape")
     browser.until(f"!{WRITING}")
     assert browser.js("document.activeElement.id") == "write"

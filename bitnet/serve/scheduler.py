@@ -2,8 +2,8 @@
 
 The thread owns the engine. Each turn is one forward pass: the newest token of every text being written and, beside
 them, tokens of prompts being read, CHUNK in all, so that a long prompt slows the running texts a little and never stops
-them. A text that ends leaves its slot at once and the next in the queue takes it: of the free slots one whose
-tokens begin as the prompt does, which is then not read again, else the one left longest ago.
+them. A text that ends leaves its slot at once and the next in the queue takes it: of the free slots one whose tokens
+begin as the prompt does, which is then not read again, else the one left longest ago.
 
 Every text draws with a random state of its own, and the C++ engine's rows do not depend on each other: there, with a
 seed, the same request gives the same text whatever runs beside it. The other engines read a prompt in pieces whose

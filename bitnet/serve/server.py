@@ -31,6 +31,8 @@ from bitnet.kernels import ops
 from bitnet.serve.app import Loaded, Service, build_app, deliver
 from bitnet.serve.guard import allowed_hosts, is_loopback
 from bitnet.serve.metrics import Metrics
+from bitnet.serve.protocol import RequestError
+from bitnet.serve.replies import json_bytes
 from bitnet.serve.scheduler import Scheduler
 
 _log = logging.getLogger("bitnet")
@@ -125,6 +127,14 @@ class _Protocol(H11Protocol):
         self._head_timer.cancel()
         if not self.transport.is_closing():
             self._head_timer = self.loop.call_later(_IDLE_SECONDS + _HEAD_SECONDS, self._give_up)
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is not HTTP: uvicorn's answer, with OpenAI's error object."""
+        body = json_bytes(RequestError(400, f"HTTP: {msg}", code="invalid_http").body())
+        head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()
