@@ -106,7 +106,11 @@ def allowed(document: dict[str, Any], row: Row) -> tuple[str, float, float] | No
             samples = sizes[row["working_set_bytes"]] if reads else seen.get("gigamacs_samples", {}).get(by, [])
     spread = statistics.stdev(samples) / statistics.median(samples) if len(samples) > 1 else 0.0
     # A bandwidth is a median of its samples, a peak the best of a few.
-    return "bandwidth" if reads else by, rate, _MEDIAN * spread / math.sqrt(len(samples)) if reads and samples else spread
+    return (
+        "bandwidth" if reads else by,
+        rate,
+        _MEDIAN * spread / math.sqrt(len(samples)) if reads and samples else spread,
+    )
 
 
 def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | None:
