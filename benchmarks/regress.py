@@ -12,13 +12,15 @@ Absolute times differ between machines and between days on one, so each row is c
     absolute     t/s, where there is neither and both runs come from the same CPU
 
 A row is slower when the new ratio over the old one is below 1 - max(FLOOR, 3 sigma). sigma is the standard error of
-that quotient: of each median 1.25 s / sqrt(n) from its own run's spread, the machine's included. FLOOR is what runs of one build differ by
-beyond their own spread: caches, pages and neighbours that stay for a whole run.
+that quotient: of each median 1.25 s / sqrt(n) from its own run's spread, and of what the machine did where that is
+compared by. FLOOR is what runs of one build differ by beyond their own spread: caches, pages and neighbours that stay
+for a whole run.
 
 A bound below 1 - TOO_NOISY says nothing: such a row is called noisy, and so is one of fewer than LEAST samples, whose
 spread nobody knows.
 
-Exit code: 0, 1 with the table if a row is slower or is not in the new run any more, 2 for files that cannot be compared or hold nothing but noise.
+Exit code: 0, 1 with the table if a row is slower or is not in the new run any more, 2 for files that cannot be compared
+or hold nothing but noise.
 """
 
 import argparse
@@ -106,7 +108,11 @@ def allowed(document: dict[str, Any], row: Row) -> tuple[str, float, float] | No
             samples = sizes[row["working_set_bytes"]] if reads else seen.get("gigamacs_samples", {}).get(by, [])
     spread = statistics.stdev(samples) / statistics.median(samples) if len(samples) > 1 else 0.0
     # A bandwidth is a median of its samples, a peak the best of a few.
-    return "bandwidth" if reads else by, rate, _MEDIAN * spread / math.sqrt(len(samples)) if reads and samples else spread
+    return (
+        "bandwidth" if reads else by,
+        rate,
+        _MEDIAN * spread / math.sqrt(len(samples)) if reads and samples else spread,
+    )
 
 
 def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | None:

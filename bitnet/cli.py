@@ -609,6 +609,8 @@ def inspect(
         raise BitNetError("inspect: got no file, expected a packed model: bitnet inspect model.safetensors")
     if prompt and not plot:
         raise BitNetError("inspect: got a text (-p) without --plot, expected both; add --plot FILE")
+    if as_json and plot and chosen.is_dir():
+        raise BitNetError(f"inspect: got --json for the folder '{chosen}', expected a packed model; leave --json away")
     if plot:
         _draw_model(chosen, plot, _read_stdin() if prompt == "-" else prompt)
         if chosen.is_dir():  # the report is of packed files

@@ -1,6 +1,7 @@
 """The picture of a model's quantisation: `bitnet inspect --plot` (needs matplotlib: the extra `plot`).
 
-    left, above    the masters of each kind of projection, in units of their scale s_w: |w| < 1/2 becomes 0. A packed
+    left, above    the masters of each kind of projection, in units of their scale s_w: |w| < 1/2 becomes 0 in a
+                   ternary model, none does in a binary one, which takes the sign of w less their mean. A packed
                    file holds no masters: only what became of them is drawn
     left, below    what became of them: the shares of -1, 0 and +1
     right, above   share of zeros by layer, a line a kind of projection
@@ -182,18 +183,18 @@ def _masters(part: Any, figures: Figures) -> None:
     axes = part.subplots(2, 4, sharex=True, sharey=True)
     centres = [(i + 0.5) / _BINS * 2 * _RANGE - _RANGE for i in range(_BINS)]
     width = 2 * _RANGE / _BINS
+    ternary = any(share[1] for share in figures.codes.values())
     for axis, kind in zip(axes.flat, KINDS):
         density = (figures.bins[kind] / width).tolist()
-        colours = ["#8fa9cc" if abs(x) < 0.5 else "#1f4e8c" for x in centres]
+        colours = ["#8fa9cc" if ternary and abs(x) < 0.5 else "#1f4e8c" for x in centres]
         axis.bar(centres, density, width, color=colours)
         axis.set_title(kind, loc="left", fontsize=9, pad=2)
         _plain(axis)
         axis.tick_params(labelsize=7)
         axis.set_xticks([-3, -1, 1, 3])
     axes.flat[7].set_axis_off()
-    part.suptitle(
-        "masters before, density of weight / scale: light becomes 0, dark -1 or +1", ha="left", x=0.02, fontsize=10
-    )
+    becomes = "light becomes 0, dark -1 or +1" if ternary else "all become -1 or +1, none 0"
+    part.suptitle(f"masters before, density of weight / scale: {becomes}", ha="left", x=0.02, fontsize=10)
 
 
 def _codes(axis: Any, figures: Figures) -> None:

@@ -4,6 +4,11 @@ import importlib.util
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +20,11 @@ import torch
 from bitnet.cli import main
 from bitnet.errors import BitNetError
 from bitnet.train.compare import command, llama, llama_child, measure
-from bitnet.train.compare.artifact import pack_nibbles, read_model, unpack_nibbles
+from bitnet.train.compare.artifact import Artifact, pack_nibbles, read_model, unpack_nibbles
 from bitnet.train.compare.methods import Settings, choose, registry
 from bitnet.train.compare.pair import Pair, find_twin
 from bitnet.train.compare.plot import pareto, plot_comparison
+from bitnet.train.compare.runners import open_runner
 from bitnet.train.compare.table import comparison_tables
 from bitnet.train.compare.torchao_methods import activation_ranges
 
@@ -278,6 +284,56 @@ def run_compare(pair: Pair, folder: Path, *args: object) -> int:
     return main([str(arg) for arg in [*base, *args]])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["SIGTERM", "SIGKILL"])
+def test_nothing_outlives_a_comparison(number: signal.Signals, code: int, pair: Pair, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text(TEXT.swapcase())
+    words = ["compare", pair.run, "--twin", pair.twin, "--data", held, "-t", 1, "-q", "--methods", "fp32"]
+    command = [sys.executable, "-m", "bitnet.cli", *map(str, words), "--rounds", "1000"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as running:
+        children: list[str] = []
+        deadline = time.monotonic() + 60
+        while not children and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        assert children
+        time.sleep(0.5)  # so that most runs find it at work
+        running.send_signal(number)
+        assert running.wait(timeout=60) == code
+    deadline = time.monotonic() + 20
+    while any(alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(child) for child in children)
+    if number == signal.SIGTERM:
+        assert not list(tmp_path.glob("bitnet-compare-*"))
+
+
+def alive(process: str) -> bool:
+    """Whether a process runs; a zombie that nobody has collected does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_last_words_of_llama_cpp_are_kept(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho noise >&2\necho 'got a bad file' >&2\nexit 3\n")
+    python.chmod(0o755)
+    artifact = Artifact(str(tmp_path / "model.gguf"), "llama", "llama.cpp")
+    with pytest.raises(RuntimeError, match="code 3: got a bad file"):
+        open_runner(artifact, Settings(threads=1, llama=str(python)), 8, tmp_path / "scores.npz")
+
+
+def test_what_a_build_of_llama_cpp_lacks() -> None:
+    assert "prebuilt" in llama.build_remark("cyllama 1", "", ["avx2"])
+    assert "without AVX-512" in llama.build_remark("llama-cpp-python 1", "AVX2 = 1 | ", ["avx2", "avx512_f"])
+    assert not llama.build_remark("llama-cpp-python 1", "AVX2 = 1 | ", ["avx2"])
+    assert not llama.build_remark("llama-cpp-python 1", "AVX512 = 1 | ", ["avx512_f"])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_whole_comparison(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,6 +417,7 @@ def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generat
         (["--methods", "int9"], "got 'int9'"),
         (["--llama", "no-such-python"], "expected a Python"),
         (["-o", "no/such/folder/x.json"], "expected a file to write"),
+        (["--plot", "x.gif"], "ends in .png or .svg"),
     ],
 )
 def test_bad_options(

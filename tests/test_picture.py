@@ -82,6 +82,13 @@ def test_a_packed_file_gives_the_same(seed: int, tmp_path: Path) -> None:
         assert np.allclose(values, from_masters.ranges[name], rtol=1e-4)  # fp32 sums in another order
 
 
+@pytest.mark.parametrize(("linear", "words"), [("ternary", "light becomes 0"), ("binary", "none 0")])
+def test_the_title_says_what_becomes_of_masters(linear: str, words: str, seed: int, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture.draw(trained(seed, linear=linear), None, "", tmp_path / "p.svg", "toy")
+    assert words in (tmp_path / "p.svg").read_text()
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_inspect_draws_a_packed_file(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -106,6 +113,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         ([model, "--plot", tmp_path / "p.png", "-p", "text"], "without a tokenizer"),
         ([model, "-p", "text"], "without --plot"),
         ([tmp_path, "--plot", tmp_path / "p.png"], "got a folder"),
+        ([tmp_path, "--plot", tmp_path / "p.png", "--json"], "got --json for the folder"),
     ):
         capsys.readouterr()
         assert main(["inspect", *map(str, args)]) == 2

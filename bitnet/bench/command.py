@@ -123,7 +123,7 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     notes: list[str] = []
-    with _terminated(), tempfile.TemporaryDirectory(prefix="bitnet-bench-") as folder, _progress(quiet) as say:
+    with terminated(), tempfile.TemporaryDirectory(prefix="bitnet-bench-") as folder, _progress(quiet) as say:
         for subject, path, tests in work:
             files = _files(subject, path, Path(folder), lined_up, write_gguf, say, notes)
             for threads in settings.threads:
@@ -246,8 +246,8 @@ def _progress(quiet: bool) -> Iterator[measure.Say]:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: contenders stop and temporary files go. Exit code 143."""
+def terminated() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: child processes stop and temporary files go. Exit code 143."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -1,9 +1,9 @@
 """What `bitnet compare` does: make every file, measure each in its own process, put it all into one report."""
 
 import datetime
-import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.status import Status
 
 from bitnet import __version__
-from bitnet.bench.command import without_folder
+from bitnet.bench.command import terminated, without_folder
 from bitnet.checkpoint import replacing
 from bitnet.config import ModelConfig
 from bitnet.doctor import examine
 from bitnet.errors import BitNetError
 from bitnet.model import parameters
+from bitnet.plotting import check_target
 from bitnet.train.compare import llama
 from bitnet.train.compare.artifact import Artifact
 from bitnet.train.compare.measure import Scores, figures
@@ -83,6 +84,7 @@ def compare_runs(
     config = ModelConfig.from_dict({**facts["model"], "linear": "ternary"})
     console = Console(stderr=True)
     with ExitStack() as stack:
+        stack.enter_context(terminated())
         status = None if quiet or not console.is_terminal else stack.enter_context(console.status("reading text"))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitnet-compare-")))
         files = options.keep or work / "files"
@@ -118,8 +120,8 @@ def check_targets(output: Path | None, plot: Path | None) -> None:
     for path in (output, plot):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise BitNetError(f"compare: got '{path}', expected a file to write in a folder that is there")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise BitNetError("plot: got no matplotlib, expected it for pictures; pip install matplotlib")
+    if plot is not None:
+        check_target(plot)
 
 
 def write_report(report: dict[str, Any], output: Path | None, plot: Path | None) -> None:
@@ -219,8 +221,9 @@ class _Bench:
             for name, row in list(able.items())[:: 1 if turn % 2 == 0 else -1]:
                 if row["status"] == "ok" and not (name == "fp32" and turn == 0):
                     self._measure(name, row, reference=False, score=turn == 0)
+        features = examine()["cpu"]["features"]
         for row in rows.values():
-            _finish(row, self.timing)
+            _finish(row, self.timing, features)
         return list(rows.values())
 
     def _made(self, method: Method) -> dict[str, Any]:
@@ -268,7 +271,7 @@ class _Bench:
         answer.unlink(missing_ok=True)
         path = self._work / "job.json"
         path.write_text(json.dumps(job | {"settings": asdict(self._settings), "answer": str(answer)}), encoding="utf-8")
-        command = [sys.executable, "-m", "bitnet.train.compare.worker", str(path)]
+        command = [sys.executable, "-m", "bitnet.train.compare.worker", str(path), str(os.getpid())]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
@@ -277,8 +280,8 @@ class _Bench:
         return lines[-1] if lines else f"the process ended with code {done.returncode}"
 
 
-def _finish(row: dict[str, Any], timing: dict[str, int]) -> None:
-    """Turn seconds into tokens a second, and what the runner said into columns."""
+def _finish(row: dict[str, Any], timing: dict[str, int], features: Sequence[str]) -> None:
+    """Turn seconds into tokens a second, and what the runner said into columns. features: of this CPU."""
     if row["status"] != "ok":
         return
     times, facts = row.pop("times"), row.pop("facts")
@@ -291,8 +294,8 @@ def _finish(row: dict[str, Any], timing: dict[str, int]) -> None:
     row["runner"] = row.pop("artifact")["runner"]
     if "library" in facts:
         row["library"] = facts["library"]
-    if "remark" in facts:
-        row["note"] = "; ".join(part for part in (row["note"], facts["remark"]) if part)
+    lacks = llama.build_remark(facts["library"], facts["features"], features) if row["runner"] == "llama" else ""
+    row["note"] = "; ".join(part for part in (row["note"], facts.get("remark"), lacks) if part)
     for key in ("operators", "instruction_set", "engine", "features"):
         if facts.get(key):
             row[key] = facts[key]

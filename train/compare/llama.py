@@ -1,10 +1,13 @@
 """GGUF files of the twin, quantised by llama.cpp, and of the ternary run; llama.cpp runs in a process of its own."""
 
 import importlib.util
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from bitnet.bench import worker
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.formats.gguf_export import check_exportable, export_gguf
@@ -27,12 +30,21 @@ _TYPES = {
     "q3_k_m": (12, 256),
     "q2_k": (10, 256),
 }
-_WHEEL = "prebuilt wheel, not built for this CPU (no AVX-512): --llama PYTHON names a better one"
+_BETTER = "--llama PYTHON names a better one"
 
 
-def python(settings: Settings) -> str:
-    """The interpreter that has llama.cpp."""
-    return settings.llama or sys.executable
+def command(settings: Settings, *words: str) -> list[str]:
+    """The child with these words, in the interpreter that has llama.cpp; it ends with this process."""
+    return [settings.llama or sys.executable, str(CHILD), str(worker.__file__), str(os.getpid()), *words]
+
+
+def build_remark(library: str, system: str, features: Sequence[str]) -> str:
+    """What a build of llama.cpp lacks. system: what it says of itself, features: of this CPU."""
+    if library.startswith("cyllama"):
+        return f"prebuilt wheel, not built for this CPU: {_BETTER}"
+    if "avx512_f" in features and "AVX512 = 1" not in system:
+        return f"built without AVX-512, which this CPU has: {_BETTER}"
+    return ""
 
 
 def check_python(path: str) -> None:
@@ -70,16 +82,8 @@ def _config(run: Path) -> ModelConfig:
 
 
 def _quantise(source: Path, target: Path, file_type: int, settings: Settings) -> str:
-    command = [
-        python(settings),
-        str(CHILD),
-        "quantize",
-        str(source),
-        str(target),
-        str(file_type),
-        str(settings.threads),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = command(settings, "quantize", str(source), str(target), str(file_type), str(settings.threads))
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode or not target.is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BitNetError(f"llama.cpp could not quantise the file: {last}")
@@ -101,7 +105,7 @@ def _twin_method(kind: str) -> Method:
         else:
             _quantise(source, target, file_type, settings)
             source.unlink()
-        return Artifact(str(target), "llama", "llama.cpp", "" if settings.llama else _WHEEL)
+        return Artifact(str(target), "llama", "llama.cpp", "")
 
     return Method(f"gguf-{kind}", "gguf", f"GGUF {kind.upper()}", why_not, make)
 
@@ -113,8 +117,7 @@ def _ternary_why_not(pair: Pair, settings: Settings) -> str | None:
 def _make_ternary(pair: Pair, folder: Path, settings: Settings) -> Artifact:
     model, _ = Run(pair.run).load()
     path = export_gguf(TrainedSource(model, pair.tokenizer(), {}), folder / "model.gguf", "tq2_0")
-    note = "the ternary run in llama.cpp; table F16"
-    return Artifact(str(path), "llama", "llama.cpp", note if settings.llama else f"{note}; {_WHEEL}")
+    return Artifact(str(path), "llama", "llama.cpp", "the ternary run in llama.cpp; table F16")
 
 
 METHODS = [

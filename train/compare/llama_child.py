@@ -1,9 +1,10 @@
 """llama.cpp in a process of its own: quantises a file, or loads one and answers.
 
-    python llama_child.py quantize IN.gguf OUT.gguf FILE_TYPE THREADS
-    python llama_child.py serve MODEL.gguf THREADS CONTEXT LOGITS [--no-repacking]
+    python llama_child.py FOLLOW PARENT-ID quantize IN.gguf OUT.gguf FILE_TYPE THREADS
+    python llama_child.py FOLLOW PARENT-ID serve MODEL.gguf THREADS CONTEXT LOGITS [--no-repacking]
 
-Runs in any Python that has numpy and llama-cpp-python or cyllama; it imports nothing of ours. `serve` reads one JSON
+Runs in any Python that has numpy and llama-cpp-python or cyllama; it imports nothing of ours. FOLLOW is a script whose
+follow(PARENT-ID) ends this process with its parent: bench's worker.py. `serve` reads one JSON
 command a line and answers each with one JSON line: {"do": "time", "ids", "prefill"} -> seconds of reading the first
 `prefill` ids and of the rest one by one; {"do": "score", "rows"} -> logits fp32 [rows, T, V] in the file LOGITS;
 {"do": "memory"}.
@@ -12,6 +13,7 @@ command a line and answers each with one JSON line: {"do": "time", "ids", "prefi
 import ctypes
 import json
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -180,6 +182,7 @@ def serve(path: str, threads: int, context: int, logits: str, repacking: bool) -
 
 
 def main() -> None:
+    runpy.run_path(sys.argv.pop(1))["follow"](int(sys.argv.pop(1)))
     if sys.argv[1] == "quantize":
         llama = backend()
         llama.quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

@@ -23,8 +23,8 @@ def _float(dtype: torch.dtype, note: str) -> Make:
 
 FLOATS = [
     Method("fp32", "float", "FP32, the float twin", always, _float(torch.float32, "the reference of KL and top-1")),
-    Method("fp16", "float", "FP16", always, _float(torch.float16, "cast; norms in fp32")),
-    Method("bf16", "float", "BF16", always, _float(torch.bfloat16, "cast; norms in fp32")),
+    Method("fp16", "float", "FP16", always, _float(torch.float16, "eager, autocast; norms in fp32")),
+    Method("bf16", "float", "BF16", always, _float(torch.bfloat16, "eager, autocast; norms in fp32")),
 ]
 
 

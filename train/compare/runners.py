@@ -5,9 +5,8 @@ Dimensions: B windows, T time, V vocabulary.
 
 import json
 import subprocess
-import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,12 +98,10 @@ class EngineRunner:
 class LlamaRunner:
     """llama.cpp in a child process."""
 
-    def __init__(self, artifact: Artifact, settings: Settings, context: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="bitnet-llama-")
-        self._logits = Path(self._folder.name) / "logits"
-        self._logits.touch()
-        command = [llama.python(settings), str(llama.CHILD), "serve", artifact.path, str(settings.threads)]
-        self._command = [*command, str(context), str(self._logits)]
+    def __init__(self, artifact: Artifact, settings: Settings, context: int, scratch: Path) -> None:
+        self._logits, self._log = scratch.with_suffix(".logits"), scratch.with_suffix(".log")
+        words = ("serve", artifact.path, str(settings.threads), str(context), str(self._logits))
+        self._command = llama.command(settings, *words)
         self._facts: dict[str, Any] = {}
         self._child = self._start()
         if self._dies():
@@ -113,19 +110,16 @@ class LlamaRunner:
             self._facts["remark"] = "without weight repacking, with which this build of llama.cpp crashes"
 
     def _start(self, *more: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [*self._command, *more],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        with self._log.open("w") as log:
+            return subprocess.Popen(
+                [*self._command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
 
     def _dies(self) -> bool:
         """Whether the first prefill ends the process by a signal."""
         try:
             self._ask(do="time", ids=[0] * 5, prefill=4)
-        except (RuntimeError, BrokenPipeError):
+        except RuntimeError:
             if self._child.wait() >= 0:
                 raise
             return True
@@ -134,11 +128,14 @@ class LlamaRunner:
     def _ask(self, **command: Any) -> dict[str, Any]:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.write(json.dumps(command) + "\n")
-        self._child.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, as its silence says too
+            self._child.stdin.write(json.dumps(command) + "\n")
+            self._child.stdin.flush()
         line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError(f"llama.cpp ended with code {self._child.wait()}")
+            self._let_go()
+            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
+            raise RuntimeError(f"llama.cpp ended with code {self._child.wait()}: {said[-1]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -153,15 +150,23 @@ class LlamaRunner:
     def facts(self) -> dict[str, Any]:
         return self._facts | self._ask(do="memory")
 
-    def close(self) -> None:
+    def _let_go(self) -> None:
+        """Close both pipes, which ends a child that is well."""
         assert self._child.stdin is not None
-        self._child.stdin.close()
+        assert self._child.stdout is not None
+        with suppress(BrokenPipeError):
+            self._child.stdin.close()
+        self._child.stdout.close()
+
+    def close(self) -> None:
+        self._let_go()
         self._child.wait(timeout=60)
-        self._folder.cleanup()
+        for path in (self._logits, self._log):
+            path.unlink(missing_ok=True)
 
 
-def open_runner(artifact: Artifact, settings: Settings, context: int) -> Runner:
-    """Load what a method made."""
+def open_runner(artifact: Artifact, settings: Settings, context: int, scratch: Path) -> Runner:
+    """Load what a method made. scratch: beside this path go the files it needs meanwhile."""
     if artifact.runner == "llama":
-        return LlamaRunner(artifact, settings, context)
+        return LlamaRunner(artifact, settings, context, scratch)
     return EngineRunner(artifact)

@@ -1,8 +1,9 @@
 """One method, or one measurement, in a process of its own: peak memory, threads and a crash are then its own too.
 
-    python -m bitnet.train.compare.worker JOB.json
+    python -m bitnet.train.compare.worker JOB.json PARENT-ID
 
-The answer is written to the file that the job names; an error is one line on stderr and exit code 2.
+The answer is written to the file that the job names; an error is one line on stderr and exit code 2. On Linux the
+process ends with its parent.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitnet.bench.worker import follow
 from bitnet.errors import BitNetError
 from bitnet.train.compare import methods
 from bitnet.train.compare.artifact import Artifact
@@ -37,7 +39,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Time a model, ask for its memory and, if asked to, score the text with it."""
     text = Path(job["text"])
     inputs = torch.from_numpy(np.load(text / "inputs.npy"))
-    runner = open_runner(Artifact(**job["artifact"]), Settings(**job["settings"]), inputs.shape[1])
+    runner = open_runner(Artifact(**job["artifact"]), Settings(**job["settings"]), inputs.shape[1], Path(job["scores"]))
     try:
         answer = {"times": timed(runner, inputs.flatten(), job), **runner.facts()}
         if job["reference"]:
@@ -71,6 +73,7 @@ def write_reference(runner: Runner, inputs: torch.Tensor, text: Path, vocab: int
 
 def main() -> int:
     """Do the job of the file in argv."""
+    follow(int(sys.argv[2]))
     warnings.simplefilter("ignore")  # of the libraries; they would fill the terminal beside the table
     logging.disable(logging.WARNING)
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
