@@ -167,7 +167,7 @@ def test_float_first_then_ternary(text: Path) -> None:
     assert switched[4] != pytest.approx(twin[4], rel=1e-5)
 
 
-def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path) -> None:
+def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same teacher twice: masters in memory and codes in a file give one student; a stop leaves no trace."""
     teacher = train(text, "teacher", steps=20)
     packed = text.parent / "teacher.safetensors"
@@ -182,6 +182,11 @@ def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path) -> Non
     for save in (runs["run"] / "saves").glob("step-*6"):
         save.rename(text.parent / "gone")
     assert losses(train(text, "from-run", f"train.teacher={teacher}", *term)) == wanted
+
+    capsys.readouterr()
+    train(text, "teacher", steps=21)  # it went on: its newest save is another model
+    train(text, "from-run", f"train.teacher={teacher}", *term, code=2)
+    assert "is not the one that step-" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_tokens_is_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

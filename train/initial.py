@@ -1,9 +1,12 @@
 """Other models that a run needs: one to start from, one to learn from; what they have to be."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bitnet.config import ModelConfig
@@ -63,6 +66,15 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: Teacher) -> 
             f"train: got a context of {config.context} and the teacher '{config.train.teacher}' with "
             f"{teacher.model.config.context}, expected at most that; shorten it (-c)"
         )
+
+
+def teacher_digest(model: Transformer) -> str:
+    """SHA-256 over a teacher's shape and weights: what a student has learnt from, wherever it lies."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict()).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 _INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")  # none of them is in the weights

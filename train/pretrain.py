@@ -46,6 +46,7 @@ from bitnet.train.initial import (
     check_initial,
     check_teacher,
     initial_weights,
+    teacher_digest,
     teacher_tokenizer,
 )
 from bitnet.train.objective import Objective, needs_objective, next_token_loss
@@ -201,6 +202,7 @@ class Trainer:
         )
         self.sharded = self.settings.parallel == "fsdp" and processes.size > 1
         use_int8_gradients(self.settings.int8_gradients, self.device)
+        self.teacher = teacher_digest(teacher) if teacher is not None else None
         self.network = self._build(teacher)
         self._fill(initial)
         torch.manual_seed(self.settings.seed)
@@ -499,6 +501,7 @@ class Trainer:
             "sequences": self.sequences,
             "model": self.model_config.to_dict(),
             "data": self.dataset.fingerprint,
+            "teacher": self.teacher,
         }
         held = {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
         if not self.sharded:
@@ -539,6 +542,11 @@ class Trainer:
             raise BitNetError(
                 f"train: the tokens in {self.run.data} are not those the save {save.path.name} was trained on; "
                 "restore them or choose another folder (--out)"
+            )
+        if save.state.get("teacher", self.teacher) != self.teacher:  # older saves do not tell
+            raise BitNetError(
+                f"train: the teacher '{self.settings.teacher}' is not the one that {save.path.name} learnt from: its "
+                "weights have changed; restore it or choose another folder (--out)"
             )
         if save.state.get("sequences") != self.sequences:
             before = save.state.get("sequences")
