@@ -31,12 +31,23 @@ async function checked(response) {
   throw new Refused(response.status, message, response.headers.get("Retry-After"));
 }
 
+// Lets keys, clicks and drawing have their turn: a small model writes faster than a page can show. No timer, for those of a
+// tab in the background come once a second.
+function breath() {
+  return new Promise((resolve) => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(null);
+  });
+}
+
 async function* lines(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
+    await breath();
     const parts = (rest + value).split("\n");
     rest = parts.pop();
     yield* parts;
