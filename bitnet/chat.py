@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bitnet.engine import Engine, Part
+from bitnet.engine import Engine, Part, common_length
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text, prompt_ids, stop_ids
 from bitnet.json_tokenizer import JsonTokenizer
@@ -139,7 +139,7 @@ class Talk:
     def _settle(self, ids: list[int]) -> list[int]:
         """Keep of the slot what begins `ids`; returns the rest. An interrupt may have left the two lists apart."""
         known = min(len(self._held), self._slots.length(0), len(ids) - 1)
-        common = next((i for i in range(known) if self._held[i] != ids[i]), max(known, 0))
+        common = common_length(self._held[: max(known, 0)], ids)
         self._slots.truncate(0, common)
         self._held = ids[:common]
         return ids[common:]

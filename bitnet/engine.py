@@ -280,6 +280,14 @@ def stream(
         yield token
 
 
+def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
+    """Tokens at the beginning of `ids` that a slot holds already."""
+    for i, (a, b) in enumerate(zip(held, ids, strict=False)):
+        if a != b:
+            return i
+    return min(len(held), len(ids))
+
+
 def check_ids(ids: Tensor, config: ModelConfig) -> Tensor:
     """Token ids [T] or [B, T] as int64. Raises BitNetError for another dtype or shape and for ids out of range."""
     if ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0 or ids.dim() not in (1, 2):

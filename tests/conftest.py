@@ -27,6 +27,7 @@ torch.set_num_threads(1)  # for fixtures of a whole module, which run before a t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What the marker `gpu` asks for cannot be had everywhere; the kernels themselves are tested in the interpreter.
     if torch.cuda.is_available():
         return
     for item in items:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.engine import Part, Slots
+from bitnet.engine import Part, Slots, common_length
 from bitnet.sampling import Sampler, Sampling
 from bitnet.serve.metrics import Metrics
 from bitnet.serve.text import StopWriter
@@ -413,14 +413,6 @@ class Scheduler:
         if self._events:
             self._post(self._events)
             self._events = []
-
-
-def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    for i, (a, b) in enumerate(zip(held, ids, strict=False)):
-        if a != b:
-            return i
-    return min(len(held), len(ids))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
