@@ -220,7 +220,8 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Train a ladder of runs, several seeds each, one after the other; compare them with their float twins."""
-    from bitnet.train.sweep import plot_sweep, read_sweep, run_sweep
+    from bitnet.train.sweep import read_sweep, run_sweep
+    from bitnet.train.sweep_plot import plot_scaling, plot_sweep
 
     if plan:
         for each in read_sweep(ladder):

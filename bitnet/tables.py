@@ -125,18 +125,25 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def sweep_table(report: dict[str, Any]) -> Table:
-    """The points of a sweep: loss and gap to the float twin, with standard errors over seeds."""
+    """The points of a sweep: losses and gaps to the float twin, with standard errors over seeds."""
+    titles = {
+        "loss": "nats a token",
+        "gap": "gap to float",
+        "test_bits_per_byte": "test, bits a byte",
+        "test_gap": "test, gap in nats",
+    }
+    shown = [kind for kind in titles if any(point[kind] for point in report["points"])]
     table = Table(box=None, pad_edge=False)
-    for name in ("settings", "linears", "seeds", "nats a token", "gap to the float twin", ""):
+    for name in ("settings", "linears", "parameters", "seeds", *(titles[kind] for kind in shown), ""):
         table.add_column(name, overflow="fold")
     for point in report["points"]:
         figures = [
-            f"{value['mean']:.4f}{plus_minus(value['error'], 4)}" if (value := point[kind]) else ""
-            for kind in ("loss", "gap")
+            f"{value['mean']:.4f}{plus_minus(value['error'], 4)}" if (value := point[kind]) else "" for kind in shown
         ]
         best = report["best"].get(point["linear"]) == point
         remark = f"{point['diverged']} diverged" if point["diverged"] else f"best {point['linear']}" if best else ""
-        table.add_row(Text(point["point"]), point["linear"], str(point["seeds"]), *figures, remark)
+        size = f"{point['parameters'] / 1e6:.3g}M"
+        table.add_row(Text(point["point"]), point["linear"], size, str(point["seeds"]), *figures, remark)
     return table
 
 

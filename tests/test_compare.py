@@ -27,6 +27,7 @@ from bitnet.train.compare.plot import pareto, plot_comparison
 from bitnet.train.compare.runners import open_runner
 from bitnet.train.compare.table import comparison_tables
 from bitnet.train.compare.torchao_methods import activation_ranges
+from bitnet.train.data import spread_windows
 
 TEXT = "".join(f"Line {i}: the quick brown fox number {i * i} jumps over the lazy dog.\n" for i in range(400))
 SETTINGS = Settings(threads=1, qat_steps=1, calibration=2)
@@ -265,14 +266,14 @@ def test_windows_are_spread_and_whole(pair: Pair, tmp_path: Path) -> None:
 
     (tmp_path / "held.txt").write_text(TEXT[::-1])
     stream = tokenize((str(tmp_path / "held.txt"),), pair.tokenizer(), tmp_path)
-    inputs, targets = command.spread_windows(stream, 32, 10)
+    inputs, targets = spread_windows(stream, 32, 10)
     assert inputs.shape == targets.shape == (10, 32)
     whole = stream.read(0, len(stream))
     last = (len(stream) - 1) // 32 - 1
     assert np.array_equal(inputs[-1], whole[last * 32 : last * 32 + 32])
     assert np.array_equal(targets[0], np.where(whole[1:33] == stream.bos_id, -100, whole[1:33]))
     with pytest.raises(BitNetError, match="a window of the context"):
-        command.spread_windows(stream, len(stream), 1)
+        spread_windows(stream, len(stream), 1)
 
 
 # ---- the whole

@@ -90,19 +90,15 @@ def test_cut() -> None:
     assert cut("one", ["x"]) == "one"
 
 
-@pytest.mark.slow
-def test_a_task_from_a_file_gives_what_eval_gives(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = text(60)
-    (tmp_path / "document.txt").write_text(document)
-    (tmp_path / "document.jsonl").write_text(json.dumps({"text": document}) + "\n")
-    (tmp_path / "toy.yaml").write_text(
+def harness(folder: Path, documents: list[str], module: str, kind: str, arguments: str) -> float:
+    """Bits per byte that the harness finds for a task of these documents, run as a person runs it."""
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (folder / "toy.yaml").write_text(
         f"""task: toy
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {tmp_path / "document.jsonl"}
+    test: {folder / "documents.jsonl"}
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -111,21 +107,49 @@ metric_list:
   - metric: bits_per_byte
 """
     )
-    command = [sys.executable, "-m", "bitnet.train.harness", "run", "--model", "bitnet", "--tasks", "toy"]
-    command += [
-        "--model_args",
-        f"path={model}",
-        "--include_path",
-        str(tmp_path),
-        "--output_path",
-        str(tmp_path / "out"),
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, "run", "--model", kind, "--model_args", arguments]
+    command += ["--tasks", "toy", "--include_path", str(folder), "--output_path", str(folder / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    (result,) = (tmp_path / "out").rglob("*.json")
-    got = json.loads(result.read_text())["results"]["toy"]["bits_per_byte,none"]
+    (result,) = (folder / "out").rglob("*.json")
+    return float(json.loads(result.read_text())["results"]["toy"]["bits_per_byte,none"])
+
+
+def bits_per_byte(model: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]) -> float:
+    """What `bitnet eval` finds."""
     capsys.readouterr()
-    assert main(["eval", "-m", str(model), "--data", str(tmp_path / "document.txt"), "--json"]) == 0
-    wanted = json.loads(capsys.readouterr().out)["bits_per_byte"]
-    assert got == pytest.approx(wanted, rel=1e-6)
+    assert main(["eval", "-m", str(model), "--data", *map(str, texts), "--json"]) == 0
+    return float(json.loads(capsys.readouterr().out)["bits_per_byte"])
+
+
+@pytest.mark.slow
+def test_a_task_from_a_file_gives_what_eval_gives(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = text(60)
+    (tmp_path / "document.txt").write_text(document)
+    got = harness(tmp_path, [document], "bitnet.train.harness", "bitnet", f"path={model}")
+    assert got == pytest.approx(bits_per_byte(model, [tmp_path / "document.txt"], capsys), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_its_client_of_our_server_gives_what_eval_gives(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'")
+    # Documents that fit the context: of longer ones that client makes windows of its own, which overlap.
+    documents = [text(random.randint(1, 2)) for _ in range(20)]
+    files = [tmp_path / f"{number}.txt" for number in range(len(documents))]
+    for file, document in zip(files, documents, strict=True):
+        file.write_text(document)
+    command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", str(model), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip().rstrip("/")
+            arguments = f"model=toy,base_url={url}/v1/completions,tokenizer_backend=remote,max_length=16"
+            got = harness(tmp_path, documents, "lm_eval", "local-completions", arguments)
+        finally:
+            server.terminate()
+    assert got == pytest.approx(bits_per_byte(model, files, capsys), rel=1e-5)

@@ -420,3 +420,18 @@ def eval_windows(
         if stream.bos_id is not None:
             targets[targets == stream.bos_id] = IGNORED
         yield inputs.view(rows, context), targets.view(rows, context)
+
+
+def spread_windows(stream: TokenStream, context: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, int64 [W, T], of at most `count` whole windows, spread evenly; targets -100 at BOS."""
+    whole = (len(stream) - 1) // context
+    if whole < 1:
+        raise BitNetError(
+            f"got {len(stream)} tokens of text, expected at least {context + 1}, a window of the context; name more text"
+        )
+    chosen = np.unique(np.linspace(0, whole - 1, min(count, whole)).astype(np.int64))
+    tokens = np.stack([stream.read(int(i) * context, context + 1) for i in chosen])
+    inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    if stream.bos_id is not None:
+        targets[targets == stream.bos_id] = IGNORED
+    return inputs, targets

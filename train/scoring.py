@@ -1,4 +1,4 @@
-"""What `bitnet eval` does: a packed model scores text."""
+"""What `bitnet eval` does, a packed model scores text; and what a sweep does, a run scores text."""
 
 import tempfile
 import time
@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bitnet.generation import load_for_text
-from bitnet.train.data import batch_for, eval_windows, tokenize
+from bitnet.train.data import batch_for, eval_windows, spread_windows, tokenize
 from bitnet.train.evaluate import evaluate
+from bitnet.train.run import Run
 
 
 def score_text(
@@ -55,3 +56,23 @@ def score_text(
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
     }
+
+
+def score_run(run: Run, paths: Sequence[str], limit: int, device: torch.device) -> dict[str, Any]:
+    """Score text with the newest save of a run of any linears, in fp32.
+
+    limit: tokens, in whole windows of the run's context spread evenly over the text; 0: all windows. What remains
+    after the last whole window is left out. Returns an Evaluation's values. Raises BitNetError for a run without a
+    save, and text that cannot be read or is shorter than one window.
+    """
+    model, _ = run.load()
+    model.to(device).eval()
+    settings, tokenizer = run.config(), run.tokenizer()
+    with tempfile.TemporaryDirectory(prefix="bitnet-score-") as folder:
+        stream = tokenize(tuple(paths), tokenizer, Path(folder), documents=settings.data.documents)
+        inputs, targets = spread_windows(stream, settings.context, limit // settings.context or len(stream))
+    batch = batch_for(settings.context, settings.model.vocab_size)
+    windows = zip(torch.from_numpy(inputs).split(batch), torch.from_numpy(targets).split(batch), strict=True)
+    with torch.inference_mode():
+        result = evaluate(lambda ids: model(ids.to(device)), windows, tokenizer.byte_lengths())
+    return result.to_dict()

@@ -1,8 +1,10 @@
-"""A ladder of runs from one TOML file: every setting, every seed, one after the other; a table, JSON, a picture.
+"""A ladder of runs from one TOML file: every setting, every seed, one after the other; a table, JSON, pictures.
 
     seeds = [1, 2, 3]
     linears = ["ternary", "plain"]        # with "plain" among them: gaps to the float twin
     preset = "nano"
+    test = ["unseen/"]                    # text that every finished run scores once; leave away while tuning
+    test_tokens = 200_000                 # of it, spread over it; 0 or nothing: all
 
     [base]                                # settings of all runs, written as in a run's own file
     data.paths = ["books/"]
@@ -28,7 +30,7 @@ import shutil
 import statistics
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ import torch
 from bitnet.checkpoint import replacing
 from bitnet.config import LINEARS
 from bitnet.errors import BitNetError
-from bitnet.plotting import pyplot, save_both
+from bitnet.model import parameters
 from bitnet.train.command import Values, merge, resolve, run_training
 from bitnet.train.config import RunConfig
 from bitnet.train.run import Run
+from bitnet.train.scoring import score_run
 
-_KEYS = {"seeds", "linears", "preset", "base", "grid", "runs"}
+_KEYS = {"seeds", "linears", "preset", "test", "test_tokens", "base", "grid", "runs"}
 _DIVERGED = "training diverged"  # how pretrain begins the message
 
 
@@ -64,26 +67,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one run; figures are those of the whole validation split after the last step."""
+    """What came of one run: figures of the whole validation split after the last step, and of the test text."""
 
     point: str
     linear: str
     seed: int
     run: str
-    loss: float | None  # nats a token; None where the run diverged
-    bits_per_byte: float | None
+    parameters: int
     steps: int
     tokens: int
+    loss: float | None = None  # nats a token; None where the run diverged
+    bits_per_byte: float | None = None
+    test_loss: float | None = None  # None where there is no test text, too
+    test_bits_per_byte: float | None = None
+    test_bits_per_byte_error: float | None = None  # from window to window of the text, within one model
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The text that finished runs score."""
+
+    paths: tuple[str, ...]
+    tokens: int  # 0: all
 
 
 def read_sweep(path: Path) -> list[Plan]:
     """The runs a sweep file asks for. Raises BitNetError for what it does not know, and for two runs of one name."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BitNetError(f"sweep: '{path}' cannot be read as TOML: {error}") from error
-    if unknown := values.keys() - _KEYS:
-        raise BitNetError(f"sweep: '{path}': got '{min(unknown)}', expected {', '.join(sorted(_KEYS))}")
+    values = _read(path)
     seeds, linears = values.get("seeds", [0]), values.get("linears", ["ternary"])
     if not _list_of(int, seeds) or not _list_of(str, linears) or not set(linears) <= set(LINEARS):
         raise BitNetError(
@@ -106,6 +116,29 @@ def read_sweep(path: Path) -> list[Plan]:
             f"sweep: '{path}': got two runs of one name, expected a `name` of its own for each of [[runs]]"
         )
     return plans
+
+
+def read_held_out(path: Path) -> HeldOut | None:
+    """The test text of a sweep file, if it names one. Raises BitNetError for what cannot be that."""
+    values = _read(path)
+    paths, tokens = values.get("test"), values.get("test_tokens", 0)
+    if paths is None and "test_tokens" not in values:
+        return None
+    if not _list_of(str, paths) or type(tokens) is not int or tokens < 0:
+        raise BitNetError(
+            f"sweep: '{path}': got test {paths!r}, test_tokens {tokens!r}, expected a list of paths and a number"
+        )
+    return HeldOut(tuple(paths), tokens)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BitNetError(f"sweep: '{path}' cannot be read as TOML: {error}") from error
+    if unknown := values.keys() - _KEYS:
+        raise BitNetError(f"sweep: '{path}': got '{min(unknown)}', expected {', '.join(sorted(_KEYS))}")
+    return values
 
 
 def _list_of(kind: type, value: Any) -> bool:
@@ -156,7 +189,7 @@ def run_sweep(
             f"sweep: got {os.environ['WORLD_SIZE']} processes, expected one: start it without torchrun, or each run "
             "with: torchrun -m bitnet.cli train"
         )
-    plans = read_sweep(path)
+    plans, held_out = read_sweep(path), read_held_out(path)
     out.mkdir(parents=True, exist_ok=True)
     configs = [resolve(plan.preset, None, plan.values, [], Run(out / "a run not there yet")) for plan in plans]
     for plan, config in zip(plans, configs, strict=True):  # all fit, or nothing is trained
@@ -180,6 +213,8 @@ def run_sweep(
                 return None, code
             result = _finished(plan, run, config)
             assert result is not None, plan.folder
+        if held_out and result.loss is not None:
+            result = replace(result, **_test(run, held_out, device))
         say(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
     report = summarize(results)
@@ -202,13 +237,26 @@ def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
     steps = config.train.steps
     rows = run.metrics()
     tokens = max((row["tokens"] for row in rows if "tokens" in row), default=0)
+    size = parameters(run.config().model if run.exists() else config.model)
+    result = Result(plan.point, plan.linear, plan.seed, plan.folder, size, steps, tokens)
     if (run.path / "diverged.txt").exists():
-        return Result(plan.point, plan.linear, plan.seed, plan.folder, None, None, steps, tokens)
+        return result
     last = [row for row in rows if row.get("val_whole") and row["step"] == steps]
     if not run.exists() or not last:
         return None
-    figures = last[-1]["val_loss"], last[-1]["val_bits_per_byte"]
-    return Result(plan.point, plan.linear, plan.seed, plan.folder, *figures, steps, tokens)
+    return replace(result, loss=last[-1]["val_loss"], bits_per_byte=last[-1]["val_bits_per_byte"])
+
+
+def _test(run: Run, held_out: HeldOut, device: torch.device) -> dict[str, float]:
+    """Figures of the test text, kept in the run's folder."""
+    file = run.path / "test.json"
+    asked = {"paths": list(held_out.paths), "tokens_asked": held_out.tokens}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if {key: known.get(key) for key in asked} != asked:
+        known = {**asked, **score_run(run, held_out.paths, held_out.tokens, device)}
+        with replacing(file) as work:
+            work.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    return {f"test_{key}": known[key] for key in ("loss", "bits_per_byte", "bits_per_byte_error")}
 
 
 def _share_data(out: Path, folders: list[str], run: Run, config: RunConfig) -> None:
@@ -235,22 +283,32 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+FIGURES = ("loss", "bits_per_byte", "test_loss", "test_bits_per_byte")  # of a point; each with its gap
+
+
 def summarize(results: list[Result]) -> dict[str, Any]:
-    """Every run, mean and standard error over seeds of each point and linear, and the gap to the float twin."""
+    """Every run; of each point and linear mean and standard error over seeds, and the gap to the float twin.
+
+    The gap is paired: the twin of a run has its seed. `best` is chosen by validation, never by the test text.
+    """
     points: list[dict[str, Any]] = []
     for point, linear in dict.fromkeys((result.point, result.linear) for result in results):
-        mine = {r.seed: r.loss for r in results if (r.point, r.linear) == (point, linear)}
-        twins = {r.seed: r.loss for r in results if (r.point, r.linear) == (point, "plain")}
-        losses = [loss for loss in mine.values() if loss is not None]
-        gaps = [] if linear == "plain" else _differences(mine, twins)
+        mine = [r for r in results if (r.point, r.linear) == (point, linear)]
+        twins = [r for r in results if (r.point, r.linear) == (point, "plain")] if linear != "plain" else []
+        figures: dict[str, Any] = {}
+        for name in FIGURES:
+            ours, theirs = ({r.seed: getattr(r, name) for r in runs} for runs in (mine, twins))
+            figures[name] = mean_and_error([value for value in ours.values() if value is not None])
+            figures[_gap(name)] = mean_and_error(_differences(ours, theirs))
         points.append(
             {
                 "point": point,
                 "linear": linear,
+                "parameters": mine[0].parameters,
+                "tokens": mine[0].tokens,
                 "seeds": len(mine),
-                "diverged": len(mine) - len(losses),
-                "loss": mean_and_error(losses),
-                "gap": mean_and_error(gaps),
+                "diverged": sum(r.loss is None for r in mine),
+                **figures,
             }
         )
     best = {}
@@ -259,6 +317,11 @@ def summarize(results: list[Result]) -> dict[str, Any]:
         if sound:
             best[linear] = min(sound, key=lambda p: p["loss"]["mean"])  # each at its own best setting: the honest gap
     return {"points": points, "best": best, "runs": [asdict(result) for result in results]}
+
+
+def _gap(name: str) -> str:
+    """loss -> gap, test_bits_per_byte -> test_bits_per_byte_gap."""
+    return name.replace("loss", "gap") if "loss" in name else f"{name}_gap"
 
 
 def _differences(mine: dict[int, float | None], twins: dict[int, float | None]) -> list[float]:
@@ -272,37 +335,3 @@ def mean_and_error(values: list[float]) -> dict[str, float | None] | None:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "error": error}
-
-
-def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
-    """Draw losses and, where there is a float twin, gaps of every point into target.png and target.svg.
-
-    Raises BitNetError when matplotlib is not installed.
-    """
-    plt = pyplot()
-
-    names = list(dict.fromkeys(point["point"] for point in report["points"]))
-    kinds = [("loss", "validation loss (nats per token)")]
-    if any(point["gap"] for point in report["points"]):
-        kinds.append(("gap", "gap to the float twin (nats per token)"))
-    size = (5 * len(kinds), 1.2 + 0.35 * len(names))
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (kind, label) in zip(axes[0], kinds, strict=True):
-        for linear in dict.fromkeys(point["linear"] for point in report["points"]):
-            shown = [p for p in report["points"] if p["linear"] == linear and p[kind]]
-            if shown:
-                axis.errorbar(
-                    [p[kind]["mean"] for p in shown],
-                    [names.index(p["point"]) for p in shown],
-                    xerr=[p[kind]["error"] or 0.0 for p in shown],
-                    fmt="o",
-                    capsize=3,
-                    label=linear,
-                )
-        axis.set_xlabel(label)
-        axis.set_yticks(range(len(names)), names, parse_math=False)
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].invert_yaxis()
-    return save_both(figure, target)

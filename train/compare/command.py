@@ -33,7 +33,7 @@ from bitnet.train.compare.measure import Scores, figures
 from bitnet.train.compare.methods import Method, Settings, choose
 from bitnet.train.compare.pair import Pair, find_twin
 from bitnet.train.compare.plot import plot_comparison
-from bitnet.train.data import TokenStream, tokenize
+from bitnet.train.data import spread_windows, tokenize
 from bitnet.train.evaluate import IGNORED
 from bitnet.train.run import Run
 
@@ -160,22 +160,6 @@ def cut_text(pair: Pair, options: Options, folder: Path) -> dict[str, Any]:
         "tokens_in_all": len(stream),
         "compared_positions": len(compared) * context,
     }
-
-
-def spread_windows(stream: TokenStream, context: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, int64 [W, T], of at most `count` whole windows, spread evenly; targets -100 at BOS."""
-    whole = (len(stream) - 1) // context
-    if whole < 1:
-        raise BitNetError(
-            f"compare: got {len(stream)} tokens of text, expected at least {context + 1}, a window of the context; "
-            "name more text (--data)"
-        )
-    chosen = np.unique(np.linspace(0, whole - 1, min(count, whole)).astype(np.int64))
-    tokens = np.stack([stream.read(int(i) * context, context + 1) for i in chosen])
-    inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-    if stream.bos_id is not None:
-        targets[targets == stream.bos_id] = IGNORED
-    return inputs, targets
 
 
 def _warn_of_training_text(pair: Pair, options: Options) -> None:

@@ -1,0 +1,73 @@
+"""Pictures of a sweep: every point with its gap, and loss against size."""
+
+from pathlib import Path
+from typing import Any
+
+from bitnet.errors import BitNetError
+from bitnet.plotting import pyplot, save_both
+
+
+def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
+    """Draw losses and, where there is a float twin, gaps of every point into target.png and target.svg.
+
+    Raises BitNetError when matplotlib is not installed.
+    """
+    plt = pyplot()
+
+    names = list(dict.fromkeys(point["point"] for point in report["points"]))
+    kinds = [("loss", "validation loss (nats per token)")]
+    if any(point["gap"] for point in report["points"]):
+        kinds.append(("gap", "gap to the float twin (nats per token)"))
+    size = (5 * len(kinds), 1.2 + 0.35 * len(names))
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (kind, label) in zip(axes[0], kinds, strict=True):
+        for linear in dict.fromkeys(point["linear"] for point in report["points"]):
+            shown = [p for p in report["points"] if p["linear"] == linear and p[kind]]
+            if shown:
+                axis.errorbar(
+                    [p[kind]["mean"] for p in shown],
+                    [names.index(p["point"]) for p in shown],
+                    xerr=[p[kind]["error"] or 0.0 for p in shown],
+                    fmt="o",
+                    capsize=3,
+                    label=linear,
+                )
+        axis.set_xlabel(label)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis()
+    return save_both(figure, target)
+
+
+def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
+    """Draw loss against parameters, a line for each kind of linears, into target.png and target.svg.
+
+    Of several points of one size the best by validation counts. Raises BitNetError when matplotlib is not installed,
+    and where all points have one size.
+    """
+    sizes = {point["parameters"] for point in report["points"]}
+    if len(sizes) < 2:
+        raise BitNetError(f"sweep: got points of {len(sizes)} size, expected at least two to draw a curve of scaling")
+    plt = pyplot()
+    kinds = [kind for kind in ("loss", "test_loss") if any(point[kind] for point in report["points"])]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for linear in dict.fromkeys(point["linear"] for point in report["points"]):
+            best: dict[int, dict[str, Any]] = {}
+            for point in report["points"]:
+                if point["linear"] == linear and point["loss"] and point[kind]:
+                    known = best.get(point["parameters"])
+                    if known is None or point["loss"]["mean"] < known["loss"]["mean"]:
+                        best[point["parameters"]] = point
+            shown = [best[size][kind] for size in sorted(best)]
+            means, errors = [value["mean"] for value in shown], [value["error"] or 0.0 for value in shown]
+            axis.errorbar(sorted(best), means, yerr=errors, fmt="o-", capsize=3, label=linear)
+        axis.set_xscale("log")
+        axis.set_xlabel("parameters")
+        axis.set_ylabel("test loss (nats per token)" if kind == "test_loss" else "validation loss (nats per token)")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return save_both(figure, target)
