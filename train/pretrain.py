@@ -37,7 +37,7 @@ from bitnet.train.overview import duration, overview
 from bitnet.train.plot import plot_run
 from bitnet.train.precision import resolve_dtype
 from bitnet.train.preparing import prepare_data
-from bitnet.train.resuming import Memory
+from bitnet.train.resuming import RunState
 from bitnet.train.run import Run
 from bitnet.train.saving import Saver
 from bitnet.train.schedule import quantised_share
@@ -146,7 +146,7 @@ class Trainer:
             "data": dataset.fingerprint,
             "teacher": digest,
         }
-        self.memory = Memory(run, processes, self.model, self.optimizer, facts, self.sharded)
+        self.state = RunState(run, processes, self.model, self.optimizer, facts, self.sharded)
         self.step, self.tokens, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.resumed = self._resume()
         self.saver = Saver(processes, run.saves, self.settings.keep, self.settings.async_save)
@@ -158,7 +158,7 @@ class Trainer:
         self.sampler = Sampler(dataset.train, config.context, self.settings.seed)
 
     def _resume(self) -> bool:
-        save = self.memory.resume(self.settings.teacher)
+        save = self.state.resume(self.settings.teacher)
         if save is None:
             return False
         self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
@@ -167,8 +167,8 @@ class Trainer:
 
     def _save(self, seconds: float) -> None:
         counts = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "seconds": seconds}
-        tensors, first_rows = self.memory.tensors()
-        self.saver.save(self.step, tensors, {**counts, **self.memory.facts}, first_rows)
+        tensors, first_rows = self.state.tensors()
+        self.saver.save(self.step, tensors, {**counts, **self.state.facts}, first_rows)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

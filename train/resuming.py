@@ -18,7 +18,7 @@ from bitnet.train.saving import Groups
 from bitnet.train.sharding import assign, local, span
 
 
-class Memory:
+class RunState:
     """The tensors of a run, for a save and from one, and the facts that have to be the same for it to go on.
 
     facts: "sequences" a step, the "model"'s configuration, the "data"'s fingerprint, the "teacher"'s digest or None.
