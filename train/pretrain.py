@@ -303,7 +303,7 @@ class Trainer:
                 f"none; {last}: lower train.lr and train in a new folder (--out)"
             )
 
-    # -- before and after it -------------------------------------------------------------------------------------
+    # -- before and after the loop -------------------------------------------------------------------------------
 
     def _estimate(self) -> str:
         """Time one micro-batch's forward and backward pass; nothing of the state changes."""
