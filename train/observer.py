@@ -67,9 +67,8 @@ class Observer:
         if model is None:
             return None
         context, val = self._config.context, self._dataset.val
-        windows = eval_windows(
-            val, context, batch_size=batch_for(context, model.config.vocab_size), limit_tokens=tokens
-        )
+        batch = batch_for(context, model.config.vocab_size)
+        windows = eval_windows(val, context, batch_size=batch, limit_tokens=tokens)
         total = min(len(val), tokens or len(val))
         with torch.inference_mode(), keep_codes(model):
             result = evaluate(

@@ -1,4 +1,4 @@
-"""`python -m bitnet.cli`, where the script `bitnet` is not to be had: under torchrun, in a checkout."""
+"""`python -m bitnet.cli`: the same as `bitnet`, for what starts modules, such as torchrun."""
 
 import sys
 
