@@ -277,7 +277,7 @@ def train() -> Result:
     from bitnet import quant
     from bitnet.config import ModelConfig
     from bitnet.model import Transformer, flops_per_token, parameters
-    from bitnet.train.pretrain import next_token_loss
+    from bitnet.train.objective import next_token_loss
 
     rows = []
     for name, (changes, batch) in TRAINED.items():

@@ -25,8 +25,8 @@ from bitnet.bench import machine
 from bitnet.config import PRESETS, preset
 from bitnet.model import Transformer, parameters
 from bitnet.train.config import TrainConfig
+from bitnet.train.objective import next_token_loss
 from bitnet.train.optim import Optimizer
-from bitnet.train.pretrain import next_token_loss
 
 PARTS = ("forward", "backward", "optimiser")
 

@@ -26,7 +26,8 @@ from bitnet.bench.limits import Weights
 from bitnet.bench.plan import Choice, Test
 from bitnet.bench.process import Worker
 from bitnet.bench.random_model import ZEROS, random_packed, write_random
-from bitnet.cli import _write_gguf, main
+from bitnet.cli import main
+from bitnet.cli.measuring import packed_to_gguf
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.kernels import native, ops, packing
@@ -460,7 +461,7 @@ def test_llama_cpp_gets_a_shape_that_it_runs(tmp_path: Path) -> None:
     write_random(config, tmp_path / "m.safetensors")
     seen, differs = contenders.llama_config(config)
     assert differs == "SiLU instead of ReLU², no QK norm"
-    _write_gguf(tmp_path / "m.safetensors", seen, tmp_path / "m.gguf")
+    packed_to_gguf(tmp_path / "m.safetensors", seen, tmp_path / "m.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["blk.1.ffn_down.weight"] == "TQ2_0"
     assert not [name for name in kinds if "attn_q_norm" in name]

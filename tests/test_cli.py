@@ -470,6 +470,29 @@ def test_help_lists_the_verbs_in_order(capsys: Captured) -> None:
     assert sorted(VERBS, key=lambda verb: table.index(f"│ {verb} ")) == list(VERBS)
 
 
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_prints_what_is_declared(verb: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word of it: rich takes [word] for markup and drops it, unless a backslash stands before it.
+
+    In a terminal wide enough for the longest help to stay on one line, so that columns do not mix.
+    """
+    monkeypatch.setenv("COLUMNS", "500")
+    command = typer.main.get_command(app)
+    command = command.commands[verb] if verb else command
+    declared = [command.help or "", *(getattr(param, "help", None) or "" for param in command.params)]
+    assert main([*verb.split(), "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in filter(None, declared):
+        for paragraph in text.replace("\\[", "[").split("\n\n"):
+            assert " ".join(paragraph.split()) in printed
+
+
+def test_brackets_survive_in_help(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["sweep", "--help"]) == 0
+    assert "TOML: seeds, linears, [base], [grid], [[runs]]." in capsys.readouterr().out
+
+
 def test_version_of_the_module() -> None:
     command = [sys.executable, "-m", "bitnet.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -109,8 +109,7 @@ MEETING_RANKS = """
 import os, sys, time, torch
 from datetime import timedelta
 from bitnet.train import distributed
-from bitnet.train.distributed import Processes
-from bitnet.train.pretrain import lost_processes
+from bitnet.train.distributed import Processes, lost_processes
 distributed.MEETING = timedelta(seconds=2)
 rank = 0 if os.fork() else 1
 os.environ.update(RANK=str(rank))

@@ -29,9 +29,11 @@ from bitnet.train.config import RunConfig, read_config
 from bitnet.train.data import Sampler, open_dataset
 from bitnet.train.display import Display
 from bitnet.train.distributed import Processes
+from bitnet.train.observer import Observer
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration
 from bitnet.train.plot import plot_run
+from bitnet.train.preparing import prepare_data
 from bitnet.train.run import Run
 
 CPU = torch.device("cpu")
@@ -123,7 +125,7 @@ def test_loss_falls_below_what_letter_counts_know(linear: str, optimizer: str, c
 def trainer(config: RunConfig, out: Path) -> loop.Trainer:
     run, display = Run(out), Display(quiet=True)
     run.path.mkdir(exist_ok=True)
-    dataset = loop.prepare_data(config, run, display)
+    dataset = prepare_data(config, run, display)
     return loop.Trainer(config, run, dataset, Processes(CPU), display)
 
 
@@ -298,11 +300,11 @@ def test_an_error_waits_for_the_file_that_is_being_written(
         written.append(original(*args))
         return written[-1]
 
-    def failing(trainer: loop.Trainer, *args: Any) -> None:
+    def failing(observer: Observer, *args: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(checkpoint, "write_files", slow)
-    monkeypatch.setattr(loop.Trainer, "_validate", failing)
+    monkeypatch.setattr(Observer, "validate", failing)
     with pytest.raises(ZeroDivisionError):
         train(configured(corpus, steps=20, save_every=2, eval_every=3, async_save=True), tmp_path / "run")
     assert len(written) == 1

@@ -23,6 +23,7 @@ from bitnet.errors import BitNetError
 from bitnet.train import pretrain as loop
 from bitnet.train.config import RunConfig
 from bitnet.train.display import Display
+from bitnet.train.observer import Observer
 from bitnet.train.run import Run
 
 CPU = torch.device("cpu")
@@ -232,13 +233,13 @@ def test_a_kill_behind_the_last_save_leaves_the_last_figures_to_the_next_start(
 ) -> None:
     config = configured(corpus, eval_every=5)
     train(config, tmp_path / "straight")
-    validate = loop.Trainer._validate
+    validate = Observer.validate
 
-    def killed(trainer: loop.Trainer, tokens: int | None, **options: Any) -> Any:
-        return cut() if tokens is None else validate(trainer, tokens, **options)
+    def killed(observer: Observer, step: int, tokens: int | None, **options: Any) -> Any:
+        return cut() if tokens is None else validate(observer, step, tokens, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_validate", killed)
+        patch.setattr(Observer, "validate", killed)
         with pytest.raises(PowerCut):
             train(config, tmp_path / "run")
     for _ in range(2):  # written by the first start, and not once more by the second

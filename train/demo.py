@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bitnet.cli import guarded, write_now
+from bitnet.cli import guarded
+from bitnet.cli.terminal import write_now
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
 from bitnet.packed import load, write_packed

@@ -123,3 +123,17 @@ def other_ended(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error, without the place in torch's source that gloo puts before it."""
     return re.sub(r"^\[[^]]*:\d+\] ", "", str(error).strip().partition("\n")[0])
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Say in one line that another process has ended, wherever that is noticed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not other_ended(error):
+            raise
+        raise BitNetError(
+            "train: another process of this run ended, so that this one cannot go on; its own last line says why. All "
+            f"whole saves are kept: start the same command again ({first_line(error)})"
+        ) from error

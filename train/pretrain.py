@@ -7,59 +7,42 @@ Dimensions: B batch, T time, V vocabulary.
 """
 
 import math
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitnet import checkpoint
-from bitnet.engine import TorchEngine, stream
 from bitnet.errors import BitNetError
 from bitnet.layers import keep_codes, set_ease
 from bitnet.model import Transformer, parameters
 from bitnet.quant import use_int8_gradients
-from bitnet.sampling import Sampling
 from bitnet.train.batches import micro_batches, sequences_a_step, share
 from bitnet.train.config import RunConfig, TrainConfig
-from bitnet.train.data import (
-    Sampler,
-    TokenDataset,
-    batch_for,
-    check_lengths,
-    eval_windows,
-    open_dataset,
-    open_tokenizer,
-    prepare,
-)
+from bitnet.train.data import Sampler, TokenDataset, open_dataset
 from bitnet.train.display import Display
-from bitnet.train.distributed import Processes, first_line, other_ended
-from bitnet.train.evaluate import Evaluation, evaluate
-from bitnet.train.initial import (
-    Initial,
-    Teacher,
-    check_initial,
-    check_teacher,
-    initial_weights,
-    teacher_digest,
-    teacher_tokenizer,
-)
-from bitnet.train.objective import Objective, needs_objective, next_token_loss
+from bitnet.train.distributed import Processes, lost_processes
+from bitnet.train.evaluate import Evaluation
+from bitnet.train.initial import Initial, Teacher, check_initial, check_teacher, teacher_digest
+from bitnet.train.network import build_network, write_first_weights
+from bitnet.train.objective import needs_objective, next_token_loss
+from bitnet.train.observer import Observer
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration, overview
 from bitnet.train.plot import plot_run
 from bitnet.train.precision import resolve_dtype
-from bitnet.train.run import Run, empty_model, load_parameters
+from bitnet.train.preparing import prepare_data
+from bitnet.train.resuming import RunState
+from bitnet.train.run import Run
 from bitnet.train.saving import Saver
 from bitnet.train.schedule import quantised_share
-from bitnet.train.sharding import assign, clip_gradients, gathered, local, shard, span
+from bitnet.train.sharding import clip_gradients
 from bitnet.train.signals import stop_signals
-from bitnet.train.telemetry import Telemetry, summary
 from bitnet.train.trackers import Tracker, make_trackers
 
 
@@ -127,56 +110,6 @@ def pretrain(
         return trainer.train()
 
 
-@contextmanager
-def lost_processes() -> Iterator[None]:
-    """Say in one line that another process has ended, wherever that is noticed."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not other_ended(error):
-            raise
-        raise BitNetError(
-            "train: another process of this run ended, so that this one cannot go on; its own last line says why. All "
-            f"whole saves are kept: start the same command again ({first_line(error)})"
-        ) from error
-
-
-def prepare_data(
-    config: RunConfig, run: Run, display: Display, initial: Initial | None = None, teacher: Teacher | None = None
-) -> TokenDataset:
-    """Tokenise the corpus into the run's folder, unless that is done already.
-
-    Raises BitNetError, and leaves nothing of a first try, when the text is too short for the settings.
-    """
-    tokenizer = None
-    if initial is not None:
-        tokenizer = initial.tokenizer
-        if tokenizer is None:
-            raise BitNetError(f"train: got no tokenizer in '{config.train.init}', expected the one it was trained with")
-    elif config.train.init and (run.data / "manifest.json").exists():
-        tokenizer = open_tokenizer(run.data)  # the run goes on without the model it began with
-    elif teacher is not None:
-        tokenizer = teacher_tokenizer(config, teacher)
-    try:
-        dataset = prepare(
-            config.data,
-            run.data,
-            tokenizer=tokenizer,
-            kind=config.tokenizer.kind,
-            vocab_size=config.model.vocab_size,
-            report=display.preparing,
-        )
-        check_lengths(dataset, config.context)
-        dataset.tokenizer.encode(config.train.sample_prompt)  # refused now, not after the last step
-        return dataset
-    except BitNetError:
-        if not run.exists():
-            shutil.rmtree(run.data, ignore_errors=True)
-        raise
-    finally:
-        display.prepared()
-
-
 class Trainer:
     """The state of a run in memory and the loop over it."""
 
@@ -191,7 +124,7 @@ class Trainer:
         initial: Initial | None = None,
         teacher: Transformer | None = None,
     ) -> None:
-        self.config, self.run, self.dataset, self.trackers = config, run, dataset, trackers
+        self.config, self.run, self.dataset = config, run, dataset
         self.settings: TrainConfig = config.train
         self.processes, self.display, self.device = processes, display, processes.device
         self.sequences = sequences_a_step(self.settings, processes.size)
@@ -202,53 +135,40 @@ class Trainer:
         )
         self.sharded = self.settings.parallel == "fsdp" and processes.size > 1
         use_int8_gradients(self.settings.int8_gradients, self.device)
-        self.teacher = teacher_digest(teacher) if teacher is not None else None
-        self.network = self._build(teacher)
-        self._fill(initial)
+        digest = teacher_digest(teacher) if teacher is not None else None
+        self.model, self.network = build_network(self.model_config, self.settings, processes, self.sharded, teacher)
+        write_first_weights(self.model, self.settings, initial)
         torch.manual_seed(self.settings.seed)
         self.optimizer = Optimizer(self.model, self.settings)
+        facts = {
+            "sequences": self.sequences,
+            "model": self.model_config.to_dict(),
+            "data": dataset.fingerprint,
+            "teacher": digest,
+        }
+        self.state = RunState(run, processes, self.model, self.optimizer, facts, self.sharded)
         self.step, self.tokens, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.resumed = self._resume()
         self.saver = Saver(processes, run.saves, self.settings.keep, self.settings.async_save)
-        self.telemetry = Telemetry(self.model)
-        self.token_bytes = dataset.tokenizer.byte_lengths()
+        self.observer = Observer(config, self.model, self.sharded, run, dataset, processes, display, trackers)
         # Live figure only: a token stands for this many bytes on average. Validation counts bytes exactly.
         self.bits_per_nat = len(dataset.train) / max(1, dataset.train.text_bytes) / math.log(2)
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
         self.sampler = Sampler(dataset.train, config.context, self.settings.seed)
-        self._copy: Transformer | None = None  # of a model spread over processes, on the first one,
-        self._copied = -1  # made at this step
 
-    def _build(self, teacher: Transformer | None) -> nn.Module:
-        """Make `self.model`, empty, and what the loop calls: it with its loss, compiled, on all processes."""
-        settings = self.settings
-        with torch.device("meta"):
-            self.model = Transformer(self.model_config)
-            for block in self.model.blocks():
-                block.recompute = settings.recompute
-            network: nn.Module = self.model
-            if needs_objective(settings):
-                network = Objective(self.model, settings, teacher and teacher.to(self.device))
-        if not self.sharded:
-            self.model.to_empty(device=self.device)
-            compiled = cast(nn.Module, torch.compile(network)) if settings.compile else network
-            return self.processes.wrap(compiled)
-        if settings.compile:  # block by block, inside what gathers the parameters
-            for block in self.model.blocks():
-                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-        shard(network, self.model.blocks(), self.device)
-        network.to_empty(device=self.device)  # this process's share and no more
-        return network
+    def _resume(self) -> bool:
+        save = self.state.resume(self.settings.teacher)
+        if save is None:
+            return False
+        self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
+        self.seconds = float(save.state["seconds"])
+        return True
 
-    def _fill(self, initial: Initial | None) -> None:
-        """Give the model its first weights, one parameter at a time."""
-        parameters = dict(self.model.named_parameters())
-        values = initial_weights(self.model, initial) if initial else self.model.fresh_weights(self.settings.seed)
-        for name, value in values:
-            if self.settings.zero_init and initial is None and name.endswith(("o_proj.weight", "down_proj.weight")):
-                value = torch.zeros_like(value)
-            assign(parameters[name], value)
+    def _save(self, seconds: float) -> None:
+        counts = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "seconds": seconds}
+        tensors, first_rows = self.state.tensors()
+        self.saver.save(self.step, tensors, {**counts, **self.state.facts}, first_rows)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -268,11 +188,11 @@ class Trainer:
                 self._step_and_record()
                 last = self.step == settings.steps
                 if self.step % settings.report_every == 0:
-                    self._report_telemetry()
+                    self.observer.report_telemetry(self.step)
                 if settings.eval_every and self.step % settings.eval_every == 0 and not last:
-                    self._validate(settings.eval_tokens)
+                    self.observer.validate(self.step, settings.eval_tokens)
                 if settings.sample_every and self.step % settings.sample_every == 0 and not last:
-                    display.sample(self._sample())
+                    display.sample(self.observer.sample(self.step))
                 signal = self.processes.largest(stop.received or 0) or None
                 if self.step % settings.save_every == 0 or last or signal:
                     self._save(self.seconds + time.perf_counter() - started)
@@ -285,25 +205,24 @@ class Trainer:
         if signal is None:
             # Written down once: not again by a start that finds all done, but by one after a kill behind the last save.
             missing = not any("val_loss" in row and row["step"] == self.step for row in self.run.metrics())
-            outcome.validation = self._validate(None, record=missing)
-            outcome.sample = self._sample(record=missing)
+            outcome.validation = self.observer.validate(self.step, None, record=missing)
+            outcome.sample = self.observer.sample(self.step, record=missing)
             outcome.pictures = self._plot()
         self.processes.barrier()
-        for tracker in self.trackers:
-            tracker.close()
+        self.observer.close()
         return outcome
 
     def _step_and_record(self) -> None:
         row = self._training_step()
         if row is not None:
-            self._record(row)
+            self.observer.record(row)
             self.display.step(row)
 
     def _training_step(self) -> dict[str, Any] | None:
         """One optimiser step. Returns its metrics, or None when it was skipped for want of a finite gradient."""
         started = time.perf_counter()
         rate = self.optimizer.set_step(self.step)
-        self._copy, self._copied = None, -1
+        self.observer.forget()
         if self.settings.ease or self.settings.float_share:
             set_ease(self.model, quantised_share(self.settings, self.step))
         loss = self._gradients()
@@ -372,7 +291,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.skipped += 1
         reason = f"loss {loss}, gradient norm {norm}"
-        self._record({"step": self.step, "skipped": reason})
+        self.observer.record({"step": self.step, "skipped": reason})
         if self.processes.first:
             self.display.warn(f"step {self.step} skipped: {reason}")
         if self.skipped >= self.settings.skip_limit:
@@ -384,91 +303,7 @@ class Trainer:
                 f"none; {last}: lower train.lr and train in a new folder (--out)"
             )
 
-    # -- looking at the model ------------------------------------------------------------------------------------
-
-    def _whole(self) -> Transformer | None:
-        """The model as one piece, for a look at it: None on all processes but the first. Collective.
-
-        Of a model that is spread, the first process gets a copy, which lives until the next step.
-        """
-        if self.sharded and self._copied != self.step:
-            copy = empty_model(self.model_config).to(self.device) if self.processes.first else None
-            for name, parameter in self.model.named_parameters():
-                value = gathered(parameter.detach())
-                if copy is not None:
-                    copy.get_parameter(name).detach().copy_(value)
-            self._copy, self._copied = copy, self.step
-        set_ease(self.model, 1.0)  # figures are those of the ternary model; the next step sets it anew
-        return (self._copy if self.sharded else self.model) if self.processes.first else None
-
-    def _validate(self, tokens: int | None, record: bool = True) -> Evaluation | None:
-        """Score the validation split (its first `tokens` tokens) in fp32: the same integers a packed file gives."""
-        model = self._whole()
-        if model is None:
-            return None
-        batch = batch_for(self.config.context, self.model_config.vocab_size)
-        windows = eval_windows(self.dataset.val, self.config.context, batch_size=batch, limit_tokens=tokens)
-        total = min(len(self.dataset.val), tokens or len(self.dataset.val))
-        with torch.inference_mode(), keep_codes(model):
-            result = evaluate(
-                lambda ids: model(ids.to(self.device)),
-                windows,
-                self.token_bytes,
-                lambda done: self.display.validating(done, total),
-            )
-        whole = tokens is None or tokens >= len(self.dataset.val)
-        row = {
-            "step": self.step,
-            "val_loss": result.loss,
-            "val_bits_per_byte": result.bits_per_byte,
-            "val_bits_per_byte_error": result.bits_per_byte_error,
-            "val_tokens": result.tokens,
-            "val_whole": whole,
-        }
-        if record:
-            self._record(row)
-        self.display.validation(row)
-        return result
-
-    def _sample(self, length: int = 120, record: bool = True) -> str:
-        """A text from the model as it stands, the same random draws every time."""
-        model = self._whole()
-        if model is None:
-            return ""
-        tokenizer = self.dataset.tokenizer
-        start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
-        ids = start + tokenizer.encode(self.settings.sample_prompt) or [0]
-        with keep_codes(model):
-            engine = TorchEngine(model)
-            new = list(stream(engine, ids, length, Sampling(seed=self.settings.seed), stop=start))
-        text = self.settings.sample_prompt + tokenizer.decode(new)
-        if record:
-            self.run.append_sample(self.step, text)
-        return text
-
-    def _report_telemetry(self) -> None:
-        model = self._whole() if self.sharded else self.model
-        if self.processes.first and (rows := self.telemetry.report(model)):
-            self._record({"step": self.step, "telemetry": rows})
-            self.display.telemetry(summary(rows))
-
-    def _plot(self) -> list[str]:
-        if not self.processes.first:
-            return []
-        title = (
-            f"{self.run.path.name}: {parameters(self.model_config) / 1e6:.1f}M parameters, {self.model_config.linear}"
-        )
-        try:
-            return [str(path) for path in plot_run(self.run.metrics(), self.run.path / "loss", title)]
-        except BitNetError as error:  # no matplotlib: the run itself is fine
-            self.display.note(str(error))
-            return []
-
-    def _record(self, row: dict[str, Any]) -> None:
-        if self.processes.first:
-            self.run.append_metrics(row)
-            for tracker in self.trackers:
-                tracker.log(row)
+    # -- before and after the loop -------------------------------------------------------------------------------
 
     def _estimate(self) -> str:
         """Time one micro-batch's forward and backward pass; nothing of the state changes."""
@@ -490,89 +325,14 @@ class Trainer:
         torch.set_rng_state(rng)
         return f"{duration(left * seconds)} for {left} steps (without the optimiser's share)"
 
-    # -- saving and resuming -------------------------------------------------------------------------------------
-
-    def _save(self, seconds: float) -> None:
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "seconds": seconds,
-            "sequences": self.sequences,
-            "model": self.model_config.to_dict(),
-            "data": self.dataset.fingerprint,
-            "teacher": self.teacher,
-        }
-        held = {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
-        if not self.sharded:
-            groups = {**held, "random": {"cpu": torch.get_rng_state()}} if self.processes.first else {}
-            self.saver.save(self.step, groups, state)
-            return
-        first_rows = {name: span(t)[0] for group in held.values() for name, t in group.items()}
-        groups = {
-            # A number without rows is the same on all processes: the first one writes it.
-            name: {k: local(t) for k, t in group.items() if t.dim() or self.processes.first}
-            for name, group in held.items()
-        }
-        if self.processes.first:
-            groups["random"] = {"cpu": torch.get_rng_state()}
-        self.saver.save(self.step, groups, state, first_rows)
-
-    def _newest_save(self) -> checkpoint.Save | None:
-        """The save to go on from: the first process chooses and verifies, all take the same."""
-        save, step = None, 0
-        if self.processes.first:
-            with self.processes.others_stop_on_failure():
-                save = checkpoint.latest_save(self.run.saves)
-            step = save.step if save is not None else 0
-        else:
-            self.processes.wait_for_first()
-        step = self.processes.largest(step)
-        if self.processes.first or not step:
-            return save
-        return checkpoint.read_save(self.run.saves / f"step-{step:08d}", verify=False)
-
-    def _resume(self) -> bool:
-        save = self._newest_save()
-        if save is None:
-            if self.processes.first:
-                self.run.rewind(-1)
-            return False
-        if save.state.get("data") != self.dataset.fingerprint:
-            raise BitNetError(
-                f"train: the tokens in {self.run.data} are not those the save {save.path.name} was trained on; "
-                "restore them or choose another folder (--out)"
-            )
-        if save.state.get("teacher", self.teacher) != self.teacher:  # older saves do not tell
-            raise BitNetError(
-                f"train: the teacher '{self.settings.teacher}' is not the one that {save.path.name} learnt from: its "
-                "weights have changed; restore it or choose another folder (--out)"
-            )
-        if save.state.get("sequences") != self.sequences:
-            before = save.state.get("sequences")
-            raise BitNetError(
-                f"train: the run takes {before} sequences a step, got {self.sequences}; go on with as many processes "
-                f"as before, or with any number and --set train.global_batch={before} --set train.accumulate=1"
-            )
-        if self.sharded:
-            self._load_rows(save)
-        else:
-            load_parameters(self.model, save)
-            self.optimizer.load_tensors(save.tensors("optimizer"))
-        torch.set_rng_state(save.tensors("random")["cpu"])
-        self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
-        self.seconds = float(save.state["seconds"])
-        if self.processes.first:
-            self.run.rewind(self.step)
-        return True
-
-    def _load_rows(self, save: checkpoint.Save) -> None:
-        """Read the rows that this process holds, whoever wrote them."""
-        parameters = dict(self.model.named_parameters())
-        for name, rows in save.rows("model", {name: span(p) for name, p in parameters.items()}).items():
-            assign(parameters[name], rows)
-        wanted = {}
-        for name, pieces in save.pieces("optimizer").items():
-            parameter = parameters[name.rpartition("/")[0]]
-            wanted[name] = span(parameter) if pieces[0].shape else (0, 1)
-        self.optimizer.load_tensors(save.rows("optimizer", wanted))
+    def _plot(self) -> list[str]:
+        if not self.processes.first:
+            return []
+        title = (
+            f"{self.run.path.name}: {parameters(self.model_config) / 1e6:.1f}M parameters, {self.model_config.linear}"
+        )
+        try:
+            return [str(path) for path in plot_run(self.run.metrics(), self.run.path / "loss", title)]
+        except BitNetError as error:  # no matplotlib: the run itself is fine
+            self.display.note(str(error))
+            return []

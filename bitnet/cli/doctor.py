@@ -1,0 +1,20 @@
+"""The verb that looks at this machine: doctor."""
+
+import typer
+
+from bitnet.cli.options import Debug, Json
+from bitnet.cli.terminal import print_json, print_tables
+
+
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Print versions, devices and kernels, and test the kernels against the reference."""
+    from bitnet.doctor import examine
+
+    report = examine()
+    if as_json:
+        print_json(report)
+    else:
+        from bitnet.tables import doctor_tables
+
+        print_tables(*doctor_tables(report))
+    raise typer.Exit(0 if report["healthy"] else 1)

@@ -1,0 +1,51 @@
+"""The model of a run and what its loop calls: with its loss, compiled, on one process or on all."""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from bitnet.config import ModelConfig
+from bitnet.model import Transformer
+from bitnet.train.config import TrainConfig
+from bitnet.train.distributed import Processes
+from bitnet.train.initial import Initial, initial_weights
+from bitnet.train.objective import Objective, needs_objective
+from bitnet.train.sharding import assign, shard
+
+
+def build_network(
+    config: ModelConfig, settings: TrainConfig, processes: Processes, sharded: bool, teacher: Transformer | None = None
+) -> tuple[Transformer, nn.Module]:
+    """The model, its weights yet to be written, and the network around it that a step calls.
+
+    sharded: spread the parameters over all processes; this one holds its share and no more.
+    """
+    device = processes.device
+    with torch.device("meta"):
+        model = Transformer(config)
+        for block in model.blocks():
+            block.recompute = settings.recompute
+        network: nn.Module = model
+        if needs_objective(settings):
+            network = Objective(model, settings, teacher and teacher.to(device))
+    if not sharded:
+        model.to_empty(device=device)
+        compiled = cast(nn.Module, torch.compile(network)) if settings.compile else network
+        return model, processes.wrap(compiled)
+    if settings.compile:  # block by block, inside what gathers the parameters
+        for block in model.blocks():
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    shard(network, model.blocks(), device)
+    network.to_empty(device=device)
+    return model, network
+
+
+def write_first_weights(model: Transformer, settings: TrainConfig, initial: Initial | None = None) -> None:
+    """Give a model the weights of another one, or random ones of the run's seed; one parameter at a time."""
+    parameters = dict(model.named_parameters())
+    values = initial_weights(model, initial) if initial else model.fresh_weights(settings.seed)
+    for name, value in values:
+        if settings.zero_init and initial is None and name.endswith(("o_proj.weight", "down_proj.weight")):
+            value = torch.zeros_like(value)
+        assign(parameters[name], value)
