@@ -19,7 +19,7 @@ import torch
 
 from bitnet.cli import main
 from bitnet.errors import BitNetError
-from bitnet.train.compare import command, llama, llama_child, measure
+from bitnet.train.compare import llama, llama_child, measure
 from bitnet.train.compare.artifact import Artifact, pack_nibbles, read_model, unpack_nibbles
 from bitnet.train.compare.methods import Settings, choose, registry
 from bitnet.train.compare.pair import Pair, find_twin

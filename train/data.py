@@ -427,7 +427,8 @@ def spread_windows(stream: TokenStream, context: int, count: int) -> tuple[np.nd
     whole = (len(stream) - 1) // context
     if whole < 1:
         raise BitNetError(
-            f"got {len(stream)} tokens of text, expected at least {context + 1}, a window of the context; name more text"
+            f"got {len(stream)} tokens of text, expected at least {context + 1}, a window of the context; "
+            "name more text"
         )
     chosen = np.unique(np.linspace(0, whole - 1, min(count, whole)).astype(np.int64))
     tokens = np.stack([stream.read(int(i) * context, context + 1) for i in chosen])
