@@ -1,13 +1,18 @@
 """torch.compile around the model: one graph, not a dozen pieces with Python between them."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.kernels import ops
 from bitnet.model import Transformer
+from bitnet.train.compiling import check_compiler, compile_blocks
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
 
@@ -73,8 +78,9 @@ def test_all_blocks_share_one_graph(seed: int, rng: torch.Generator) -> None:
     model.init_weights(seed)
     ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
     wanted, graphs = model(ids), Graphs()
-    for block in model.blocks():
-        block.forward = torch.compile(block.forward, backend=graphs, fullgraph=True)  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", partial(torch.compile, backend=graphs, fullgraph=True))
+        compile_blocks(model.blocks())
     assert torch.equal(model(ids), wanted)
     assert graphs.made == 1
 
@@ -92,3 +98,18 @@ def test_the_loss_is_in_the_graph(chunk: int, seed: int, rng: torch.Generator) -
     for got, wanted in zip(compiled(*ids), objective(*ids), strict=True):
         assert torch.equal(got, wanted)
     assert graphs.made == 1
+
+
+def test_without_a_compiler_nothing_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    monkeypatch.delenv("TORCH_INDUCTOR_INSTALL_GXX", raising=False)
+    args = ["--device", "cpu", "--data", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out")]
+    assert main(["train", "-q", "--compile", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train.compile: got no compiler" in line
+    assert not (tmp_path / "out").exists()
+    check_compiler(torch.device("cuda"))  # what Triton needs is its own affair
+    (tmp_path / "c++").touch(0o755)
+    check_compiler(torch.device("cpu"))

@@ -77,7 +77,7 @@ class Ranks:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        # A cache of its own: what is compiled is compiled here, and once. By one thread: a pool would import torch anew.
+        # What is compiled is compiled here, and once; by this process: a pool would import torch in others.
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(log.with_name("compiled")), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         environment = {**os.environ, **cache, "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from bitnet.model import Transformer, parameters
 from bitnet.quant import use_int8_gradients
 from bitnet.sampling import Sampling
 from bitnet.train.batches import micro_batches, sequences_a_step, share
+from bitnet.train.compiling import check_compiler, compile_blocks, compiled
 from bitnet.train.config import RunConfig, TrainConfig
 from bitnet.train.data import (
     Sampler,
@@ -104,6 +105,8 @@ def pretrain(
         raise BitNetError(f"train: got train.init '{config.train.init}', expected that model, opened (--init)")
     if config.train.teacher and teacher is None:
         raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model, opened")
+    if config.train.compile:
+        check_compiler(device)
     with ExitStack() as stack:
         stack.enter_context(lost_processes())
         processes = stack.enter_context(Processes(device))
@@ -232,11 +235,9 @@ class Trainer:
                 network = Objective(self.model, settings, teacher and teacher.to(self.device))
         if not self.sharded:
             self.model.to_empty(device=self.device)
-            compiled = cast(nn.Module, torch.compile(network)) if settings.compile else network
-            return self.processes.wrap(compiled)
-        if settings.compile:  # block by block, inside what gathers the parameters
-            for block in self.model.blocks():
-                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            return self.processes.wrap(compiled(network) if settings.compile else network)
+        if settings.compile:
+            compile_blocks(self.model.blocks())
         shard(network, self.model.blocks(), self.device)
         network.to_empty(device=self.device)  # this process's share and no more
         return network
