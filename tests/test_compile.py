@@ -71,13 +71,16 @@ def test_a_model_is_one_graph(linear: str, amp: bool, seed: int, rng: torch.Gene
     assert graphs.made == 1
 
 
-def test_all_blocks_share_one_graph(seed: int, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_all_blocks_share_one_graph(recompute: bool, seed: int, rng: torch.Generator) -> None:
     """As in a sharded run, which compiles block by block: torch gives up on code that it has compiled eight times."""
     layers = torch._dynamo.config.recompile_limit + 2
     model = Transformer(CONFIG.replace(num_hidden_layers=layers))
     model.init_weights(seed)
     ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
     wanted, graphs = model(ids), Graphs()
+    for block in model.blocks():
+        block.recompute = recompute
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.compile", partial(torch.compile, backend=graphs, fullgraph=True))
         compile_blocks(model.blocks())

@@ -303,8 +303,8 @@ def test_killed_at_every_moment_of_a_save(ranks: Ranks, runs: Path) -> None:
         assert "Traceback" not in ranks.said(other)
         assert newest(runs / run) == wanted
         assert last_step(runs / run) <= wanted + 5, "more than a save interval lost"
-        left = "step-*.tmp" if wanted == 25 else "step-00000030"
-        assert list((runs / run / "saves").glob(left)), "killed too early"
+        folder = "step-00000030" if pattern == "saves" else pattern.partition("/")[0]
+        assert (runs / run / "saves" / folder).is_dir()
     assert ranks(2, args) == [0, 0], ranks.said(0)
     assert rows(runs, run) == rows(runs, "one")
     assert_same_save(runs / run, runs / "one")
