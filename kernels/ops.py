@@ -48,10 +48,14 @@ class Prepared:
     k: int
 
 
+# Asked once, as it is a property of the build: torch.compile would break a block into a dozen graphs to ask again.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 def _onednn_why_not(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"int8 products through oneDNN run on a CPU, not on {device.type}"
-    if not torch.backends.mkldnn.is_available():
+    if not _HAS_ONEDNN:
         return "this build of torch has no oneDNN"
     return None
 

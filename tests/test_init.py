@@ -229,6 +229,26 @@ def test_what_cannot_be_trained_on(
         assert not (tmp_path / "out" / "config.toml").exists()
 
 
+@pytest.mark.parametrize("kind", ["packed file", "hf-packed", "gguf"])
+def test_codes_are_refused_before_the_text_is_read(
+    kind: str, tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is tokenised, nothing is written, and that the text is missing as well is not noticed."""
+    model = made(tokenizer, seed, hidden_size=256, intermediate_size=256, hidden_act="silu", sub_norms=False)
+    source = TrainedSource(model, tokenizer, {})
+    if kind == "packed file":
+        start = write_packed(tmp_path / "m.safetensors", model, tokenizer)
+    elif kind == "hf-packed":
+        start = export_hf(source, tmp_path / "codes", packed=True)
+    else:
+        start = export_gguf(source, tmp_path / "codes.gguf", "tq2_0")
+    args = ["--init", str(start), "--data", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out")]
+    assert main(["train", "-q", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ternary codes only" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_imported_export_is_the_same_model(
     tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,10 @@ _INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")
 
 
 def check_initial(config: RunConfig, initial: Initial) -> None:
-    """Raise BitNetError for a configuration that computes something else with the weights than their model did."""
+    """Raise BitNetError for a model to start from that holds codes only, or settings that compute another one.
+
+    Before the text is tokenised, which takes hours where there is much of it.
+    """
     theirs = initial.config.to_dict()
     for key, value in config.model.to_dict().items():
         if key not in _INITIAL_MAY_CHANGE and value != theirs[key]:
@@ -89,6 +92,7 @@ def check_initial(config: RunConfig, initial: Initial) -> None:
                 f"train: model.{key}: got {value!r}, expected {theirs[key]!r} as in '{config.train.init}': "
                 "a model that is trained on keeps its shape; leave the setting away"
             )
+    initial.master("model.layers.0.self_attn.q_proj")  # refused here; every model has one
 
 
 def initial_weights(model: Transformer, initial: Initial) -> Iterator[tuple[str, Tensor]]:

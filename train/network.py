@@ -1,12 +1,11 @@
 """The model of a run and what its loop calls: with its loss, compiled, on one process or on all."""
 
-from typing import cast
-
 import torch
 from torch import nn
 
 from bitnet.config import ModelConfig
 from bitnet.model import Transformer
+from bitnet.train.compiling import compile_blocks, compiled
 from bitnet.train.config import TrainConfig
 from bitnet.train.distributed import Processes
 from bitnet.train.initial import Initial, initial_weights
@@ -31,13 +30,11 @@ def build_network(
             network = Objective(model, settings, teacher and teacher.to(device))
     if not sharded:
         model.to_empty(device=device)
-        compiled = cast(nn.Module, torch.compile(network)) if settings.compile else network
-        return model, processes.wrap(compiled)
-    if settings.compile:  # block by block, inside what gathers the parameters
-        for block in model.blocks():
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        return model, processes.wrap(compiled(network) if settings.compile else network)
+    if settings.compile:
+        compile_blocks(model.blocks())
     shard(network, model.blocks(), device)
-    network.to_empty(device=device)
+    network.to_empty(device=device)  # this process's share and no more
     return model, network
 
 

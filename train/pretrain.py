@@ -23,6 +23,7 @@ from bitnet.layers import keep_codes, set_ease
 from bitnet.model import Transformer, parameters
 from bitnet.quant import use_int8_gradients
 from bitnet.train.batches import micro_batches, sequences_a_step, share
+from bitnet.train.compiling import check_compiler
 from bitnet.train.config import RunConfig, TrainConfig
 from bitnet.train.data import Sampler, TokenDataset, open_dataset
 from bitnet.train.display import Display
@@ -87,6 +88,8 @@ def pretrain(
         raise BitNetError(f"train: got train.init '{config.train.init}', expected that model, opened (--init)")
     if config.train.teacher and teacher is None:
         raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model, opened")
+    if config.train.compile:
+        check_compiler(device)
     with ExitStack() as stack:
         stack.enter_context(lost_processes())
         processes = stack.enter_context(Processes(device))

@@ -1,0 +1,42 @@
+"""torch.compile around a run: what it is given, and what it needs.
+
+One process, and each of several with the whole model, compile the network with its loss as one graph. A sharded one is
+compiled block by block, inside what gathers a block's parameters: all blocks have the same code and the same shapes,
+so they share one graph, however many there are. Both are without a break, which tests/test_compile.py holds; a graph
+in pieces costs minutes of compiling and the fusion that it is for.
+
+Masters and saves are the same as without. Figures are not, in the last bits: fused sums are added in another order.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import nn
+
+from bitnet.errors import BitNetError
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise BitNetError where torch.compile would find no compiler: on a CPU it writes C++."""
+    # What torch runs, found as it finds it; it would say so in a page, after the text is tokenised.
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(name) is None and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+        raise BitNetError(
+            f"train.compile: got no compiler '{name}', expected one: on a CPU torch.compile writes C++; install it, "
+            "name another in CXX, or leave --compile away"
+        )
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """The network as one graph, which shares its parameters."""
+    return cast(nn.Module, torch.compile(network))
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block's own pass; hooks around it, such as those that gather its parameters, stay outside."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
