@@ -39,4 +39,4 @@ def compiled(network: nn.Module) -> nn.Module:
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compile each block's own pass; hooks around it, such as those that gather its parameters, stay outside."""
     for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)

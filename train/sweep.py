@@ -124,7 +124,7 @@ def read_held_out(path: Path) -> HeldOut | None:
     paths, tokens = values.get("test"), values.get("test_tokens", 0)
     if paths is None and "test_tokens" not in values:
         return None
-    if not _list_of(str, paths) or type(tokens) is not int or tokens < 0:
+    if paths is None or not _list_of(str, paths) or type(tokens) is not int or tokens < 0:
         raise BitNetError(
             f"sweep: '{path}': got test {paths!r}, test_tokens {tokens!r}, expected a list of paths and a number"
         )
@@ -214,7 +214,7 @@ def run_sweep(
             result = _finished(plan, run, config)
             assert result is not None, plan.folder
         if held_out and result.loss is not None:
-            result = replace(result, **_test(run, held_out, device))
+            result = _tested(result, run, held_out, device)
         say(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
     report = summarize(results)
@@ -247,8 +247,8 @@ def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
     return replace(result, loss=last[-1]["val_loss"], bits_per_byte=last[-1]["val_bits_per_byte"])
 
 
-def _test(run: Run, held_out: HeldOut, device: torch.device) -> dict[str, float]:
-    """Figures of the test text, kept in the run's folder."""
+def _tested(result: Result, run: Run, held_out: HeldOut, device: torch.device) -> Result:
+    """The result with figures of the test text, which are kept in the run's folder."""
     file = run.path / "test.json"
     asked = {"paths": list(held_out.paths), "tokens_asked": held_out.tokens}
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -256,7 +256,12 @@ def _test(run: Run, held_out: HeldOut, device: torch.device) -> dict[str, float]
         known = {**asked, **score_run(run, held_out.paths, held_out.tokens, device)}
         with replacing(file) as work:
             work.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    return {f"test_{key}": known[key] for key in ("loss", "bits_per_byte", "bits_per_byte_error")}
+    return replace(
+        result,
+        test_loss=known["loss"],
+        test_bits_per_byte=known["bits_per_byte"],
+        test_bits_per_byte_error=known["bits_per_byte_error"],
+    )
 
 
 def _share_data(out: Path, folders: list[str], run: Run, config: RunConfig) -> None:
