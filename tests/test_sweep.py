@@ -13,7 +13,7 @@ from bitnet.errors import BitNetError
 from bitnet.train import pretrain as loop
 from bitnet.train import sweep
 from bitnet.train.run import Run
-from bitnet.train.sweep import mean_and_error, read_sweep
+from bitnet.train.sweep import mean_and_error, read_held_out, read_sweep
 
 SHAPE = """
 model.hidden_size = 32
@@ -82,12 +82,20 @@ train.zero_init = true"""
         ("[grid]\ntrain.lr = 0.1", "expected a list"),
         ("[[runs]]\nname='x'\n[[runs]]\nname='x'", "one name"),
         ("seeds = [", "TOML"),
+        ("test = 'x.txt'", "a list of paths"),
+        ("test_tokens = 5", "a list of paths"),
+        ("test = ['x.txt']\ntest_tokens = -1", "a list of paths"),
     ],
 )
 def test_mistakes_are_named(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(content)
+
+    def read(path: Path) -> None:
+        read_sweep(path)
+        read_held_out(path)
+
     with pytest.raises(BitNetError, match=says):
-        read_sweep(tmp_path / "x.toml")
+        read(tmp_path / "x.toml")
 
 
 def test_mean_and_error() -> None:
@@ -194,3 +202,41 @@ def test_the_plan_is_listed(text: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["sweep", str(file), "--out", str(text.parent / "out"), "--plan"]) == 0
     assert capsys.readouterr().out.split() == [plan.folder for plan in read_sweep(file)]
     assert not (text.parent / "out").exists()
+
+
+def test_finished_runs_score_the_test_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The ternary run as its packed file scores the same windows; a changed text is scored anew, nothing else is."""
+    unseen, out = tmp_path / "unseen.txt", tmp_path / "out"
+    unseen.write_text("".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(200)))
+    content = "seeds = [3]\nlinears = ['ternary', 'plain']\ntest = ['{}']\n[[runs]]\n[[runs]]\nmodel.hidden_size = 64"
+    file = written(text, content.format(unseen))
+    args = ["sweep", str(file), "--out", str(out), "--json", "-q"]
+    assert main(args) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (out / "scaling.png").exists()  # two sizes
+    assert len({run["parameters"] for run in report["runs"]}) == 2
+    for run in report["runs"]:
+        if run["linear"] == "ternary":
+            assert main(["pack", str(out / run["run"]), "-o", str(tmp_path / "m.safetensors")]) == 0
+            capsys.readouterr()
+            count = len(Run(out / run["run"]).tokenizer().encode(unseen.read_text()))  # with BOS: this many to predict
+            whole = str(count // 16 * 16)
+            words = ["eval", "-m", str(tmp_path / "m.safetensors"), "--data", str(unseen), "--tokens", whole, "--json"]
+            assert main(words) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert run["test_loss"] == pytest.approx(found["loss"], rel=1e-5)
+            assert run["test_bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-5)
+    for point in report["points"]:
+        if point["linear"] == "ternary":
+            ours, twin = (
+                next(r for r in report["runs"] if (r["point"], r["linear"]) == (point["point"], linear))
+                for linear in ("ternary", "plain")
+            )
+            assert point["test_gap"]["mean"] == pytest.approx(ours["test_loss"] - twin["test_loss"])
+    folder = out / report["runs"][0]["run"]
+    before = (folder / "test.json").stat().st_mtime_ns
+    assert main(args) == 0
+    assert (folder / "test.json").stat().st_mtime_ns == before
+    file.write_text(file.read_text().replace("test = ", "test_tokens = 64\ntest = "))
+    assert main(args) == 0
+    assert json.loads((folder / "test.json").read_text())["tokens"] == 64
