@@ -20,11 +20,17 @@ from torch import nn
 from bitnet.errors import BitNetError
 
 
+def missing_compiler(device: torch.device) -> str | None:
+    """The name of the compiler that torch.compile would not find; None where it has all it needs."""
+    # What torch runs on a CPU, found as it finds it; it would say so in a page, after the text is tokenised.
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    found = device.type != "cpu" or shutil.which(name) or os.environ.get("TORCH_INDUCTOR_INSTALL_GXX")
+    return None if found else name
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise BitNetError where torch.compile would find no compiler: on a CPU it writes C++."""
-    # What torch runs, found as it finds it; it would say so in a page, after the text is tokenised.
-    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(name) is None and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+    if name := missing_compiler(device):
         raise BitNetError(
             f"train.compile: got no compiler '{name}', expected one: on a CPU torch.compile writes C++; install it, "
             "name another in CXX, or leave --compile away"

@@ -23,7 +23,7 @@ from bitnet.layers import keep_codes, set_ease
 from bitnet.model import Transformer, parameters
 from bitnet.quant import use_int8_gradients
 from bitnet.train.batches import micro_batches, sequences_a_step, share
-from bitnet.train.compiling import check_compiler
+from bitnet.train.compiling import check_compiler, missing_compiler
 from bitnet.train.config import RunConfig, TrainConfig
 from bitnet.train.data import Sampler, TokenDataset, open_dataset
 from bitnet.train.display import Display
@@ -45,6 +45,8 @@ from bitnet.train.schedule import quantised_share
 from bitnet.train.sharding import clip_gradients
 from bitnet.train.signals import stop_signals
 from bitnet.train.trackers import Tracker, make_trackers
+
+_WORTH_COMPILING = 600.0  # seconds of steps; torch.compile takes half a minute to two, and halves a step on a CPU
 
 
 @dataclass
@@ -326,7 +328,9 @@ class Trainer:
         seconds = min(passes[1:]) * len(counts)  # the first one paid for allocations and compilation
         self.optimizer.zero_grad()
         torch.set_rng_state(rng)
-        return f"{duration(left * seconds)} for {left} steps (without the optimiser's share)"
+        text = f"{duration(left * seconds)} for {left} steps (without the optimiser's share)"
+        slow = left * seconds > _WORTH_COMPILING and not self.settings.compile and not self.settings.ease
+        return text + ("; --compile makes it faster" if slow and not missing_compiler(self.device) else "")
 
     def _plot(self) -> list[str]:
         if not self.processes.first:
