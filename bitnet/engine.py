@@ -8,6 +8,7 @@ Dimensions: B batch, T time, V vocabulary, L layers, G key/value heads, S cached
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,6 +109,13 @@ class KVCache:
         self._store = torch.empty(shape, device=device, dtype=dtype)
         self.position = 0
         self.layers = [_LayerView(self, i) for i in range(config.num_hidden_layers)]
+
+    def sequence(self, number: int) -> "KVCache":
+        """One of the sequences as a cache of its own, with a position of its own, in the same memory."""
+        view = copy(self)
+        view._store = self._store[:, :, number : number + 1]
+        view.layers = [_LayerView(view, i) for i in range(len(self.layers))]
+        return view
 
     def store(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as they are kept, [B, G, S, E] each, the unused end included."""

@@ -6,6 +6,7 @@ Fresh seeds find what a frozen one never would; `BITNET_TEST_SEED=<n> pytest -k 
 import os
 import random
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,11 @@ hypothesis.settings.load_profile("bitnet")
 
 
 torch.set_num_threads(1)  # for fixtures of a whole module, which run before a test's own
+
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which every process they start would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

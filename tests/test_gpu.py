@@ -3,6 +3,7 @@ tests/test_gpu_interpreter.py starts this file. Integers are compared exactly, o
 
 import math
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bitnet import quant
 from bitnet.config import ModelConfig
-from bitnet.engine import TorchEngine
+from bitnet.engine import Part, TorchEngine
 from bitnet.errors import BitNetError
 from bitnet.kernels import ops, packing, reference
 from bitnet.kernels.gpu import device as gpu
@@ -492,6 +493,56 @@ def test_decode_is_prefill(variant: str, tmp_path: Path, seed: int) -> None:
     assert all(torch.isfinite(a).all() for a in got)
     equal = [float((a - b).abs().max()) < 1e-4 * float(b.abs().max()) for a, b in zip(got, wanted, strict=True)]
     assert sum(equal) >= 2, "flips are rare: most positions agree to rounding"
+
+
+def test_slots_give_what_each_sequence_gets_alone(tmp_path: Path, seed: int) -> None:
+    """Slots that come and go: the bits of the same slot with no neighbours, and the logits of one pass over its ids."""
+    _, engine = engines(tmp_path, seed)
+    count, limit = 3, 12
+    rng = random.Random(seed)
+    crowd, alone = engine.slots(count, limit), [engine.slots(count, limit) for _ in range(count)]
+    for slots in (crowd, *alone):
+        slots._cache._store.fill_(math.nan)  # nothing may be read that was not written
+    held: list[list[int]] = [[] for _ in range(count)]
+    equal = 0
+    steps = 40 if ON_GPU else 8
+    for _ in range(steps):
+        parts = []
+        for slot in rng.sample(range(count), rng.randint(1, count)):
+            room = limit - len(held[slot])
+            if not room or rng.random() < 0.1:  # full, or its text has ended
+                keep = rng.randint(0, len(held[slot]))
+                for slots in (crowd, alone[slot]):
+                    slots.truncate(slot, keep)
+                del held[slot][keep:]
+                continue
+            ids = [rng.randrange(61) for _ in range(1 if rng.random() < 0.6 else rng.randint(1, room))]
+            parts.append(Part(slot, ids, every=rng.random() < 0.2))
+        for part, got in zip(parts, crowd.forward(parts) if parts else [], strict=True):
+            (wanted,) = alone[part.slot].forward([part])
+            assert torch.equal(got.cpu(), wanted.cpu())
+            held[part.slot] += part.ids
+            whole = engine.logits(torch.tensor(held[part.slot]))
+            whole = whole[-len(part.ids) :] if part.every else whole[-1]
+            gap = float((got.cpu() - whole).abs().max())
+            assert gap < 0.1 * float(whole.abs().max())  # as in test_decode_is_prefill
+            equal += gap < 1e-4 * float(whole.abs().max())
+        assert [crowd.length(slot) for slot in range(count)] == [len(ids) for ids in held]
+    assert equal >= 2, "flips are rare: most logits agree to rounding"
+
+
+def test_a_full_slot_stays_as_it_is(tmp_path: Path, seed: int) -> None:
+    """A step of its neighbours, in which it has a row with nothing to do, changes nothing of it."""
+    _, engine = engines(tmp_path, seed)
+    slots = engine.slots(2, 4)
+    slots._cache._store.fill_(math.nan)
+    slots.forward([Part(0, [1, 2, 3, 4]), Part(1, [5])])
+    before = slots._cache._store[:, :, 0, :, :4].clone()
+    slots.forward([Part(1, [6])])
+    assert torch.equal(slots._cache._store[:, :, 0, :, :4], before)
+    with pytest.raises(BitNetError, match="context is full"):
+        slots.forward([Part(0, [1])])
+    assert (slots.length(0), slots.length(1)) == (4, 2)
 
 
 def test_many_parts_and_positions(tmp_path: Path, seed: int) -> None:

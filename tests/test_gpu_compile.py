@@ -34,7 +34,8 @@ INTEGERS = {"M", "N", "K", "B", "G", "D", "F", "V", "size", "width", "stride", "
 UNALIGNED = {"M", "B", "G", "blocks", "steps", "share", "start1", "start2"}  # the rest are multiples of 16 in practice
 POINTERS = {
     "q_ptr": "*i8", "w_ptr": "*u8", "code_ptr": "*i8", "a_ptr": "*i8", "b_ptr": "*i8", "packed_ptr": "*u8",
-    "acc_ptr": "*i32", "id_ptr": "*i64", "position_ptr": "*i64", "table_ptr": "*bf16", "h_ptr": "*bf16",
+    "acc_ptr": "*i32", "id_ptr": "*i64", "position_ptr": "*i64", "sequence_ptr": "*i64",
+    "table_ptr": "*bf16", "h_ptr": "*bf16",
 }  # fmt: skip
 
 

@@ -214,9 +214,10 @@ def attend_kernel(
     k_gain_ptr,  # [E] fp32, if QK_NORM
     cos_ptr,  # [limit, E] fp32
     sin_ptr,  # [limit, E] fp32
-    k_ptr,  # [B, G, limit, E]: cached keys, the new one written
-    v_ptr,  # [B, G, limit, E]
-    position_ptr,  # [] int64: positions cached so far
+    k_ptr,  # [N, G, limit, E]: cached keys of N sequences, the new ones written
+    v_ptr,  # [N, G, limit, E]
+    position_ptr,  # [B] int64: positions cached so far
+    sequence_ptr,  # [B] int64: which of the N sequences a row goes on with
     out_ptr,  # [B, H, P, E] fp32, written: weighted sums of values
     top_ptr,  # [B, H, P] fp32, written: largest score of a part
     weight_ptr,  # [B, H, P] fp32, written: sum of weights of a part
@@ -243,7 +244,7 @@ def attend_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(position_ptr + b).to(tl.int32)
     # Equal parts in whole blocks; parts behind the last position have nothing to do, and `merge` does not read them.
     span = tl.cdiv(tl.cdiv(position + 1, P), BLOCK_S) * BLOCK_S
     start = part * span
@@ -271,7 +272,7 @@ def attend_kernel(
         kind = k_ptr.dtype.element_ty
         k1, k2 = narrow(k1, kind).to(tl.float32), narrow(k2, kind).to(tl.float32)
         v1, v2 = narrow(v1, kind).to(tl.float32), narrow(v2, kind).to(tl.float32)
-        cached = (b * G + g) * limit * E
+        cached = (tl.load(sequence_ptr + b) * G + g) * limit * E
         if end == position + 1:
             place = cached + position * E + e[None, :]
             tl.store(k_ptr + place, k1.to(kind), mask=inside[None, :])
@@ -314,7 +315,7 @@ def merge_kernel(
     out_ptr,  # [B, H, P, E] fp32
     top_ptr,  # [B, H, P] fp32
     weight_ptr,  # [B, H, P] fp32
-    position_ptr,  # [] int64
+    position_ptr,  # [B] int64
     gain_ptr,  # [H E] fp32, if NORM
     q_ptr,  # [B, width] int8, written
     inv_ptr,  # [B] fp32, written
@@ -335,7 +336,7 @@ def merge_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(position_ptr + row).to(tl.int32)
     span = tl.cdiv(tl.cdiv(position + 1, P), BLOCK_S) * BLOCK_S
     slot = (row * (D // E) + k // E) * P
     top = tl.full((BLOCK,), float("-inf"), tl.float32)

@@ -179,19 +179,27 @@ def attend(
     rotary: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
     gain: Tensor | None,
     eps: float,
     pdl: bool = False,
 ) -> Codes:
-    """One new position of every sequence: from the sums [splits, B, (H + 2 G) E] to the codes in front of o_proj.
+    """One new position of B sequences: from the sums [splits, B, (H + 2 G) E] to the codes in front of o_proj.
 
-    rotary: tables [limit, E] fp32; keys, values: [B, G, limit, E], of which the first `position` ([] int64, on the
-    device, below limit) are filled and the next one is written; gain: [H E] fp32 of the sub-norm, or None.
+    rotary: tables [limit, E] fp32; keys, values: [N, G, limit, E] of N sequences; sequences: [B] int64 on the device,
+    all different, says which of them a row goes on with, and positions, [B] int64 on the device, below limit, how much
+    of it is filled: the next one is written. gain: [H E] fp32 of the sub-norm, or None.
     """
     B, D = sums.acc.shape[1], heads.query * heads.width
     limit, device = keys.shape[2], keys.device
-    assert keys.shape == values.shape == (B, heads.key, limit, heads.width), f"attend: got keys {tuple(keys.shape)}"
+    assert keys.shape == values.shape == (len(keys), heads.key, limit, heads.width), (
+        f"attend: got keys {tuple(keys.shape)}"
+    )
+    assert positions.shape == sequences.shape == (B,), f"attend: got positions {tuple(positions.shape)}, rows {B}"
+    assert positions.dtype == sequences.dtype == torch.int64, f"attend: got {positions.dtype} and {sequences.dtype}"
+    assert keys.is_contiguous(), f"attend: got keys of strides {keys.stride()}, expected them contiguous"
+    assert values.is_contiguous(), f"attend: got values of strides {values.stride()}, expected them contiguous"
     assert min(table.shape[0] for table in rotary) >= limit, f"attend: got rotary tables {tuple(rotary[0].shape)}"
     parts = _parts(B * heads.key, limit, device)
     out = torch.empty(B, heads.query, parts, heads.width, dtype=torch.float32, device=device)
@@ -205,7 +213,8 @@ def attend(
         *rotary,
         keys,
         values,
-        position,
+        positions,
+        sequences,
         out,
         top,
         weight,
@@ -232,7 +241,7 @@ def attend(
         out,
         top,
         weight,
-        position,
+        positions,
         weight if gain is None else gain,
         *codes,
         D,
