@@ -195,14 +195,20 @@ def select(device: torch.device) -> Backend:
     return next(backend for backend in BACKENDS if backend.why_not(device) is None)
 
 
-def trains_fused(device: torch.device) -> bool:
-    """Whether linear layers on `device` train through the fused operators of kernels/gpu/training.py."""
-    return select(device) is TRITON
+def selected(device: torch.device) -> str:
+    """The name of `select`."""
+    return select(device).name
 
 
 # What torch.compiler.assume_constant_result sets: the answer does not change while a graph lives, and reading the
-# environment would break it. The decorator itself imports the whole compiler: seconds that `bitnet --help` lacks.
-trains_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# environment or asking the C++ library would break it. The decorator itself imports the whole compiler: seconds that
+# `bitnet --help` lacks. A name, because a graph holds numbers and strings as constants, not backends.
+selected._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def trains_fused(device: torch.device) -> bool:
+    """Whether linear layers on `device` train through the fused operators of kernels/gpu/training.py."""
+    return selected(device) == TRITON.name
 
 
 def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
@@ -212,7 +218,8 @@ def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
         raise ValueError(
             f"codes: got {codes.dtype} {tuple(codes.shape)} on {codes.device}, expected int8 [N, K] on {q.device}"
         )
-    return select(q.device).codes_matmul(q, codes)
+    name = selected(q.device)
+    return next(backend for backend in BACKENDS if backend.name == name).codes_matmul(q, codes)
 
 
 def prepare(packed: Tensor, k: int, backend: Backend | None = None) -> Prepared:

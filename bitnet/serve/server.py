@@ -206,6 +206,8 @@ class _Run:
 
     async def _main(self) -> None:
         loop = asyncio.get_running_loop()
+        # Pieces of text for a client that has just left are an everyday thing, and asyncio warns of each.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
         worker = threading.Thread(target=self._work, args=(loop,), name="bitnet-scheduler", daemon=True)
