@@ -45,9 +45,28 @@ class Sampler:
         """logits: [B, V] float, any device. Returns ids [B] int64 on the CPU."""
         if self.sampling.temperature == 0:  # where the logits are: one id travels, not a vocabulary
             return logits.detach().argmax(dim=-1).cpu()
-        probabilities, index = likeliest(logits.detach().float().cpu(), self.sampling)
+        logits = logits.detach().float().cpu()
+        if not (self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.min_p):
+            return self._draw_from_all(logits)
+        probabilities, index = likeliest(logits, self.sampling)
         drawn = torch.multinomial(probabilities, 1, generator=self._generator)
         return index.gather(-1, drawn).squeeze(1)
+
+    def _draw_from_all(self, logits: Tensor) -> Tensor:
+        """Without a filter nothing has to be sorted: where a uniform number falls among the sums of weights."""
+        weights = ((logits - logits.amax(dim=-1, keepdim=True)) / _divisor(self.sampling, logits)).exp_()
+        sums = weights.cumsum(dim=-1, dtype=torch.float64)  # an fp32 sum would lose the tail of a large vocabulary
+        total = sums[:, -1:]
+        if not total.isfinite().all():
+            raise RuntimeError("sampling: got logits that are not finite, expected numbers")
+        uniform = torch.rand(total.shape, generator=self._generator, dtype=torch.float64) * total
+        below = torch.minimum(uniform, total.nextafter(torch.zeros_like(total)))  # a product may round up to the total
+        return torch.searchsorted(sums, below, right=True).squeeze(1)
+
+
+def _divisor(sampling: Sampling, logits: Tensor) -> float:
+    """The temperature, at least the smallest number of the logits' kind that is not zero."""
+    return max(sampling.temperature, torch.finfo(logits.dtype).tiny)
 
 
 def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -65,8 +84,8 @@ def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         keep &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
     keep &= probabilities >= sampling.min_p * probabilities[:, :1]
     keep[:, 0] = True
-    # Differences to the first, so that a tiny temperature (at least fp32's smallest) divides no large number.
-    ordered = (ordered - ordered[:, :1]) / max(sampling.temperature, torch.finfo(ordered.dtype).tiny)
+    # Differences to the first, so that a tiny temperature divides no large number.
+    ordered = (ordered - ordered[:, :1]) / _divisor(sampling, ordered)
     return ordered.masked_fill(~keep, -torch.inf).softmax(dim=-1), index
 
 

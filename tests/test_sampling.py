@@ -110,7 +110,9 @@ def test_ties() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 1e30])
 def test_extremes_stay_finite(temperature: float, scale: float, rng: torch.Generator) -> None:
     logits = torch.randn(4, 33, generator=rng) * scale
-    for sampling in (Sampling(temperature=temperature), Sampling(temperature, 0, 1e-6, 1.0), Sampling(temperature, 1)):
+    every = Sampling(temperature, 0, 1.0, 0.0)
+    filtered = Sampling(temperature), Sampling(temperature, 0, 1e-6, 1.0), Sampling(temperature, 1)
+    for sampling in (every, *filtered):
         probabilities = filtered_probabilities(logits, sampling)
         assert bool(torch.isfinite(probabilities).all())
         assert probabilities.sum(-1).tolist() == pytest.approx([1.0] * 4, rel=1e-5)
@@ -125,6 +127,16 @@ def test_masked_tokens_are_never_drawn(rng: torch.Generator) -> None:
     logits[:, 3:] = -torch.inf
     probabilities = filtered_probabilities(logits, OFF)
     assert not probabilities[:, 3:].any()
+    assert int(Sampler(OFF).draw(logits[:1].expand(5000, -1)).max()) < 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0, 1.0, 0.0)], ids=["filtered", "all"])
+def test_what_is_no_number_is_an_error(bad: float, sampling: Sampling, rng: torch.Generator) -> None:
+    logits = torch.randn(2, 10, generator=rng)
+    logits[1, 4] = bad
+    with pytest.raises(RuntimeError):
+        Sampler(sampling).draw(logits)
 
 
 def test_temperature_zero_is_greedy(rng: torch.Generator) -> None:
@@ -142,9 +154,10 @@ def test_rows_do_not_touch_each_other(rng: torch.Generator) -> None:
         assert torch.equal(filtered_probabilities(row[None], Sampling())[0], expected)
 
 
-def test_draws_follow_the_probabilities(seed: int, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("filters", [(8, 0.95, 0.02), (0, 1.0, 0.0)], ids=["filtered", "all"])
+def test_draws_follow_the_probabilities(filters: tuple[int, float, float], seed: int, rng: torch.Generator) -> None:
     logits = torch.randn(1, 12, generator=rng)
-    sampling = Sampling(temperature=1.3, top_k=8, top_p=0.95, min_p=0.02, seed=seed)
+    sampling = Sampling(1.3, *filters, seed=seed)
     probabilities = filtered_probabilities(logits, sampling)[0].tolist()
     n = 40_000
     counts = torch.bincount(Sampler(sampling).draw(logits.expand(n, -1)), minlength=12).tolist()
