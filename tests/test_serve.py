@@ -291,6 +291,17 @@ def test_tokenizer_routes(server: Server, engine: Any) -> None:
         assert server.post("/tokenize", prompt=info[name], add_special_tokens=False).json()["tokens"] == [id]
 
 
+def test_a_core_is_left_to_the_connections(model: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"], check=True, stdout=subprocess.PIPE
+    )
+    server = Server(model, "-t", 0)
+    try:
+        assert server.http.get("/info").json()["engine"]["threads"] == max(1, int(found.stdout) - 1)
+    finally:
+        assert server.stop()[0] == 143
+
+
 # ---- chat --------------------------------------------------------------------------------------------------
 
 

@@ -123,7 +123,9 @@ def serve(
         int, typer.Option(min=0, metavar="N", help="Texts that may wait; more are told to come again.")
     ] = 64,
     context: Context = 0,
-    threads: Threads = 0,
+    threads: Annotated[
+        int, typer.Option("-t", "--threads", min=0, help="CPU threads; 0: all but one, which connections need.")
+    ] = 0,
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
@@ -134,9 +136,13 @@ def serve(
     from bitnet.serve import check_packages
 
     check_packages()
+    import torch
+
     from bitnet.serve.server import ServerOptions, serve
 
-    set_threads(threads)
+    # Threads of the engine wait for each other many times a token: one that shares its core with the connections holds
+    # up all. Two cores, 88M parameters: 360 tokens/s for one client with one thread, 150 to 195 with two.
+    set_threads(threads or max(1, torch.get_num_threads() - 1))
     options = ServerOptions(host, port, api_key, slots, context, queue)
     chosen = {"engine": engine, "head": head, "cache": cache}
     code = serve(model, pick_device(device), options, typer.echo, **chosen)
