@@ -30,7 +30,7 @@ SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_h
 # Imports once and forks the ranks of each run; `cut`: the rank that dies, the pattern of the file or folder in a save
 # that it was about to sync, and the step that training has to reach first (0: none), which a thread waits for.
 SERVER = """
-import json, os, signal, sys, time
+import faulthandler, json, os, signal, sys, time
 from fnmatch import fnmatch
 import bitnet.train.command, bitnet.train.pretrain as loop
 from bitnet import checkpoint
@@ -61,7 +61,7 @@ while line := sys.stdin.readline():
         os.dup2(log, 2)
         if request["cut"] and rank == request["cut"][0]:
             checkpoint.sync = dying(checkpoint.sync, *request["cut"][1:])
-        signal.alarm(400)  # a hang; compiling takes a minute on a busy machine
+        faulthandler.dump_traceback_later(400, exit=True)  # a hang; compiling takes a minute on a busy machine
         code = main(request["args"])
         sys.stdout.flush()
         os._exit(code)

@@ -26,6 +26,7 @@ class Processes:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.first = self.rank == 0  # the one that writes, prints and validates
+        self._wrapped: list[DistributedDataParallel] = []
         self.device = device
         if device.type == "cuda":
             if self.size > 1:
@@ -52,6 +53,11 @@ class Processes:
 
     def __exit__(self, *exc: object) -> None:
         if self.size > 1:
+            # A reducer that outlived the group would end it, waiting for gloo's thread with Python's lock in hand, for
+            # which that thread waits in turn (torch 2.13); destroy_process_group lets go of the lock.
+            for network in self._wrapped:
+                del network.reducer, network.logger, network.process_group
+            self._wrapped.clear()
             dist.destroy_process_group()
 
     @contextmanager
@@ -70,8 +76,11 @@ class Processes:
             raise BitNetError("train: the first process failed; its message says why")
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over all processes."""
-        return DistributedDataParallel(model) if self.size > 1 else model
+        """The model with its gradients averaged over all processes, until these part."""
+        if self.size == 1:
+            return model
+        self._wrapped.append(DistributedDataParallel(model))
+        return self._wrapped[-1]
 
     def mean(self, value: Tensor) -> Tensor:
         """A value [] averaged over all processes."""
