@@ -188,7 +188,7 @@ def table(verdicts: list[Verdict]) -> str:
         )
         for one in sorted(verdicts, key=lambda one: one.change - one.bound)
     ]
-    return markdown(header, rows, 2)
+    return markdown(header, rows, range(2))
 
 
 def main() -> int:

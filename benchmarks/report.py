@@ -1,9 +1,10 @@
 """Stored results as one page: python benchmarks/report.py [RESULTS] [-o FOLDER]
 
 Reads every JSON file of benchmarks/results (or another folder) and writes report.md and report.html, with pictures
-beside them: what was measured, on which machine, with which versions and command. Results of `bitnet bench` get its
-table, roofline and comparison; any other file gets tables of its figures, and the pictures beside it under its name
-(2026-11-21-compare.json: 2026-11-21-compare*.svg or .png).
+beside them: what was measured, on which machine, with which versions and command; the newest day first, and of a day
+what `bitnet compare` and `bitnet bench` gave. Those get their own tables, and a bench its roofline and comparison; any
+other file gets tables of its figures. All get the pictures beside them under their names (2026-11-21-compare.json:
+2026-11-21-compare*.svg or .png).
 """
 
 import argparse
@@ -18,14 +19,22 @@ from typing import Any
 
 from bitnet.bench import plot, table
 from bitnet.errors import BitNetError
+from bitnet.train.compare import table as comparison
 
 RESULTS = Path(__file__).with_name("results")
 _LONG = 60  # characters of a cell, past which a value is cut: the file has it whole
+_WIDE = 12  # columns, past which a single row is written downwards
+_FIRST = ("compare", "bench")  # of a day
 
 
 @dataclass(frozen=True)
 class Heading:
     text: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    headings: list[str]
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,13 @@ class Picture:
     text: str
 
 
-Part = Heading | Line | Grid | Picture
+Part = Contents | Heading | Line | Grid | Picture
 
 
 def read(folder: Path) -> dict[Path, dict[str, Any]]:
-    """All results of a folder, the newest name first. Raises BitNetError for none and for a file that is no JSON."""
+    """All results of a folder in the page's order. Raises BitNetError for none and for a file that is no JSON."""
     found = {}
-    for path in sorted(folder.glob("*.json"), reverse=True):
+    for path in sorted(folder.glob("*.json")):
         text = path.read_text(encoding="utf-8").strip()
         try:
             try:
@@ -67,7 +76,11 @@ def read(folder: Path) -> dict[Path, dict[str, Any]]:
             ) from None
     if not found:
         raise BitNetError(f"report: got no JSON file in '{folder}', expected results; see benchmarks/")
-    return found
+    ranks = {path: _FIRST.index(kind) if (kind := found[path].get("benchmark")) in _FIRST else 9 for path in found}
+    days = sorted({path.name[:10] for path in found}, reverse=True)
+    return {
+        path: found[path] for path in sorted(found, key=lambda path: (days.index(path.name[:10]), ranks[path], path))
+    }
 
 
 def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
@@ -75,13 +88,14 @@ def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
     yield Heading(path.stem)
     if command := document.get("command"):
         yield Line(" ".join(command) if isinstance(command, list) else str(command), code=True)
-    machine = document.get("machine")
-    if document.get("benchmark") == "bench":
-        yield from _bench(path, document, out)
-        return
-    if isinstance(machine, dict):
-        yield Line(", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in machine.items()))
-    yield from _figures(document)
+    match document.get("benchmark"):
+        case "bench":
+            yield from _bench(path, document, out)
+        case "compare":
+            yield from _compare(document)
+        case _:
+            yield from (Line(line) for line in _machine(document.get("machine")))
+            yield from _figures(document)
     for picture in _pictures(path):
         if picture.resolve() != (out / picture.name).resolve():
             shutil.copyfile(picture, out / picture.name)
@@ -108,6 +122,25 @@ def _bench(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
         yield Picture(Path(picture.name), picture.stem)
 
 
+def _compare(document: dict[str, Any]) -> Iterator[Part]:
+    yield from (Line(line) for line in comparison.head(document))
+    yield Grid(comparison.COLUMNS, [comparison.cells(row) for row in document["results"] if row["status"] == "ok"])
+    if rest := [row for row in document["results"] if row["status"] != "ok"]:
+        yield Line("not measured")
+        yield Grid(("method", "why"), [(row["title"], row["note"]) for row in rest])
+
+
+def _machine(machine: Any) -> list[str]:
+    """What is known of a machine, as a line; nothing for what says nothing of it."""
+    if not isinstance(machine, dict):
+        return [machine] if isinstance(machine, str) else []
+    told = [f"{machine['cpu']}, {machine['cores']} cores"] if "cores" in machine else [str(machine.get("cpu", ""))]
+    told += [f"{name} {machine[name]}" for name in ("bitnet", "torch", "python") if name in machine]
+    if rate := machine.get("read_gigabytes_per_second"):
+        told.append(f"memory read at {_cell(rate)} GB/s")
+    return ["; ".join([*told, *([machine["date"]] if "date" in machine else [])])]
+
+
 def _figures(document: dict[str, Any], title: str = "") -> Iterator[Part]:
     """Any document: single values as one table, and a table of each list or dictionary of dictionaries."""
     single: list[tuple[str, ...]] = []
@@ -120,6 +153,9 @@ def _figures(document: dict[str, Any], title: str = "") -> Iterator[Part]:
         elif rows := _rows(value):
             keys = list(dict.fromkeys(name for row in rows for name in row))
             yield Line(name)
+            if len(rows) == 1 and len(keys) > _WIDE:
+                yield Grid((name, ""), [(key.replace("_", " "), _cell(rows[0][key])) for key in keys])
+                continue
             yield Grid(
                 tuple(name.replace("_", " ") for name in keys),
                 [tuple(_cell(row.get(name)) for name in keys) for row in rows],
@@ -192,6 +228,8 @@ def as_markdown(page: list[Part]) -> str:
 
 def _markdown(part: Part) -> str:
     match part:
+        case Contents(headings):
+            return "\n".join(f"- [{text}](#{text})" for text in headings)
         case Heading(text):
             return f"## {text}"
         case Line(text, code):
@@ -203,13 +241,13 @@ def _markdown(part: Part) -> str:
             return table.markdown(header, safe, _words(rows))
 
 
-def _words(rows: list[tuple[str, ...]]) -> int:
-    """Columns at the left that hold words: all before the first that holds a figure in every row."""
-    columns = list(zip(*rows))
-    for i, column in enumerate(columns):
-        if all(not cell or cell.lstrip("-±")[:1].isdigit() for cell in column):
-            return i
-    return len(columns)
+def _words(rows: list[tuple[str, ...]]) -> set[int]:
+    """Columns that hold words: all but those with a figure, or nothing, in every row."""
+    return {
+        i
+        for i, column in enumerate(zip(*rows))
+        if not all(not cell or cell.lstrip("-+±")[:1].isdigit() for cell in column)
+    }
 
 
 _STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
@@ -232,8 +270,11 @@ def as_html(title: str, page: list[Part]) -> str:
 
 def _html(part: Part) -> str:
     match part:
+        case Contents(headings):
+            links = (f'<li><a href="#{html.escape(text)}">{html.escape(text)}</a></li>' for text in headings)
+            return "<ul>\n" + "\n".join(links) + "\n</ul>"
         case Heading(text):
-            return f"<h2>{html.escape(text)}</h2>"
+            return f'<h2 id="{html.escape(text)}">{html.escape(text)}</h2>'
         case Line(text, code):
             tag = "pre" if code else "p"
             return f"<{tag}>{html.escape(text)}</{tag}>"
@@ -245,8 +286,8 @@ def _html(part: Part) -> str:
             return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-def _html_row(tag: str, cells: tuple[str, ...], words: int) -> str:
-    marks = ((' class="w"' if i < words else "", html.escape(cell)) for i, cell in enumerate(cells))
+def _html_row(tag: str, cells: tuple[str, ...], words: set[int]) -> str:
+    marks = ((' class="w"' if i in words else "", html.escape(cell)) for i, cell in enumerate(cells))
     return "<tr>" + "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in marks) + "</tr>"
 
 
@@ -254,7 +295,8 @@ def write(results: Path, out: Path) -> list[Path]:
     """Write report.md and report.html into `out`, pictures beside them. Returns both paths."""
     documents = read(results)
     out.mkdir(parents=True, exist_ok=True)
-    page = [part for path, document in documents.items() for part in parts(path, document, out)]
+    page: list[Part] = [Contents([path.stem for path in documents])]
+    page += [part for path, document in documents.items() for part in parts(path, document, out)]
     title = f"Measured: {len(documents)} results"
     written = {out / "report.md": f"# {title}\n\n{as_markdown(page)}", out / "report.html": as_html(title, page)}
     for path, text in written.items():

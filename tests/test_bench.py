@@ -545,6 +545,12 @@ def test_tables_show_all_rows(document: dict[str, Any]) -> None:
     assert float(read[0]["avg_ts"]) == rows[0]["avg_ts"]
 
 
+def test_one_sample_that_a_neighbour_took_is_told_and_moves_no_verdict() -> None:
+    assert measure.off_median([100, 102, 99, 30, 101, 100, 98]) == (pytest.approx(0.02), pytest.approx(0.7))
+    assert measure.off_median([100, 50, 99, 30, 101, 100, 98]) == (pytest.approx(49 / 99), pytest.approx(69 / 99))
+    assert measure.off_median([5.0]) == (0, 0)
+
+
 def test_an_unsteady_machine_is_said(document: dict[str, Any]) -> None:
     shaken = document | {"steady": False, "bandwidth_off_median": 0.37}
     assert "unsteady" in "\n".join(table.notes(shaken))

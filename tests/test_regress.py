@@ -62,6 +62,7 @@ def document(*rows: dict[str, Any], cpu: str = "A CPU") -> dict[str, Any]:
         "machine": described,
         "repetitions": 5,
         "bandwidth_off_median": 0.02,
+        "bandwidth_worst_off_median": 0.04,
         "steady": True,
         "steady_within": 0.1,
         "stolen": 0.0,
@@ -214,6 +215,26 @@ def test_a_page_of_the_stored_results(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     stored = list((ROOT / "benchmarks" / "results").glob("*.json"))
     assert text.count("\n## ") == len(stored) > 0
+    assert all(f"- [{path.stem}](#{path.stem})\n" in text for path in stored)  # the contents
+
+
+def test_a_page_shows_a_comparison_first_and_a_long_row_downwards(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "2026-11-21-a.json").write_text(json.dumps({"counts": {f"kind {i}": 1000 + i for i in range(13)}}))
+    stored = ROOT / "benchmarks" / "results" / "2026-11-21-compare.json"
+    compared = json.loads(stored.read_text())
+    failed = compared["results"][0] | {"status": "missing", "title": "A method", "note": "pip install it"}
+    (results / "2026-11-21-b.json").write_text(json.dumps(compared | {"results": [*compared["results"], failed]}))
+    done = script("report.py", results, "-o", tmp_path / "page")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert text.index("## 2026-11-21-b") < text.index("## 2026-11-21-a")
+    assert re.search(r"\| kind 12 +\| +1,012 \|", text)
+    rows = [line for line in text.splitlines() if line.startswith("| BitNet b1.58")]
+    assert len(rows) == sum(row["title"].startswith("BitNet b1.58") for row in compared["results"])
+    assert re.search(r"\| A method +\| pip install it +\|", text)
 
 
 @pytest.mark.parametrize("content", [None, "no JSON"])

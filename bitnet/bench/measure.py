@@ -4,8 +4,9 @@ The first round warms up and is thrown away. Between rounds the machine itself i
 size of every contender's working set.
 """
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -214,6 +215,16 @@ def _limit(subject: Subject, runner: Runner, test: Test, speed: float) -> dict[s
     }
 
 
+def off_median(rates: Sequence[float]) -> tuple[float, float]:
+    """How far from their median three in four rates lie at most, and the worst of them, as shares of the median.
+
+    The first says what a limit is worth, which is a median itself: one sample that a neighbour took moves it little.
+    """
+    median = statistics.median(rates)
+    off = sorted(abs(rate / median - 1) for rate in rates)
+    return off[math.ceil(0.75 * len(off)) - 1], off[-1]
+
+
 def _machine_report(subject: Subject, threads: int, machine: Machine) -> dict[str, Any]:
     return {
         "model": subject.name,
@@ -224,7 +235,8 @@ def _machine_report(subject: Subject, threads: int, machine: Machine) -> dict[st
                 "bytes": size,
                 "gigabytes_per_second": machine.bandwidth(size) / 1e9,
                 "samples": [rate / 1e9 for rate in rates],
-                "off_median": max(abs(rate / machine.bandwidth(size) - 1) for rate in rates),
+                "off_median": off_median(rates)[0],
+                "worst_off_median": off_median(rates)[1],
             }
             for size, rates in machine.reads.items()
         ],

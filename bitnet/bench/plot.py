@@ -1,5 +1,6 @@
 """Two pictures of a run: the roofline, and the contenders side by side (needs matplotlib: the extra `plot`)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from bitnet.plotting import check_target, pyplot, save
 _COLOURS = ("#1f5aa6", "#e07b39", "#5b8c5a", "#8c8c8c", "#b04a5a", "#6a5acd", "#c9a227", "#3a9ca6")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
+_ROOM = 1.4  # between two peaks whose names stand above each other
 Row = dict[str, Any]
 
 
@@ -63,9 +65,13 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
             fontsize=8,
             rotation_mode="anchor",
         )
+    below, at_left = 0.0, True
     for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        at_left = not at_left if peak < below * _ROOM else True  # two that lie close get an end each
+        below = peak
+        x, side = (low * 1.1, "left") if at_left else (high / 1.1, "right")
         axis.axhline(peak, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.annotate(f"{name}: {peak:,.0f}", (low * 1.1, peak * 1.05), fontsize=8)
+        axis.annotate(f"{name}: {peak:,.0f}", (x, peak * 1.05), fontsize=8, ha=side)
     for name in backends:
         place = backends.index(name) % len(_SHAPES)
         mine = [(x, row) for x, row in points if row["backend"] == name]
@@ -148,6 +154,12 @@ def _bars(axis: Any, groups: dict[str, list[Row]], backends: list[str]) -> None:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.set_xlim(low / 2, high * 2)  # the shortest bar shows, the longest has room for its figure
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    decades = range(math.floor(math.log10(low / 2)), math.ceil(math.log10(high * 2)))
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    ticks = [tick for tick in ticks if low / 2 <= tick <= high * 2]
+    axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("tokens a second (logarithmic)")
     axis.grid(alpha=0.25, axis="x")
     axis.set_axisbelow(True)

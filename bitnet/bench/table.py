@@ -2,22 +2,22 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 0) -> str:
-    """A Markdown table whose columns also line up as text; all but the first `left` columns are numbers."""
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: Container[int] = ()) -> str:
+    """A Markdown table whose columns also line up as text; all but the columns `words` hold numbers."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        padded = (cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        padded = (cell.ljust(w) if i in words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
         return "| " + " | ".join(padded) + " |"
 
-    ruler = ("-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    ruler = ("-" * w if i in words else "-" * (w - 1) + ":" for i, w in enumerate(widths))
     return "\n".join([line(cells[0]), "| " + " | ".join(ruler) + " |", *map(line, cells[1:])])
 
 
@@ -78,7 +78,7 @@ def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def results_table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    return markdown(*cells(rows), _WORDS)
+    return markdown(*cells(rows), range(_WORDS))
 
 
 _LEGEND = (
@@ -104,9 +104,11 @@ def notes(document: dict[str, Any]) -> list[str]:
         _LEGEND.format(document["repetitions"]),
         *(f"{name}: {what}" for name, what in {row["backend"]: row["what"] for row in document["results"]}.items()),
     ]
-    off = document["bandwidth_off_median"]
+    off, worst = document["bandwidth_off_median"], document["bandwidth_worst_off_median"]
     verdict = "" if document["steady"] else f": the machine is unsteady, more than {document['steady_within']:.0%} off"
-    found.append(f"read bandwidth within {off:.1%} of its median between rounds{verdict}")
+    found.append(
+        f"read bandwidth: three in four samples within {off:.1%} of their median, the worst {worst:.0%} off{verdict}"
+    )
     if document["stolen"] >= 0.01:
         found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
     return found + document["notes"]

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from bitnet.tables import plus_minus
 
-_COLUMNS = (
+COLUMNS = (
     "method", "MB", "bits/weight", "bits/byte", "more than twin", "KL", "top-1", "prefill t/s", "decode t/s",
     "model MB", "library", "note",
 )  # fmt: skip
@@ -22,7 +22,7 @@ def comparison_tables(report: dict[str, Any]) -> list[RenderableType]:
     """The head, the measured rows, and what could not run."""
     rows = report["results"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in _COLUMNS:
+    for column in COLUMNS:
         words = column in ("method", "library", "note")
         table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     family = ""
@@ -30,7 +30,7 @@ def comparison_tables(report: dict[str, Any]) -> list[RenderableType]:
         if family and family != row["family"]:
             table.add_section()
         family = row["family"]
-        table.add_row(*_cells(row))
+        table.add_row(*(Text(cell) for cell in cells(row)))
     parts: list[RenderableType] = [Text(line) for line in head(report)]
     parts.append(table)
     rest = [row for row in rows if row["status"] != "ok"]
@@ -63,7 +63,8 @@ def head(report: dict[str, Any]) -> list[str]:
     return [models, speeds]
 
 
-def _cells(row: dict[str, Any]) -> tuple[str | Text, ...]:
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A measured row under COLUMNS."""
     more = row["more_than_twin"]
     return (
         row["title"],
@@ -76,8 +77,8 @@ def _cells(row: dict[str, Any]) -> tuple[str | Text, ...]:
         f"{row['prefill_tokens_per_second']:,.0f}",
         f"{row['decode_tokens_per_second']:,.0f}",
         f"{row['model_bytes'] / 1e6:.0f}",
-        Text(row["library"]),
-        Text(row["note"]),
+        row["library"],
+        row["note"],
     )
 
 
