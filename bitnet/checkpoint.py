@@ -17,6 +17,7 @@ many processes wrote: a save of two goes on with one or three, sharded or not.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -280,6 +281,11 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         work.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """What `replacing` left of `path` where it was killed."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def folders(saves: Path) -> list[Path]:

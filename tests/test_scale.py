@@ -348,3 +348,20 @@ def test_a_global_batch_must_reach_all() -> None:
         sequences_a_step(TrainConfig(global_batch=3), 4)
     with pytest.raises(BitNetError, match="one of them"):
         TrainConfig(global_batch=8, accumulate=2)
+
+
+def test_killed_while_a_small_file_is_written(ranks: Ranks, runs: Path) -> None:
+    """The folder of a run that has no configuration yet, and one that goes on: what was half written is no obstacle."""
+    new, old = "killed-new", half(runs, "one", "killed-old")
+    for run, name in ((new, "config.toml"), (old, "metrics.jsonl"), (old, "samples.txt")):
+        assert ranks(1, arguments(runs, run), (0, f"*/.{name}.*.tmp", 0)) == [-signal.SIGKILL], ranks.said(0)
+        assert any(path.name.startswith(f".{name}.") for path in (runs / run).iterdir())
+    (runs / new / ".env").touch()
+    assert ranks(1, arguments(runs, new)) == [2]
+    assert "is not empty and holds no run" in ranks.said(0)
+    (runs / new / ".env").unlink()
+    for run in (new, old):
+        assert ranks(1, arguments(runs, run)) == [0], ranks.said(0)
+        assert not [path for path in (runs / run).iterdir() if path.name.startswith(".")]
+        assert rows(runs, run) == rows(runs, "one")
+        assert_same_save(runs / run, runs / "one")

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from bitnet.checkpoint import Save, latest_save, replacing
+from bitnet.checkpoint import Save, latest_save, replacing, unfinished
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.model import Transformer
@@ -59,7 +59,7 @@ class Run:
         if self.exists():
             self._check_same(config)
         elif self.path.is_dir():
-            if any(p.name not in _BEFORE_CONFIG for p in self.path.iterdir()):
+            if any(p.name not in _BEFORE_CONFIG for p in set(self.path.iterdir()) - set(unfinished(self.config_file))):
                 raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
         elif self.path.exists():
             raise BitNetError(f"train: got a file at '{self.path}', expected a folder or nothing; change --out")
@@ -94,6 +94,9 @@ class Run:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        for path in (self.config_file, self.metrics_file, self.samples_file):
+            for left in unfinished(path):
+                left.unlink()
         return file
 
     def config(self) -> RunConfig:
@@ -136,10 +139,10 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop the metrics and samples of steps after a save: a resumed run writes them again."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        with replacing(self.metrics_file) as work:
-            work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
+        if self.metrics_file.exists():
+            rows = [row for row in self.metrics() if row["step"] <= step]
+            with replacing(self.metrics_file) as work:
+                work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if self.samples_file.exists():
             kept = [text for at, text in self.samples() if at <= step]
             with replacing(self.samples_file) as work:
