@@ -328,7 +328,12 @@ def main() -> None:
             trainer.close()
     failed = failures(parts, options.kills)
     report = {name: dict(sorted(counts.items())) for name, counts in parts.items()}
-    print(json.dumps({"machine": describe(), "seconds": time.monotonic() - began, "failures": failed, **report}))
+    head = {
+        "benchmark": "reliability",
+        "command": ["make", "reliability", f"KILLS={options.kills}"],
+        "machine": describe(),
+    }
+    print(json.dumps({**head, "seconds": time.monotonic() - began, "failures": failed, **report}))
     if failed:
         sys.exit(1)
 
