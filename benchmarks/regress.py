@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet.bench.command import stored
 from bitnet.bench.table import digits, markdown
 from bitnet.errors import BitNetError
 
@@ -67,9 +68,9 @@ class Verdict:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A bench document: the last line of the file. Raises BitNetError for anything else."""
+    """A bench document. Raises BitNetError for anything else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
+        document = stored(path.read_text(encoding="utf-8"))
         rows = document["results"]
         if document["benchmark"] != "bench" or not rows:
             raise BitNetError(
@@ -84,7 +85,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def key(row: Row) -> Key:
     """What makes a row the same measurement in another run."""
-    return row["model"], row["backend"], row["threads"], row["test"]
+    device = row.get("device", "cpu")
+    backend = row["backend"] if device == "cpu" else f"{row['backend']} on {device}"
+    return row["model"], backend, row["threads"], row["test"]
 
 
 def noise(row: Row) -> float:
@@ -118,7 +121,7 @@ def allowed(document: dict[str, Any], row: Row) -> tuple[str, float, float] | No
 def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | None:
     """The row of another contender in the same test of the same run; never one of ours by default."""
     for other in document["results"]:
-        same = (other["model"], other["threads"], other["test"]) == (row["model"], row["threads"], row["test"])
+        same = key(other | {"backend": ""}) == key(row | {"backend": ""})  # of one device
         if same and other["backend"] != row["backend"] and (other["backend"] == name if name else not other["ours"]):
             return other
     return None

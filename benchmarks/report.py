@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.bench import plot, table
+from bitnet.bench.command import stored
 from bitnet.errors import BitNetError
 from bitnet.train.compare import table as comparison
 
@@ -64,13 +65,9 @@ def read(folder: Path) -> dict[Path, dict[str, Any]]:
     """All results of a folder in the page's order. Raises BitNetError for none and for a file that is no JSON."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        text = path.read_text(encoding="utf-8").strip()
         try:
-            try:
-                found[path] = json.loads(text)
-            except json.JSONDecodeError:
-                found[path] = json.loads(text.splitlines()[-1])  # output of a run, whose last line is the document
-        except (json.JSONDecodeError, IndexError) as error:
+            found[path] = stored(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
             raise BitNetError(
                 f"report: {path.name}: got no JSON ({error}), expected a result; remove or mend it"
             ) from None

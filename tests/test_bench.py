@@ -521,7 +521,7 @@ def test_the_machine_is_measured_before_between_and_after(document: dict[str, An
     (measured,) = document["measured"]
     assert _SMALL in [read["bytes"] for read in measured["reads"]]
     assert all(len(read["samples"]) == 4 for read in measured["reads"])  # before, and after each of three rounds
-    assert document["steady"] == (document["bandwidth_off_median"] <= 0.1)
+    assert document["steady"] == (document["bandwidth_off_median"]["memory"][0] <= 0.1)
     assert all(rate is None or rate > 0 for rate in measured["gigamacs_per_second"].values())
 
 
@@ -552,9 +552,38 @@ def test_one_sample_that_a_neighbour_took_is_told_and_moves_no_verdict() -> None
 
 
 def test_an_unsteady_machine_is_said(document: dict[str, Any]) -> None:
-    shaken = document | {"steady": False, "bandwidth_off_median": 0.37}
-    assert "unsteady" in "\n".join(table.notes(shaken))
+    """By its memory; what caches did is told, and gives no verdict: neighbours share them."""
+    shaken = document | {"steady": False, "bandwidth_off_median": {"memory": (0.37, 0.5), "smaller": (0.1, 0.7)}}
+    told = "\n".join(table.notes(shaken))
+    assert "37.0% (50%) in memory, 10.0% (70%) in smaller sets" in told
+    assert "unsteady" in told
     assert "unsteady" not in "\n".join(table.notes(shaken | {"steady": True}))
+
+
+def test_spreads_are_those_of_memory_and_of_caches() -> None:
+    def read(of: str, off: float, worst: float) -> dict[str, Any]:
+        return {"of": of, "off_median": off, "worst_off_median": worst}
+
+    one = {"reads": [read("memory", 0.01, 0.3), read("smaller", 0.02, 0.1)]}
+    two = {"reads": [read("smaller", 0.4, 0.09), read("memory", 0.03, 0.05)]}
+    assert command.bandwidth_spread([one, two]) == {"memory": (0.03, 0.3), "smaller": (0.4, 0.1)}
+
+
+def test_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "cores_first", lambda: [0, 1])
+    command.check_cores([1, 2])
+    with pytest.raises(BitNetError, match="-t: got 3, expected at most the 2 cores"):
+        command.check_cores([1, 3])
+    monkeypatch.setattr(command, "cores_first", list)  # where the system does not tell
+    command.check_cores([64])
+
+
+@pytest.mark.parametrize("backends", [["auto", "cpu"], ["cpu", "auto"]])
+def test_an_engine_that_is_asked_for_twice_runs_once(backends: list[str]) -> None:
+    if ops.select(torch.device("cpu")) is not ops.CPU:
+        pytest.skip("auto is the torch engine here")
+    wanted = contenders.Wanted(backends, [], ["file"], ["fp32"], [], "", torch.device("cpu"))
+    assert [one.name for one in contenders.line_up(wanted)] == ["cpu"]
 
 
 def test_a_llama_cpp_without_avx512_is_said() -> None:

@@ -384,6 +384,7 @@ def row_of(name: str, size: int, quality: float) -> dict[str, Any]:
     method = registry()[name]
     figures = dict.fromkeys("bits_per_byte_error more_than_twin more_than_twin_error kl top1".split(), 0.01)
     speeds = {"prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0, "model_bytes": 10**6}
+    speeds |= {"prefill_spread": [9.0, 12.0], "decode_spread": [5.0, 5.0]}
     row = {
         "method": name,
         "family": method.family,
@@ -409,6 +410,7 @@ def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generat
     console.print(*comparison_tables(report))
     text = console.export_text()
     assert all(row["title"] in text for row in report["results"])
+    assert text.count("10 ±15%") == text.count("5 ±0%") == len(rows)
     assert "pip install x" in text
 
 

@@ -61,8 +61,7 @@ def document(*rows: dict[str, Any], cpu: str = "A CPU") -> dict[str, Any]:
         "command": ["bitnet", "bench", "--preset", "nano"],
         "machine": described,
         "repetitions": 5,
-        "bandwidth_off_median": 0.02,
-        "bandwidth_worst_off_median": 0.04,
+        "bandwidth_off_median": {"memory": [0.02, 0.04]},
         "steady": True,
         "steady_within": 0.1,
         "stolen": 0.0,
@@ -173,6 +172,26 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     done = script("regress.py", tmp_path / "x.json", tmp_path / "nowhere.json")
     assert done.returncode == 2
     assert done.stderr.startswith("regress: error: ")
+
+
+def test_stored_runs_of_one_command_are_compared() -> None:
+    """Indented as they were stored, too."""
+    again = sorted((ROOT / "benchmarks" / "results").glob("*-bench-again-*.json"))
+    assert len(again) == 3
+    for new in again[1:]:
+        done = script("regress.py", again[0], new)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("| small |") == 4
+
+
+def test_another_device_is_no_reference(tmp_path: Path) -> None:
+    rows = [row("triton", 100.0, 0.01, device="cuda:0", ours=True), row("torch-bf16", 10.0, 0.01)]
+    halved = [row("triton", 50.0, 0.01, device="cuda:0", ours=True), row("torch-bf16", 5.0, 0.01)]
+    for name, found in (("old", rows), ("new", halved)):
+        (tmp_path / name).write_text(json.dumps(document(*found)))
+    done = script("regress.py", tmp_path / "old", tmp_path / "new")
+    assert done.returncode == 1, done.stdout + done.stderr  # against the CPU's half speed it would pass
+    assert "triton on cuda:0" in done.stdout
 
 
 def test_a_page_of_results(tmp_path: Path) -> None:

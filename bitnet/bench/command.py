@@ -20,6 +20,7 @@ from bitnet.bench import contenders, machine, measure, plan, table
 from bitnet.bench.contenders import Contender, Files, Wanted
 from bitnet.bench.measure import Subject
 from bitnet.bench.plan import Choice, Test
+from bitnet.bench.process import cores_first
 from bitnet.bench.random_model import write_random
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine_cpu import CACHES, HEADS
@@ -27,7 +28,7 @@ from bitnet.errors import BitNetError
 from bitnet.model import linear_parameters, packed_bytes, table_parameters
 from bitnet.packed import read_config
 
-STEADY = 0.10  # three in four samples of a read bandwidth may be this far off their median
+STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median
 RANDOM = "random weights"
 OUTPUTS = ("md", "json", "csv")
 WriteGguf = Callable[[Path, ModelConfig, Path], None]  # packed file, the config llama.cpp is to see, file to write
@@ -119,6 +120,7 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
         raise BitNetError("bench: got no model, expected -m FILE or --preset NAME")
     lined_up = contenders.line_up(settings.wanted)
     work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
+    check_cores(settings.threads)
     before = machine.stolen()
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
@@ -133,6 +135,13 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
             for made in Path(folder).iterdir():
                 made.unlink()
     return _document(settings, rows, reports, notes, before)
+
+
+def check_cores(threads: list[int]) -> None:
+    """Raise BitNetError for more threads than cores: they would take turns, and could not be pinned."""
+    cores = len(cores_first())
+    if cores and max(threads) > cores:
+        raise BitNetError(f"bench: -t: got {max(threads)}, expected at most the {cores} cores that may be used here")
 
 
 def _packed(path: Path) -> Subject:
@@ -207,8 +216,7 @@ def _document(
 ) -> dict[str, Any]:
     after = machine.stolen()
     described = machine.describe(bandwidth=False)
-    reads = [read for report in reports for read in report["reads"]]
-    off = max(read["off_median"] for read in reads)
+    spread = bandwidth_spread(reports)
     for row in rows:
         price = settings.price
         row["dollars_per_million"] = None if price is None else price / 3600 / row["median_ts"] * 1e6
@@ -218,15 +226,23 @@ def _document(
         "machine": described,
         "repetitions": settings.repetitions,
         "price_per_hour": settings.price,
-        "steady": off <= STEADY,
+        "steady": spread["memory"][0] <= STEADY,
         "steady_within": STEADY,
-        "bandwidth_off_median": off,
-        "bandwidth_worst_off_median": max(read["worst_off_median"] for read in reads),
+        "bandwidth_off_median": spread,
         "stolen": (after[0] - before[0]) / max(1, after[1] - before[1]),
         "notes": notes + _llama_notes(rows, described["features"]),
         "measured": reports,
         "results": rows,
     }
+
+
+def bandwidth_spread(reports: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """How far samples lie off the median of their size, three in four and the worst: in "memory" and "smaller" sets."""
+    found: dict[str, tuple[float, float]] = {}
+    for read in (read for report in reports for read in report["reads"]):
+        before = found.get(read["of"], (0.0, 0.0))
+        found[read["of"]] = max(before[0], read["off_median"]), max(before[1], read["worst_off_median"])
+    return found
 
 
 def _llama_notes(rows: list[dict[str, Any]], features: list[str]) -> list[str]:
@@ -259,6 +275,17 @@ def terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def stored(text: str) -> Any:
+    """The document in the output of a run, or in a file of it: the whole text, else its last line.
+
+    Raises json.JSONDecodeError for anything else.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return json.loads((text.strip().splitlines() or [""])[-1])
 
 
 def show(document: dict[str, Any], output: str) -> str:

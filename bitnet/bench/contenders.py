@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitnet.bench.machine import available_memory
+from bitnet.bench.machine import MEMORY, available_memory
 from bitnet.bench.plan import Test
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
@@ -22,7 +22,7 @@ OTHERS = ("torch-bf16", "torch-int8", "llama.cpp")
 _INTERPRETER = 250e6  # bytes of a process with torch in it
 LLAMA_INSTALL = "pip install --no-binary llama-cpp-python llama-cpp-python"  # compiles it for this very CPU
 _UBATCH = 512  # tokens llama.cpp computes at once, for each of which it keeps room for logits
-_SEQUENCES = 64  # that one llama.cpp context takes
+_SEQUENCES = 64  # that one llama.cpp context takes, and one session of the GPU engine
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,18 @@ class Wanted:
 
 def line_up(wanted: Wanted) -> list[Contender]:
     """All contenders, ours first. Raises BitNetError for one that cannot run here."""
+    engines = [_auto(wanted.device) if name == "auto" else name for name in wanted.backends]
     for flag, value, default, able in (
         ("--head", wanted.heads, ["file"], any(_has_choices(name, wanted.device) for name in wanted.backends)),
         ("--cache", wanted.caches, ["fp32"], any(_has_choices(name, wanted.device) for name in wanted.backends)),
-        ("--isa", wanted.isas, [], wanted.backends != ["triton"]),
+        ("--isa", wanted.isas, [], any(name != "triton" for name in engines)),
     ):
         if value != default and not able:
             raise BitNetError(
                 f"bench: {flag}: got '{','.join(value)}' for {', '.join(wanted.backends)}, which has no such choice; "
                 "use --backend cpu"
             )
-    found = [one for backend in wanted.backends for one in _ours(backend, wanted)]
+    found = [one for backend in _once(wanted) for one in _ours(backend, wanted)]
     for name in wanted.against:
         if name == "llama.cpp":
             check_llama(wanted.llama)
@@ -82,6 +83,16 @@ def line_up(wanted: Wanted) -> list[Contender]:
         else:
             found.append(_dense(name))
     return list({(one.name, one.suffix): one for one in found}.values())
+
+
+def _auto(device: torch.device) -> str:
+    """What "auto" takes for a packed ternary model."""
+    return {"cpu": "cpu", "triton": "triton"}.get(ops.select(device).name, "torch")
+
+
+def _once(wanted: Wanted) -> list[str]:
+    """The engines asked for, without "auto" where that is another one of them."""
+    return [name for name in wanted.backends if name != "auto" or _auto(wanted.device) not in wanted.backends]
 
 
 def _has_choices(backend: str, device: torch.device) -> bool:
@@ -221,6 +232,7 @@ def check_memory(model: str, config: ModelConfig, tests: list[Test], contenders:
     """Raise BitNetError where the contenders, which are all loaded at once, need more memory than there is."""
     available = available_memory()
     needs = {f"{one.name} {one.suffix}".strip(): max(one.needs(config, test) for test in tests) for one in contenders}
+    needs["what measures the bandwidth"] = _INTERPRETER + MEMORY
     if available is None or sum(needs.values()) <= available:
         return
     each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())

@@ -33,6 +33,7 @@ from bitnet.packed import PackedModel, read_packed
 _LEAST_ROWS = (
     16  # with fewer, oneDNN 3.12 takes a path a thousand times slower for some shapes: rows of zeros are cheaper
 )
+_ROWS = 8192  # of a table at a time
 Linear = Callable[[Tensor], Tensor]  # [B, T, K] bf16 -> [B, T, N] bf16
 
 
@@ -115,8 +116,10 @@ class Contender:
         head = self._embedding if config.tie_word_embeddings else _table(tensors, "lm_head")
         scale = torch.ones(head.shape[0])
         if self._make == self._int8:
-            codes, inv_scale = reference.quantize_activations(head)
-            head, scale = codes, inv_scale.reciprocal()[:, 0]
+            # So many rows at a time: of the whole in fp32, twice, a table of 2B4T would take 2.6 GB.
+            parts = [reference.quantize_activations(rows) for rows in head.split(_ROWS)]
+            head = torch.cat([codes for codes, _ in parts])
+            scale = torch.cat([inv_scale for _, inv_scale in parts]).reciprocal()[:, 0]
         self._head = self._make(head, scale)
 
     def _bf16(self, weight: Tensor, scale: Tensor) -> Linear:

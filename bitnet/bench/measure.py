@@ -233,6 +233,7 @@ def _machine_report(subject: Subject, threads: int, machine: Machine) -> dict[st
         "reads": [
             {
                 "bytes": size,
+                "of": "memory" if size == MEMORY else "smaller",
                 "gigabytes_per_second": machine.bandwidth(size) / 1e9,
                 "samples": [rate / 1e9 for rate in rates],
                 "off_median": off_median(rates)[0],

@@ -44,7 +44,7 @@ class Contender:
             "backend": self.engine.name,
             "weight_bytes": self._weight_bytes(),
             "kv_bytes": self._kv_bytes(config, cache),
-            "gpu": torch.device(device).index or 0 if self._cuda else None,
+            "gpu": str(torch.cuda.get_device_properties(torch.device(device)).uuid) if self._cuda else None,
             "peak": self._peak(backend),
         }
 

@@ -17,6 +17,9 @@ Row = dict[str, Any]
 def draw(document: dict[str, Any], path: Path) -> list[Path]:
     """Write both pictures of a bench document beside `path`. Returns their paths."""
     check_target(path)
+    rows: list[Row] = document["results"]
+    if len({row.get("device", "cpu") for row in rows}) > 1:
+        document = document | {"results": [row | {"backend": f"{row['backend']} on {row['device']}"} for row in rows]}
     paths = [path.with_stem(f"{path.stem}-{kind}") for kind in ("roofline", "comparison")]
     for target, make in zip(paths, (roofline, comparison), strict=True):
         save(make(document), target)

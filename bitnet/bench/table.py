@@ -82,7 +82,8 @@ def results_table(rows: list[Row]) -> str:
 
 
 _LEGEND = (
-    "median ± standard deviation of -r {}; memory: most resident bytes above the interpreter and its libraries; "
+    "median ± standard deviation of -r {}; memory: most resident bytes above the interpreter and its libraries, while "
+    "loading too; load s: until it can start, which for a mapped file is before it is read; "
     "bound by: the larger of bytes over bandwidth and multiply-adds over peak, "
     "int8 over the fastest int8 product of the run, whoever's"
 )
@@ -104,11 +105,12 @@ def notes(document: dict[str, Any]) -> list[str]:
         _LEGEND.format(document["repetitions"]),
         *(f"{name}: {what}" for name, what in {row["backend"]: row["what"] for row in document["results"]}.items()),
     ]
-    off, worst = document["bandwidth_off_median"], document["bandwidth_worst_off_median"]
-    verdict = "" if document["steady"] else f": the machine is unsteady, more than {document['steady_within']:.0%} off"
-    found.append(
-        f"read bandwidth: three in four samples within {off:.1%} of their median, the worst {worst:.0%} off{verdict}"
-    )
+    where = {"memory": "in memory", "smaller": "in smaller sets, which caches hold in part or whole"}
+    spread = [
+        f"{off:.1%} ({worst:.0%}) {where[of]}" for of, (off, worst) in sorted(document["bandwidth_off_median"].items())
+    ]
+    verdict = "" if document["steady"] else f": unsteady, the memory more than {document['steady_within']:.0%}"
+    found.append(f"read bandwidth: three in four samples (the worst) off their median by {', '.join(spread)}{verdict}")
     if document["stolen"] >= 0.01:
         found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
     return found + document["notes"]

@@ -67,7 +67,7 @@ def packages(folder: Path = _POWERCAP) -> list[Path]:
 class Energy:
     """Joules drawn by the CPU packages (RAPL) or the GPU (NVML) while something ran; None where nothing tells."""
 
-    def __init__(self, gpu: int | None, folder: Path = _POWERCAP) -> None:
+    def __init__(self, gpu: str | None, folder: Path = _POWERCAP) -> None:
         self._packages = packages(folder) if gpu is None else []
         self._nvml: Any = None
         self._gpu: Any = None
@@ -93,7 +93,8 @@ class Energy:
         return sum((b - a) % (limit + 1) for a, b, limit in zip(before, after, ranges)) / 1e6
 
 
-def _nvml(index: int) -> tuple[Any, Any]:
+def _nvml(uuid: str) -> tuple[Any, Any]:
+    """NVML and its handle of a GPU; by UUID, for NVML counts GPUs that CUDA_VISIBLE_DEVICES hides."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -101,7 +102,7 @@ def _nvml(index: int) -> tuple[Any, Any]:
     handle, probe = ctypes.c_void_p(), ctypes.c_ulonglong()
     failed = (
         library.nvmlInit_v2()
-        or library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+        or library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle))
         or library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(probe))
     )
     return (None, None) if failed else (library, handle)

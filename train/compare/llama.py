@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet.bench import worker
+from bitnet.bench.contenders import LLAMA_INSTALL
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.formats.gguf_export import check_exportable, export_gguf
@@ -55,7 +56,7 @@ def check_python(path: str) -> None:
         raise BitNetError(f"llama: got '{path}', expected a Python ({error.strerror}) (--llama)") from error
     if found.returncode:
         last = (found.stderr.strip().splitlines() or ["it ended with an error"])[-1]
-        raise BitNetError(f"llama: '{path}' has no llama-cpp-python ({last}); pip install llama-cpp-python in it")
+        raise BitNetError(f"llama: '{path}' has no llama-cpp-python ({last}); build it there: {LLAMA_INSTALL}")
 
 
 def why_not_installed(settings: Settings) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet.checkpoint import latest_save
 from bitnet.errors import BitNetError
 from bitnet.model import Transformer
 from bitnet.packed import write_packed
@@ -31,10 +32,12 @@ class Pair:
     def check(self) -> dict[str, Any]:
         """What the runs have in common, as JSON values. Raises BitNetError, with the reason, where they differ."""
         facts = _facts(self.run, "ternary")
+        training = {"ternary": _training(self.run)}
         for path, linear in ((self.twin, "plain"), (self.binary, "binary")):
             if path is not None:
                 _check_same(self.run, facts, path, _facts(path, linear))
-        return facts
+                training[linear] = _training(path)
+        return facts | {"training": training}
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of them all."""
@@ -79,6 +82,15 @@ def _facts(path: Path, linear: str) -> dict[str, Any]:
         "tokens": save.state["tokens"],
         "model": {key: value for key, value in asdict(model.config).items() if key != "linear"},
     }
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """How a run was trained: what may differ between a run and its twin."""
+    run, save = Run(path), latest_save(Run(path).saves)
+    assert save is not None  # its model has been loaded
+    settings = run.config().train
+    names = ("optimizer", "lr", "table_lr", "schedule", "seed", "dtype")
+    return {name: getattr(settings, name) for name in names} | {"seconds": round(float(save.state["seconds"]))}
 
 
 def _digest(parts: Iterable[str]) -> str:

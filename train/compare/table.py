@@ -57,8 +57,8 @@ def head(report: dict[str, Any]) -> list[str]:
     )
     speeds = (
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['date']}; tokens/s: prefill of "
-        f"{timing['prefill']}, then {timing['decode']} one by one, medians of {runs}; model MB: memory at most, less "
-        "what the runtime took before it loaded the model"
+        f"{timing['prefill']}, then {timing['decode']} one by one, medians of {runs} ± half of what the middle half "
+        "spans; model MB: memory at most, less what the runtime took before it loaded the model"
     )
     return [models, speeds]
 
@@ -74,12 +74,18 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{more:+.4f}{plus_minus(row['more_than_twin_error'], 4)}" if row["method"] != "fp32" else "",
         kl(row["kl"]) if row["method"] != "fp32" else "",
         f"{row['top1']:.1%}" if row["method"] != "fp32" else "",
-        f"{row['prefill_tokens_per_second']:,.0f}",
-        f"{row['decode_tokens_per_second']:,.0f}",
+        _speed(row, "prefill"),
+        _speed(row, "decode"),
         f"{row['model_bytes'] / 1e6:.0f}",
         row["library"],
         row["note"],
     )
+
+
+def _speed(row: dict[str, Any], what: str) -> str:
+    low, high = row[f"{what}_spread"]
+    median = row[f"{what}_tokens_per_second"]
+    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
 
 
 def kl(value: float) -> str:
