@@ -32,8 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet.bench.command import stored
-from bitnet.bench.table import digits, markdown
+from bitnet.bench.table import digits, markdown, stored
 from bitnet.errors import BitNetError
 
 FLOOR = 0.05

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.bench import plot, table
-from bitnet.bench.command import stored
 from bitnet.errors import BitNetError
 from bitnet.train.compare import table as comparison
 
@@ -66,7 +65,7 @@ def read(folder: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            found[path] = stored(path.read_text(encoding="utf-8"))
+            found[path] = table.stored(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise BitNetError(
                 f"report: {path.name}: got no JSON ({error}), expected a result; remove or mend it"
@@ -91,7 +90,8 @@ def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
         case "compare":
             yield from _compare(document)
         case _:
-            yield from (Line(line) for line in _machine(document.get("machine")))
+            if machine := document.get("machine"):
+                yield Line(machine if isinstance(machine, str) else table.machine_line(machine))
             yield from _figures(document)
     for picture in _pictures(path):
         if picture.resolve() != (out / picture.name).resolve():
@@ -125,17 +125,6 @@ def _compare(document: dict[str, Any]) -> Iterator[Part]:
     if rest := [row for row in document["results"] if row["status"] != "ok"]:
         yield Line("not measured")
         yield Grid(("method", "why"), [(row["title"], row["note"]) for row in rest])
-
-
-def _machine(machine: Any) -> list[str]:
-    """What is known of a machine, as a line; nothing for what says nothing of it."""
-    if not isinstance(machine, dict):
-        return [machine] if isinstance(machine, str) else []
-    told = [f"{machine['cpu']}, {machine['cores']} cores"] if "cores" in machine else [str(machine.get("cpu", ""))]
-    told += [f"{name} {machine[name]}" for name in ("bitnet", "torch", "python") if name in machine]
-    if rate := machine.get("read_gigabytes_per_second"):
-        told.append(f"memory read at {_cell(rate)} GB/s")
-    return ["; ".join([*told, *([machine["date"]] if "date" in machine else [])])]
 
 
 def _figures(document: dict[str, Any], title: str = "") -> Iterator[Part]:

@@ -277,17 +277,6 @@ def terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def stored(text: str) -> Any:
-    """The document in the output of a run, or in a file of it: the whole text, else its last line.
-
-    Raises json.JSONDecodeError for anything else.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return json.loads((text.strip().splitlines() or [""])[-1])
-
-
 def show(document: dict[str, Any], output: str) -> str:
     """The document as md, csv, or JSON on one line."""
     if output == "md":

@@ -64,10 +64,10 @@ class Wanted:
 
 def line_up(wanted: Wanted) -> list[Contender]:
     """All contenders, ours first. Raises BitNetError for one that cannot run here."""
-    engines = [_auto(wanted.device) if name == "auto" else name for name in wanted.backends]
+    engines = [_engine(name, wanted.device) for name in wanted.backends]
     for flag, value, default, able in (
-        ("--head", wanted.heads, ["file"], any(_has_choices(name, wanted.device) for name in wanted.backends)),
-        ("--cache", wanted.caches, ["fp32"], any(_has_choices(name, wanted.device) for name in wanted.backends)),
+        ("--head", wanted.heads, ["file"], "cpu" in engines),
+        ("--cache", wanted.caches, ["fp32"], "cpu" in engines),
         ("--isa", wanted.isas, [], any(name != "triton" for name in engines)),
     ):
         if value != default and not able:
@@ -75,7 +75,11 @@ def line_up(wanted: Wanted) -> list[Contender]:
                 f"bench: {flag}: got '{','.join(value)}' for {', '.join(wanted.backends)}, which has no such choice; "
                 "use --backend cpu"
             )
-    found = [one for backend in _once(wanted) for one in _ours(backend, wanted)]
+    # "auto" beside the engine that it is would run that one twice.
+    backends = [
+        name for name, engine in zip(wanted.backends, engines) if name == engine or engine not in wanted.backends
+    ]
+    found = [one for backend in backends for one in _ours(backend, wanted)]
     for name in wanted.against:
         if name == "llama.cpp":
             check_llama(wanted.llama)
@@ -85,19 +89,14 @@ def line_up(wanted: Wanted) -> list[Contender]:
     return list({(one.name, one.suffix): one for one in found}.values())
 
 
-def _auto(device: torch.device) -> str:
-    """What "auto" takes for a packed ternary model."""
+def _engine(backend: str, device: torch.device) -> str:
+    """The engine of a backend; of "auto" the one it takes for a packed ternary model.
+
+    "cpu", the C++ engine, is the one that rounds head and cache on request.
+    """
+    if backend != "auto":
+        return backend
     return {"cpu": "cpu", "triton": "triton"}.get(ops.select(device).name, "torch")
-
-
-def _once(wanted: Wanted) -> list[str]:
-    """The engines asked for, without "auto" where that is another one of them."""
-    return [name for name in wanted.backends if name != "auto" or _auto(wanted.device) not in wanted.backends]
-
-
-def _has_choices(backend: str, device: torch.device) -> bool:
-    """Whether a backend is the C++ engine, which rounds head and cache on request."""
-    return backend == "cpu" or (backend == "auto" and ops.select(device) is ops.CPU)
 
 
 def _ours(backend: str, wanted: Wanted) -> Iterator[Contender]:
@@ -105,7 +104,7 @@ def _ours(backend: str, wanted: Wanted) -> Iterator[Contender]:
     reason = {"cpu": ops.CPU, "triton": ops.TRITON}[backend].why_not(device) if backend in ("cpu", "triton") else None
     if reason:
         raise BitNetError(f"bench: backend '{backend}' cannot be used: {reason}")
-    choices = _has_choices(backend, wanted.device)
+    choices = _engine(backend, wanted.device) == "cpu"
     heads, caches = (wanted.heads, wanted.caches) if choices else (["file"], ["fp32"])
     isas = [""] if backend == "triton" else wanted.isas or [""]
     for isa, head, cache in itertools.product(isas, heads, caches):

@@ -236,8 +236,7 @@ def _machine_report(subject: Subject, threads: int, machine: Machine) -> dict[st
                 "of": "memory" if size == MEMORY else "smaller",
                 "gigabytes_per_second": machine.bandwidth(size) / 1e9,
                 "samples": [rate / 1e9 for rate in rates],
-                "off_median": off_median(rates)[0],
-                "worst_off_median": off_median(rates)[1],
+                **dict(zip(("off_median", "worst_off_median"), off_median(rates))),
             }
             for size, rates in machine.reads.items()
         ],

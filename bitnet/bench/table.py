@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,17 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: Contai
 
     ruler = ("-" * w if i in words else "-" * (w - 1) + ":" for i, w in enumerate(widths))
     return "\n".join([line(cells[0]), "| " + " | ".join(ruler) + " |", *map(line, cells[1:])])
+
+
+def stored(text: str) -> Any:
+    """The document in the output of a run, or in a file of it: the whole text, else its last line.
+
+    Raises json.JSONDecodeError for anything else.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return json.loads((text.strip().splitlines() or [""])[-1])
 
 
 def size(count: float) -> str:
@@ -90,11 +102,13 @@ _LEGEND = (
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """What the figures were measured on, in one line."""
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores; bitnet {machine['bitnet']}, torch {machine['torch']}, Python "
-        f"{machine['python']}, {machine['date']}"
+    """What the figures were measured on, in one line: what is known of it."""
+    texts = (
+        {"cpu": "{}", "cores": "{} cores", "read_gigabytes_per_second": "memory read at {} GB/s"},
+        {"bitnet": "bitnet {}", "torch": "torch {}", "python": "Python {}", "date": "{}"},
     )
+    known = (", ".join(text.format(machine[key]) for key, text in part.items() if key in machine) for part in texts)
+    return "; ".join(part for part in known if part)
 
 
 def notes(document: dict[str, Any]) -> list[str]:

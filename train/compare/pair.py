@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.checkpoint import latest_save
 from bitnet.errors import BitNetError
 from bitnet.model import Transformer
 from bitnet.packed import write_packed
@@ -31,13 +30,13 @@ class Pair:
 
     def check(self) -> dict[str, Any]:
         """What the runs have in common, as JSON values. Raises BitNetError, with the reason, where they differ."""
-        facts = _facts(self.run, "ternary")
-        training = {"ternary": _training(self.run)}
+        facts, training = _facts(self.run, "ternary")
+        trained = {"ternary": training}
         for path, linear in ((self.twin, "plain"), (self.binary, "binary")):
             if path is not None:
-                _check_same(self.run, facts, path, _facts(path, linear))
-                training[linear] = _training(path)
-        return facts | {"training": training}
+                theirs, trained[linear] = _facts(path, linear)
+                _check_same(self.run, facts, path, theirs)
+        return facts | {"training": trained}
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of them all."""
@@ -65,7 +64,8 @@ class Pair:
         return write_packed(path, model, self.tokenizer(), embedding=embedding)
 
 
-def _facts(path: Path, linear: str) -> dict[str, Any]:
+def _facts(path: Path, linear: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run must have in common with its twin, and how it was trained, which may differ."""
     run = Run(path)
     model, save = run.load()
     manifest = open_dataset(run.data).manifest
@@ -74,7 +74,10 @@ def _facts(path: Path, linear: str) -> dict[str, Any]:
             f"compare: got a run with {model.config.linear} linears at '{path}', expected {linear} ones; "
             f"train it with --linear {linear}"
         )
-    return {
+    settings = run.config().train
+    names = ("optimizer", "lr", "table_lr", "schedule", "seed", "dtype")
+    training = {name: getattr(settings, name) for name in names} | {"seconds": round(float(save.state["seconds"]))}
+    facts = {
         "tokenizer": manifest.tokenizer_sha256,
         # Of the tokens themselves; the manifest's fingerprint knows the dates of the text files too.
         "data": _digest(shard.sha256 for shard in manifest.train.shards),
@@ -82,15 +85,7 @@ def _facts(path: Path, linear: str) -> dict[str, Any]:
         "tokens": save.state["tokens"],
         "model": {key: value for key, value in asdict(model.config).items() if key != "linear"},
     }
-
-
-def _training(path: Path) -> dict[str, Any]:
-    """How a run was trained: what may differ between a run and its twin."""
-    run, save = Run(path), latest_save(Run(path).saves)
-    assert save is not None  # its model has been loaded
-    settings = run.config().train
-    names = ("optimizer", "lr", "table_lr", "schedule", "seed", "dtype")
-    return {name: getattr(settings, name) for name in names} | {"seconds": round(float(save.state["seconds"]))}
+    return facts, training
 
 
 def _digest(parts: Iterable[str]) -> str:
