@@ -277,7 +277,8 @@ def train() -> Result:
     from bitnet import quant
     from bitnet.config import ModelConfig
     from bitnet.model import Transformer, flops_per_token, parameters
-    from bitnet.train.objective import next_token_loss
+    from bitnet.train.config import TrainConfig
+    from bitnet.train.objective import Objective
 
     rows = []
     for name, (changes, batch) in TRAINED.items():
@@ -288,14 +289,14 @@ def train() -> Result:
             model.init_weights(0)
             model.cuda()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            network = torch.compile(model)
+            network = torch.compile(Objective(model, TrainConfig()))
             tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
 
             def step(network: Any = network, optimizer: Any = optimizer, tokens: Any = tokens, kind: str = kind) -> Any:
                 # The compiled graph is guarded by these.
                 quant.int8_gradients.dx, quant.int8_gradients.dw = "dx" in kind, "dw" in kind
                 with torch.autocast("cuda", torch.bfloat16):
-                    loss = next_token_loss(network, tokens[:, :-1], tokens[:, 1:])
+                    loss, _ = network(tokens[:, :-1], tokens[:, 1:])
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

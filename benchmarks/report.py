@@ -19,12 +19,13 @@ from typing import Any
 
 from bitnet.bench import plot, table
 from bitnet.errors import BitNetError
+from bitnet.tables import sweep_cells
 from bitnet.train.compare import table as comparison
 
 RESULTS = Path(__file__).with_name("results")
 _LONG = 60  # characters of a cell, past which a value is cut: the file has it whole
 _WIDE = 12  # columns, past which a single row is written downwards
-_FIRST = ("compare", "bench")  # of a day
+_FIRST = ("compare", "sweep", "bench")  # of a day
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
             yield from _bench(path, document, out)
         case "compare":
             yield from _compare(document)
+        case "sweep":
+            yield from _sweep(document)
         case _:
             if machine := document.get("machine"):
                 yield Line(machine if isinstance(machine, str) else table.machine_line(machine))
@@ -125,6 +128,13 @@ def _compare(document: dict[str, Any]) -> Iterator[Part]:
     if rest := [row for row in document["results"] if row["status"] != "ok"]:
         yield Line("not measured")
         yield Grid(("method", "why"), [(row["title"], row["note"]) for row in rest])
+
+
+def _sweep(document: dict[str, Any]) -> Iterator[Part]:
+    comments = [line.removeprefix("#").strip() for line in document["ladder"].splitlines() if line.startswith("#")]
+    yield from (Line(comment, code=comment.startswith("bitnet ")) for comment in comments)
+    yield Grid(*sweep_cells(document))
+    yield Line(f"± is the standard error over seeds. {table.machine_line(document['machine'])}")
 
 
 def _figures(document: dict[str, Any], title: str = "") -> Iterator[Part]:

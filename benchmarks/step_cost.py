@@ -25,7 +25,7 @@ from bitnet.bench import machine
 from bitnet.config import PRESETS, preset
 from bitnet.model import Transformer, parameters
 from bitnet.train.config import TrainConfig
-from bitnet.train.objective import next_token_loss
+from bitnet.train.objective import Objective
 from bitnet.train.optim import Optimizer
 
 PARTS = ("forward", "backward", "optimiser")
@@ -39,6 +39,7 @@ class Twin:
         self.linear, self.times = linear, []
         self.model = Transformer(config)
         self.model.init_weights(0)
+        self.objective = Objective(self.model, TrainConfig())
         self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, config.vocab_size, (batch_size, config.context + 1), generator=generator)
@@ -49,7 +50,7 @@ class Twin:
         self.optimizer.set_step(100)
         marks = [time.perf_counter()]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            loss = next_token_loss(self.model, self.inputs, self.targets)
+            loss, _ = self.objective(self.inputs, self.targets)
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())

@@ -33,6 +33,7 @@ from bitnet.errors import BitNetError
 from bitnet.kernels import native, ops, packing, reference
 from bitnet.layers import BitLinear, PackedLinear, Table
 from bitnet.model import Transformer, in_features
+from bitnet.shipped import BOOKS
 from bitnet.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ ENGINES = ("auto", "cpu", "torch", "triton")
 
 
 def load(
-    path: str | Path,
+    path: str | Path = BOOKS,
     device: str | torch.device = "cpu",
     *,
     engine: str = "auto",
@@ -165,6 +166,7 @@ def load(
 ) -> "TorchEngine | CpuEngine | TritonEngine":
     """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file.
 
+    path: without one, the model that comes with the package.
     engine: "cpu" (C++), "triton" (a GPU), "torch" (any device), or "auto": the first of them that runs there. head,
     cache: see CpuEngine; the others have no such choice. progress: called with each layer that is ready.
     Raises BitNetError for a file that is not a whole, known model and for an engine that cannot run it.

@@ -126,16 +126,26 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
 
 def sweep_table(report: dict[str, Any]) -> Table:
     """The points of a sweep: losses and gaps to the float twin, with standard errors over seeds."""
+    header, rows = sweep_cells(report)
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def sweep_cells(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a sweep's table; columns that no point fills are left out."""
     titles = {
         "loss": "nats a token",
         "gap": "gap to float",
         "test_bits_per_byte": "test, bits a byte",
+        "test_bits_per_byte_gap": "test, gap in bits",
         "test_gap": "test, gap in nats",
     }
     shown = [kind for kind in titles if any(point[kind] for point in report["points"])]
-    table = Table(box=None, pad_edge=False)
-    for name in ("settings", "linears", "parameters", "seeds", *(titles[kind] for kind in shown), ""):
-        table.add_column(name, overflow="fold")
+    rows = []
     for point in report["points"]:
         figures = [
             f"{value['mean']:.4f}{plus_minus(value['error'], 4)}" if (value := point[kind]) else "" for kind in shown
@@ -143,8 +153,8 @@ def sweep_table(report: dict[str, Any]) -> Table:
         best = report["best"].get(point["linear"]) == point
         remark = f"{point['diverged']} diverged" if point["diverged"] else f"best {point['linear']}" if best else ""
         size = f"{point['parameters'] / 1e6:.3g}M"
-        table.add_row(Text(point["point"]), point["linear"], size, str(point["seeds"]), *figures, remark)
-    return table
+        rows.append((point["point"], point["linear"], size, str(point["seeds"]), *figures, remark))
+    return ("settings", "linears", "parameters", "seeds", *(titles[kind] for kind in shown), ""), rows
 
 
 def plus_minus(error: float | None, digits: int) -> str:

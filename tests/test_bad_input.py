@@ -453,11 +453,10 @@ def test_a_run_whose_shape_was_changed(place: Path, capsys: Captured) -> None:
 
 USAGE = {
     "no such verb": (["paint"], "paint"),
-    "no model": (["generate", "-p", "a"], "--model"),
     "no data": (["eval", "-m", "x"], "--data"),
     "no run": (["pack", "-o", "x"], "'run'"),
     "no output": (["pack", "x"], "--output"),
-    "nothing to inspect": (["inspect"], "no file"),
+    "a model twice": (["inspect", "x", "-m", "y"], "one of them"),
     "unknown flag": (["doctor", "--fast"], "--fast"),
 }
 

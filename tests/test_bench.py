@@ -384,7 +384,6 @@ def test_available_memory_is_below_all_of_it() -> None:
 # ---- refusals
 
 BAD = {
-    "no model": ([], "got no model"),
     "no such backend": (["--preset", "nano", "--backend", "cuda"], "--backend: got 'cuda'"),
     "no such contender": (["--preset", "nano", "--against", "vllm"], "--against: got 'vllm'"),
     "no such preset": (["--preset", "pico"], "--preset: got 'pico'"),

@@ -15,7 +15,7 @@ from bitnet.config import ModelConfig
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
 from bitnet.train.config import TrainConfig
-from bitnet.train.objective import Objective, distillation, next_token_loss
+from bitnet.train.objective import Objective, distillation
 from bitnet.train.run import Run
 from bitnet.train.schedule import quantised_share
 
@@ -31,6 +31,11 @@ def made(seed: int, **changes: Any) -> Transformer:
     return model
 
 
+def next_token_loss(model: Transformer, ids: Tensor) -> Tensor:
+    """Mean cross-entropy [] of every token of ids [B, T] but the first."""
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
 def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -42,7 +47,7 @@ def test_chunks_are_the_whole(chunk: int, tied: bool, seed: int, rng: torch.Gene
     """Loss and gradients of 39 tokens, 1, 7 or all of them at a time, against all logits at once."""
     model = made(seed, tie_word_embeddings=tied)
     ids = torch.randint(0, 37, (3, 14), generator=rng)
-    wanted = next_token_loss(model, ids[:, :-1], ids[:, 1:])
+    wanted = next_token_loss(model, ids)
     loss, entropy = Objective(model, TrainConfig(loss_chunk=chunk))(ids[:, :-1], ids[:, 1:])
     # Sums of 39 losses and, in a gradient, of 39 products, in another order.
     assert float(entropy) == pytest.approx(float(wanted.detach()), rel=39 * 2**-23)
@@ -92,10 +97,10 @@ def test_the_teacher_is_nobodys_parameter(seed: int) -> None:
 def test_recomputed_blocks_have_the_same_gradients(linear: str, seed: int, rng: torch.Generator) -> None:
     model = made(seed, linear=linear, num_hidden_layers=2)
     ids = torch.randint(0, 37, (2, 9), generator=rng)
-    wanted = gradients(model, next_token_loss(model, ids[:, :-1], ids[:, 1:]))
+    wanted = gradients(model, next_token_loss(model, ids))
     for block in model.blocks():
         block.recompute = True
-    got = gradients(model, next_token_loss(model, ids[:, :-1], ids[:, 1:]))
+    got = gradients(model, next_token_loss(model, ids))
     assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
 
 
@@ -145,14 +150,14 @@ def test_what_costs_memory_only_changes_no_loss(text: Path) -> None:
 
 def test_zero_init_begins_as_the_identity(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    original = next_token_loss
+    original = Objective.forward
 
-    def spy(network: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        weights = {n: bool((m.weight == 0).all()) for n, m in network.named_modules() if isinstance(m, BitLinear)}
+    def spy(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        weights = {n: bool((m.weight == 0).all()) for n, m in objective.named_modules() if isinstance(m, BitLinear)}
         seen.append(all(zero == n.endswith(("o_proj", "down_proj")) for n, zero in weights.items()))
-        return original(network, inputs, targets)
+        return original(objective, inputs, targets)
 
-    monkeypatch.setattr("bitnet.train.pretrain.next_token_loss", spy)
+    monkeypatch.setattr(Objective, "forward", spy)
     run = train(text, "zero", CHAR, "train.zero_init=true", steps=40)
     assert seen[0]
     assert not seen[-1]  # zeros are no trap: the straight-through gradient leaves them

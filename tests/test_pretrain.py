@@ -29,6 +29,7 @@ from bitnet.train.config import RunConfig, read_config
 from bitnet.train.data import Sampler, open_dataset
 from bitnet.train.display import Display
 from bitnet.train.distributed import Processes
+from bitnet.train.objective import Objective
 from bitnet.train.observer import Observer
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration
@@ -187,22 +188,23 @@ class Poison:
         self.way, self.steps = way, steps
         self.now = -1
         self.kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # step -> state before and after
-        original, take_step, set_step = loop.next_token_loss, loop.Trainer._training_step, Optimizer.set_step
+        original, take_step, set_step = Objective.forward, loop.Trainer._training_step, Optimizer.set_step
 
-        def loss(network: torch.nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-            value = original(network, inputs, targets)
+        def loss(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            value, entropy = original(objective, inputs, targets)
             if self.now not in self.steps:
-                return value
+                return value, entropy
             if way in ("nan loss", "inf loss"):
-                return value * float(way.split(maxsplit=1)[0])
+                factor = float(way.split(maxsplit=1)[0])
+                return value * factor, entropy * factor
             if way == "nan loss alone":  # the gradients stay finite
-                return value + math.nan
+                return value, entropy + math.nan
             if way == "inf gradient":
                 value.register_hook(lambda grad: grad * math.inf)
             else:
-                weight = next(m for m in network.modules() if isinstance(m, BitLinear)).weight
+                weight = next(m for m in objective.modules() if isinstance(m, BitLinear)).weight
                 handle = weight.register_hook(lambda grad: handle.remove() or self._one_nan(grad))
-            return value
+            return value, entropy
 
         def noted(optimizer: Optimizer, step: int) -> float:
             self.now = step + 1  # as metrics count
@@ -215,7 +217,7 @@ class Poison:
             self.now = -1
             return row
 
-        monkeypatch.setattr(loop, "next_token_loss", loss)
+        monkeypatch.setattr(Objective, "forward", loss)
         monkeypatch.setattr(Optimizer, "set_step", noted)
         monkeypatch.setattr(loop.Trainer, "_training_step", kept)
 
@@ -463,14 +465,14 @@ def test_a_seed_decides_everything(linear: str, corpus: Path, tmp_path: Path) ->
 def test_batches_of_a_run_do_not_repeat(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps and micro-batches take consecutive samples of one epoch: every window at most once."""
     seen: list[tuple[int, ...]] = []
-    original = loop.next_token_loss
+    original = Objective.forward
 
-    def spy(network: torch.nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def spy(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         seen.extend(tuple(row) for row in inputs.tolist())
-        return original(network, inputs, targets)
+        return original(objective, inputs, targets)
 
     config = configured(corpus, batch_size=5, accumulate=3, steps=4)
-    monkeypatch.setattr(loop, "next_token_loss", spy)
+    monkeypatch.setattr(Objective, "forward", spy)
     monkeypatch.setattr(loop.Trainer, "_estimate", lambda self: "soon")
     train(config, tmp_path / "run")
     data = open_dataset(tmp_path / "run" / "data")

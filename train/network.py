@@ -9,7 +9,7 @@ from bitnet.train.compiling import compile_blocks, compiled
 from bitnet.train.config import TrainConfig
 from bitnet.train.distributed import Processes
 from bitnet.train.initial import Initial, initial_weights
-from bitnet.train.objective import Objective, needs_objective
+from bitnet.train.objective import Objective
 from bitnet.train.sharding import assign, shard
 
 
@@ -25,9 +25,7 @@ def build_network(
         model = Transformer(config)
         for block in model.blocks():
             block.recompute = settings.recompute
-        network: nn.Module = model
-        if needs_objective(settings):
-            network = Objective(model, settings, teacher and teacher.to(device))
+        network = Objective(model, settings, teacher and teacher.to(device))
     if not sharded:
         model.to_empty(device=device)
         return model, processes.wrap(compiled(network) if settings.compile else network)

@@ -21,17 +21,6 @@ from bitnet.model import Transformer
 from bitnet.train.config import TrainConfig
 
 
-def next_token_loss(network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy [] in nats a token, in fp32. inputs, targets: [B, T] int64."""
-    logits = network(inputs)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def needs_objective(settings: TrainConfig) -> bool:
-    """Whether a run's loss is more than the cross-entropy of all logits at once."""
-    return bool(settings.loss_chunk or settings.z_loss or settings.teacher)
-
-
 class Objective(nn.Module):
     """A model with its loss: ids and targets in, two numbers out.
 

@@ -31,7 +31,6 @@ from bitnet.train.distributed import Processes, lost_processes
 from bitnet.train.evaluate import Evaluation
 from bitnet.train.initial import Initial, Teacher, check_initial, check_teacher, teacher_digest
 from bitnet.train.network import build_network, write_first_weights
-from bitnet.train.objective import needs_objective, next_token_loss
 from bitnet.train.observer import Observer
 from bitnet.train.optim import Optimizer
 from bitnet.train.overview import duration, overview
@@ -286,11 +285,8 @@ class Trainer:
         """The loss [] of one micro-batch [B, T] in the run's dtype, and the cross-entropy [] alone."""
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         with self.autocast:
-            if needs_objective(self.settings):
-                loss, entropy = self.network(inputs, targets)
-                return loss, entropy
-            loss = next_token_loss(self.network, inputs, targets)
-            return loss, loss.detach()
+            loss, entropy = self.network(inputs, targets)
+        return loss, entropy
 
     def _skip(self, loss: float, norm: float) -> None:
         self.optimizer.zero_grad()

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from bitnet.bench import machine
 from bitnet.checkpoint import replacing
 from bitnet.config import LINEARS
 from bitnet.errors import BitNetError
@@ -181,7 +182,8 @@ def run_sweep(
     """Train what is left of a sweep into folders of `out`. Returns (report or None, exit code).
 
     say: called with a line before and after each run. openers: as of `run_training`. The report, also in
-    `out/sweep.json`, has every run, and each point's mean and spread over seeds; None when a signal stopped the sweep.
+    `out/sweep.json`, has the machine, the file, every run, and each point's mean and spread over seeds; None when a
+    signal stopped the sweep.
     Raises BitNetError for what does not fit the runs in `out`, and under `torchrun`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -217,7 +219,8 @@ def run_sweep(
             result = _tested(result, run, held_out, device)
         say(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
-    report = summarize(results)
+    here = machine.describe(bandwidth=False)  # its time is no figure here
+    report = {"benchmark": "sweep", "machine": here, "ladder": path.read_text(encoding="utf-8"), **summarize(results)}
     with replacing(out / "sweep.json") as work:
         work.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report, 0

@@ -27,6 +27,7 @@ from bitnet.engine_cpu import CACHES, HEADS
 from bitnet.errors import BitNetError
 from bitnet.model import linear_parameters, packed_bytes, table_parameters
 from bitnet.packed import read_config
+from bitnet.shipped import BOOKS
 
 STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median
 RANDOM = "random weights"
@@ -92,7 +93,7 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
         plan.numbers("-b", flags.batch, 1),
     )
     return Settings(
-        models=flags.models,
+        models=flags.models if flags.models or flags.preset else [BOOKS],
         presets=plan.words("--preset", flags.preset, tuple(PRESETS)) if flags.preset else [],
         choice=choice,
         threads=plan.numbers("-t", flags.threads, 1) if flags.threads else [torch.get_num_threads()],
@@ -116,8 +117,6 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     """
     subjects: list[tuple[Subject, Path | None]] = [(_packed(path), path) for path in settings.models]
     subjects += [(_preset(name), None) for name in settings.presets]
-    if not subjects:
-        raise BitNetError("bench: got no model, expected -m FILE or --preset NAME")
     lined_up = contenders.line_up(settings.wanted)
     work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
     check_cores(settings.threads)

@@ -8,6 +8,7 @@ import typer
 from bitnet.cli.options import Debug, Json, Quiet, open_model, read_stdin
 from bitnet.cli.terminal import print_json, print_tables
 from bitnet.errors import BitNetError
+from bitnet.shipped import BOOKS
 
 
 def pack(
@@ -41,7 +42,11 @@ def pack(
 
 def inspect(
     path: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Packed model; with --plot also the folder of a run.")
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Packed model, or with --plot the folder of a run. Default: the model that comes along.",
+        ),
     ] = None,
     model: Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="The same, by option.")] = None,
     plot: Annotated[
@@ -56,9 +61,9 @@ def inspect(
     """Show what a packed model holds: shape, size, bits per weight, zeros per layer."""
     from bitnet.inspection import inspect_packed
 
-    chosen = path or model
-    if chosen is None:
-        raise BitNetError("inspect: got no file, expected a packed model: bitnet inspect model.safetensors")
+    if path and model:
+        raise BitNetError(f"inspect: got '{path}' and -m '{model}', expected one of them; leave one away")
+    chosen = path or model or BOOKS
     if prompt and not plot:
         raise BitNetError("inspect: got a text (-p) without --plot, expected both; add --plot FILE")
     if as_json and plot and chosen.is_dir():

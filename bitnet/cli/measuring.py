@@ -12,7 +12,13 @@ from bitnet.cli.terminal import print_json
 
 def bench(
     model: Annotated[
-        list[Path] | None, typer.Option("-m", "--model", metavar="FILE", help="Packed model; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="FILE",
+            help="Packed model; may be repeated. Default, without --preset: the one that comes along.",
+        ),
     ] = None,
     preset: Annotated[
         str, typer.Option(metavar="NAME,...", help="Random weights in the shape of nano, small, 2b4t ...")

@@ -18,7 +18,12 @@ def _set_debug(value: bool) -> None:
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
-Model = Annotated[Path, typer.Option("-m", "--model", metavar="FILE", help="Packed model.")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        "-m", "--model", metavar="FILE", help="Packed model. Default: the one that comes along.", show_default=False
+    ),
+]
 Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="CPU threads; 0: as torch finds best.")]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]

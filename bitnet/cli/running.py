@@ -21,10 +21,11 @@ from bitnet.cli.options import (
 )
 from bitnet.cli.terminal import print_json, write_now
 from bitnet.errors import BitNetError
+from bitnet.shipped import BOOKS
 
 
 def generate(
-    model: Model,
+    model: Model = BOOKS,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue; - reads stdin.")] = "",
     predict: Annotated[int, typer.Option("-n", "--predict", min=0, help="Tokens to write.")] = 128,
     context: Context = 0,
@@ -111,7 +112,7 @@ def _converse(*args: Any, **options: Any) -> None:
 
 
 def serve(
-    model: Model,
+    model: Model = BOOKS,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one this machine has.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
     api_key: Annotated[

@@ -24,6 +24,7 @@ from bitnet.cli.options import (
 from bitnet.cli.terminal import print_json, print_tables
 from bitnet.config import LINEARS, PRESETS
 from bitnet.errors import BitNetError
+from bitnet.shipped import BOOKS
 
 
 def train(
@@ -165,8 +166,8 @@ def sweep(
 
 
 def evaluate(
-    model: Model,
     data: Annotated[list[str], typer.Option(metavar="PATH...", help="Files, folders, globs or - (stdin).")],
+    model: Model = BOOKS,
     context: Context = 0,
     tokens: Annotated[int, typer.Option("--tokens", min=0, help="Score only the first N tokens; 0: all.")] = 0,
     documents: Annotated[

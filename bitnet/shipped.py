@@ -1,0 +1,5 @@
+"""The model that comes with the package; what it is and how it was made: models/README.md."""
+
+from pathlib import Path
+
+BOOKS = Path(__file__).parent / "models" / "books.safetensors"
