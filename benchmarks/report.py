@@ -19,7 +19,7 @@ from typing import Any
 
 from bitnet.bench import plot, table
 from bitnet.errors import BitNetError
-from bitnet.tables import sweep_cells
+from bitnet.tables import sweep_cells, tuned_gaps
 from bitnet.train.compare import table as comparison
 
 RESULTS = Path(__file__).with_name("results")
@@ -134,6 +134,7 @@ def _sweep(document: dict[str, Any]) -> Iterator[Part]:
     comments = [line.removeprefix("#").strip() for line in document["ladder"].splitlines() if line.startswith("#")]
     yield from (Line(comment, code=comment.startswith("bitnet ")) for comment in comments)
     yield Grid(*sweep_cells(document))
+    yield from (Line(line) for line in tuned_gaps(document))
     yield Line(f"± is the standard error over seeds. {table.machine_line(document['machine'])}")
 
 

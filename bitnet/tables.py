@@ -125,7 +125,7 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def sweep_table(report: dict[str, Any]) -> Table:
-    """The points of a sweep: losses and gaps to the float twin, with standard errors over seeds."""
+    """The points of a sweep: losses and gaps to the float twin of the same settings, standard errors over seeds."""
     header, rows = sweep_cells(report)
     table = Table(box=None, pad_edge=False)
     for name in header:
@@ -155,6 +155,25 @@ def sweep_cells(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
         size = f"{point['parameters'] / 1e6:.3g}M"
         rows.append((point["point"], point["linear"], size, str(point["seeds"]), *figures, remark))
     return ("settings", "linears", "parameters", "seeds", *(titles[kind] for kind in shown), ""), rows
+
+
+def tuned_gaps(report: dict[str, Any]) -> list[str]:
+    """For each kind of linears one line: how far it is from the float twin with both at their best settings."""
+    units = {
+        "gap": "nats a token on the validation text",
+        "test_gap": "nats a token",
+        "test_bits_per_byte_gap": "bits a byte on the test text",
+    }
+    lines = []
+    for linear, gaps in report["tuned_gaps"].items():
+        texts = [
+            f"{value['mean']:+.4f}{plus_minus(value['error'], 4)} {unit}"
+            for kind, unit in units.items()
+            if (value := gaps[kind])
+        ]
+        points = (report["best"][kind]["point"] for kind in (linear, "plain"))
+        lines.append("{} at {} against plain at {}: {}".format(linear, *points, ", ".join(texts)))
+    return lines
 
 
 def plus_minus(error: float | None, digits: int) -> str:

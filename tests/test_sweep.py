@@ -135,7 +135,7 @@ def test_a_sweep_goes_on_and_tells(
     report = json.loads(capsys.readouterr().out)
     assert calls == 8 * 4 + 2  # the run that was cut off had no save yet: one step again, and the one that was cut
     assert json.loads((out / "sweep.json").read_text()) == report
-    assert (out / "sweep.png").exists()
+    assert all((out / f"{name}.png").exists() for name in ("sweep", "curves"))
     assert len(report["runs"]) == 8
     by_key = {(r["point"], r["linear"], r["seed"]): r["loss"] for r in report["runs"]}
     for point in report["points"]:
@@ -147,6 +147,11 @@ def test_a_sweep_goes_on_and_tells(
     means = {(p["point"], p["linear"]): p["loss"]["mean"] for p in report["points"]}
     for linear, best in report["best"].items():
         assert best["loss"]["mean"] == min(mean for (_, kind), mean in means.items() if kind == linear)
+    ours, theirs = (report["best"][linear]["point"] for linear in ("ternary", "plain"))
+    gaps = [by_key[ours, "ternary", s] - by_key[theirs, "plain", s] for s in (1, 2)]
+    assert report["tuned_gaps"].keys() == {"ternary"}
+    assert report["tuned_gaps"]["ternary"]["gap"]["mean"] == pytest.approx(statistics.fmean(gaps))
+    assert report["tuned_gaps"]["ternary"]["gap"]["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
 
     plan = random.choice(read_sweep(file))
     settings = [f"{s}.{k}={v}" for s, c in plan.values.items() for k, v in c.items() if s in ("model", "train")]

@@ -21,7 +21,7 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
     steps = [row["step"] for row in training]
     losses = [row["loss"] for row in training]
     top.plot(steps, losses, color="#b8c7dc", linewidth=0.8, label="training, each step")
-    top.plot(steps, _smooth(losses), color="#1f5aa6", linewidth=1.6, label="training, smoothed")
+    top.plot(steps, smooth(losses), color="#1f5aa6", linewidth=1.6, label="training, smoothed")
     if validation:
         points, last = [row["step"] for row in validation], validation[-1]
         label = f"validation: {last['val_loss']:.3f} nats, {last['val_bits_per_byte']:.3f} bits per byte"
@@ -42,7 +42,7 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
     return save_both(figure, target)
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Exponential average over about a thirtieth of the run, corrected for its start."""
     weight = 1 - 1 / max(1.0, len(values) / 30)
     smoothed, mean = [], 0.0

@@ -297,17 +297,14 @@ FIGURES = ("loss", "bits_per_byte", "test_loss", "test_bits_per_byte")  # of a p
 def summarize(results: list[Result]) -> dict[str, Any]:
     """Every run; of each point and linear mean and standard error over seeds, and the gap to the float twin.
 
-    The gap is paired: the twin of a run has its seed. `best` is chosen by validation, never by the test text.
+    The gap is paired: the twin of a run has its seed. `best` is chosen by validation, never by the test text;
+    `tuned_gaps` are those between the best points, so that no badly set twin flatters.
     """
     points: list[dict[str, Any]] = []
     for point, linear in dict.fromkeys((result.point, result.linear) for result in results):
         mine = [r for r in results if (r.point, r.linear) == (point, linear)]
         twins = [r for r in results if (r.point, r.linear) == (point, "plain")] if linear != "plain" else []
-        figures: dict[str, Any] = {}
-        for name in FIGURES:
-            ours, theirs = ({r.seed: getattr(r, name) for r in runs} for runs in (mine, twins))
-            figures[name] = mean_and_error([value for value in ours.values() if value is not None])
-            figures[_gap(name)] = mean_and_error(_differences(ours, theirs))
+        figures = {name: mean_and_error([v for r in mine if (v := getattr(r, name)) is not None]) for name in FIGURES}
         points.append(
             {
                 "point": point,
@@ -317,6 +314,7 @@ def summarize(results: list[Result]) -> dict[str, Any]:
                 "seeds": len(mine),
                 "diverged": sum(r.loss is None for r in mine),
                 **figures,
+                **_gaps(mine, twins),
             }
         )
     best = {}
@@ -324,7 +322,19 @@ def summarize(results: list[Result]) -> dict[str, Any]:
         sound = [p for p in points if p["linear"] == linear and p["loss"] and not p["diverged"]]
         if sound:
             best[linear] = min(sound, key=lambda p: p["loss"]["mean"])  # each at its own best setting: the honest gap
-    return {"points": points, "best": best, "runs": [asdict(result) for result in results]}
+    found = {kind: [r for r in results if (r.point, r.linear) == (p["point"], kind)] for kind, p in best.items()}
+    twins = found.pop("plain", [])
+    tuned = {kind: _gaps(runs, twins) for kind, runs in found.items() if twins}
+    return {"points": points, "best": best, "tuned_gaps": tuned, "runs": [asdict(result) for result in results]}
+
+
+def _gaps(runs: list[Result], twins: list[Result]) -> dict[str, Any]:
+    """Of every figure the mean difference of runs to the twins with their seeds."""
+    gaps = {}
+    for name in FIGURES:
+        ours, theirs = ({r.seed: getattr(r, name) for r in side} for side in (runs, twins))
+        gaps[_gap(name)] = mean_and_error(_differences(ours, theirs))
+    return gaps
 
 
 def _gap(name: str) -> str:

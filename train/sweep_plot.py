@@ -1,10 +1,14 @@
-"""Pictures of a sweep: every point with its gap, and loss against size."""
+"""Pictures of a sweep: every point with its gap, the loss of every run, and loss against size."""
 
 from pathlib import Path
 from typing import Any
 
+from bitnet.config import LINEARS
 from bitnet.errors import BitNetError
 from bitnet.plotting import pyplot, save_both
+from bitnet.train.plot import smooth
+
+_COLORS = dict(zip(LINEARS, ("C0", "C2", "C1"), strict=True))  # of a kind of linears, in every picture
 
 
 def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
@@ -17,7 +21,7 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
     names = list(dict.fromkeys(point["point"] for point in report["points"]))
     kinds = [("loss", "validation loss (nats per token)")]
     if any(point["gap"] for point in report["points"]):
-        kinds.append(("gap", "gap to the float twin (nats per token)"))
+        kinds.append(("gap", "gap to the float twin of the same settings (nats per token)"))
     size = (5 * len(kinds), 1.2 + 0.35 * len(names))
     figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (kind, label) in zip(axes[0], kinds, strict=True):
@@ -30,6 +34,7 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
                     xerr=[p[kind]["error"] or 0.0 for p in shown],
                     fmt="o",
                     capsize=3,
+                    color=_COLORS[linear],
                     label=linear,
                 )
         axis.set_xlabel(label)
@@ -38,6 +43,32 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
+    return save_both(figure, target)
+
+
+def plot_curves(metrics: dict[str, list[dict[str, Any]]], report: dict[str, Any], target: Path) -> list[Path]:
+    """Draw the smoothed training loss of every run over its tokens into target.png and target.svg.
+
+    metrics: of each run, by its name. Raises BitNetError when matplotlib is not installed.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    drawn: set[str] = set()
+    ends: list[float] = []
+    for run in report["runs"]:
+        rows = [row for row in metrics[run["run"]] if "loss" in row]
+        losses, linear = smooth([row["loss"] for row in rows]), run["linear"]
+        label = None if linear in drawn else linear
+        axis.plot([row["tokens"] / 1e6 for row in rows], losses, color=_COLORS[linear], linewidth=1, alpha=0.8, label=label)
+        drawn.add(linear)
+        ends += losses[len(losses) // 10 :]  # the first steps are far above the rest and would flatten it
+    if ends:
+        axis.set_ylim(min(ends) - 0.1, max(ends) + 0.1)
+    axis.set_xlabel("tokens (millions)")
+    axis.set_ylabel("training loss, smoothed (nats per token)")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     return save_both(figure, target)
 
 
@@ -63,7 +94,7 @@ def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
                         best[point["parameters"]] = point
             shown = [best[size][kind] for size in sorted(best)]
             means, errors = [value["mean"] for value in shown], [value["error"] or 0.0 for value in shown]
-            axis.errorbar(sorted(best), means, yerr=errors, fmt="o-", capsize=3, label=linear)
+            axis.errorbar(sorted(best), means, yerr=errors, fmt="o-", capsize=3, color=_COLORS[linear], label=linear)
         axis.set_xscale("log")
         axis.set_xlabel("parameters")
         axis.set_ylabel("test loss (nats per token)" if kind == "test_loss" else "validation loss (nats per token)")

@@ -138,8 +138,9 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Train a ladder of runs, several seeds each, one after the other; compare them with their float twins."""
+    from bitnet.train.run import Run
     from bitnet.train.sweep import read_sweep, run_sweep
-    from bitnet.train.sweep_plot import plot_scaling, plot_sweep
+    from bitnet.train.sweep_plot import plot_curves, plot_scaling, plot_sweep
 
     if plan:
         for each in read_sweep(ladder):
@@ -153,6 +154,7 @@ def sweep(
         raise typer.Exit(code)
     try:
         plot_sweep(report, out / "sweep")
+        plot_curves({each["run"]: Run(out / each["run"]).metrics() for each in report["runs"]}, report, out / "curves")
         if len({point["parameters"] for point in report["points"]}) > 1:
             plot_scaling(report, out / "scaling")
     except BitNetError as error:  # no matplotlib: the figures are there all the same
@@ -160,9 +162,9 @@ def sweep(
     if as_json:
         print_json(report)
         return
-    from bitnet.tables import sweep_table
+    from bitnet.tables import sweep_table, tuned_gaps
 
-    print_tables(sweep_table(report))
+    print_tables(sweep_table(report), *tuned_gaps(report))
 
 
 def evaluate(
