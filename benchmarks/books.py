@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bitnet.bench import machine
+from bitnet.bench import machine, table
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
 from bitnet.packed import write_packed
@@ -73,7 +73,7 @@ def main() -> int:
         **{key: report[key] for key in ("file_bytes", "float16_bytes", "ratio_to_float16", "zero_fraction")},
         "settings": options.set,
     }
-    print(machine.line(here))
+    print(table.machine_line(here))
     for key, value in result.items():
         print(f"{key:>24}  {value}")
     print(f"\n{PROMPT}{text['text']}\n")

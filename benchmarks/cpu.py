@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bitnet.bench import machine
+from bitnet.bench import machine, table
 from bitnet.bench.random_model import random_codes
 from bitnet.kernels import native, packing
 
@@ -146,7 +146,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     report: dict[str, Any] = {"machine": machine.describe(), "instruction_set": native.select()}
-    console.print(machine.line(report["machine"]))
+    console.print(table.machine_line(report["machine"]))
     report["kernels"] = kernels(options.rounds)
     console.print(kernel_table(report["kernels"]))
     print(json.dumps(report))

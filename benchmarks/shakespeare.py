@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bitnet.bench import machine
+from bitnet.bench import machine, table
 from bitnet.config import ModelConfig
 from bitnet.packed import load, write_packed
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig
@@ -82,7 +82,7 @@ def main() -> None:
             for linear in ("plain", "ternary"):
                 rows.append(train_one(options.text, linear, seed, options.out or Path(temporary), options.act))
                 print(rows[-1], file=sys.stderr)
-    print(machine.line(here))
+    print(table.machine_line(here))
     print("\n| seed | float | ternary | gap | ternary, packed file |\n|---|---|---|---|---|")
     gaps = []
     for seed in options.seeds:

@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import itertools
 
-from bitnet.bench import machine
+from bitnet.bench import machine, table
 from bitnet.config import PRESETS, preset
 from bitnet.model import Transformer, parameters
 from bitnet.train.config import TrainConfig
@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     before = machine.describe()
-    print(machine.line(before))
+    print(table.machine_line(before))
     count = parameters(preset(options.preset)) / 1e6
     print(f"{options.preset}: {count:.1f}M parameters, {options.batch_size} sequences, {options.optimizer}\n")
     print("| dtype | ternary ms | plain ms | ratio (quartiles) | forward | backward | optimiser | tokens/s |")

@@ -59,7 +59,9 @@ def plot_curves(metrics: dict[str, list[dict[str, Any]]], report: dict[str, Any]
         rows = [row for row in metrics[run["run"]] if "loss" in row]
         losses, linear = smooth([row["loss"] for row in rows]), run["linear"]
         label = None if linear in drawn else linear
-        axis.plot([row["tokens"] / 1e6 for row in rows], losses, color=_COLORS[linear], linewidth=1, alpha=0.8, label=label)
+        axis.plot(
+            [row["tokens"] / 1e6 for row in rows], losses, color=_COLORS[linear], linewidth=1, alpha=0.8, label=label
+        )
         drawn.add(linear)
         ends += losses[len(losses) // 10 :]  # the first steps are far above the rest and would flatten it
     if ends:

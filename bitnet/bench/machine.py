@@ -39,15 +39,6 @@ def read_bandwidth(repeats: int = 7) -> float:
     return native.read_bandwidth(MEMORY, repeats) / 1e9
 
 
-def line(machine: dict[str, Any]) -> str:
-    """The machine in one line for the head of a table."""
-    return (
-        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, reads "
-        f"{machine['read_gigabytes_per_second']} GB/s; torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['date']}"
-    )
-
-
 def available_memory() -> int | None:
     """Bytes a new process may take: what the system, or the control group around us, has left. None: it cannot tell."""
     found = []
