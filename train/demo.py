@@ -65,6 +65,7 @@ def main() -> int:
     }
     width = shutil.get_terminal_size().columns
     Console(width=max(width, 80)).print(facts(rows, title="\nsummary"))
+    console.print("\na model that was trained for longer, on books, comes along:  bitnet generate -p 'It was'")
     return 0
 
 
