@@ -300,10 +300,12 @@ def summarize(results: list[Result]) -> dict[str, Any]:
     The gap is paired: the twin of a run has its seed. `best` is chosen by validation, never by the test text;
     `tuned_gaps` are those between the best points, so that no badly set twin flatters.
     """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.point, result.linear), []).append(result)
     points: list[dict[str, Any]] = []
-    for point, linear in dict.fromkeys((result.point, result.linear) for result in results):
-        mine = [r for r in results if (r.point, r.linear) == (point, linear)]
-        twins = [r for r in results if (r.point, r.linear) == (point, "plain")] if linear != "plain" else []
+    for (point, linear), mine in groups.items():
+        twins = groups.get((point, "plain"), []) if linear != "plain" else []
         figures = {name: mean_and_error([v for r in mine if (v := getattr(r, name)) is not None]) for name in FIGURES}
         points.append(
             {
@@ -322,7 +324,7 @@ def summarize(results: list[Result]) -> dict[str, Any]:
         sound = [p for p in points if p["linear"] == linear and p["loss"] and not p["diverged"]]
         if sound:
             best[linear] = min(sound, key=lambda p: p["loss"]["mean"])  # each at its own best setting: the honest gap
-    found = {kind: [r for r in results if (r.point, r.linear) == (p["point"], kind)] for kind, p in best.items()}
+    found = {linear: groups[point["point"], linear] for linear, point in best.items()}
     twins = found.pop("plain", [])
     tuned = {kind: _gaps(runs, twins) for kind, runs in found.items() if twins}
     return {"points": points, "best": best, "tuned_gaps": tuned, "runs": [asdict(result) for result in results]}
