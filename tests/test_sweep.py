@@ -72,12 +72,34 @@ train.zero_init = true"""
         assert f"lr={plan.values['train']['lr']:g}" in plan.point
 
 
+def test_a_listed_run_with_linears_of_its_own(text: Path) -> None:
+    content = """seeds = [3, 5]
+linears = ["ternary", "plain"]
+[[runs]]
+[[runs]]
+name = "float first"
+linears = ["ternary"]
+train.float_share = 0.5"""
+    plans = read_sweep(written(text, content))
+    assert [(plan.point, plan.linear, plan.seed) for plan in plans] == [
+        ("base", "ternary", 3),
+        ("base", "plain", 3),
+        ("base", "ternary", 5),
+        ("base", "plain", 5),
+        ("float first", "ternary", 3),
+        ("float first", "ternary", 5),
+    ]
+    assert "linears" not in plans[-1].values
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("seeds = []", "seeds"),
         ("seeds = [1.5]", "seeds"),
         ("linears = ['cubic']", "linears"),
+        ("[[runs]]\nlinears = []", "linears"),
+        ("[[runs]]\nlinears = 'plain'", "linears"),
         ("sedes = [1]", "sedes"),
         ("[grid]\ntrain.lr = 0.1", "expected a list"),
         ("[[runs]]\nname='x'\n[[runs]]\nname='x'", "one name"),

@@ -17,6 +17,11 @@
     name = "zero init"
     train.zero_init = true
 
+    [[runs]]
+    name = "eased in"
+    linears = ["ternary"]                 # instead of those above: for what the others do not have
+    train.ease = 0.3
+
 A sweep goes on where it stopped: finished runs are read, the one that was under way is resumed. Runs with the same data
 share one set of token shards. A run that diverges is a result, too: it is listed as such and the sweep goes on.
 """
@@ -95,11 +100,9 @@ class HeldOut:
 def read_sweep(path: Path) -> list[Plan]:
     """The runs a sweep file asks for. Raises BitNetError for what it does not know, and for two runs of one name."""
     values = _read(path)
-    seeds, linears = values.get("seeds", [0]), values.get("linears", ["ternary"])
-    if not _list_of(int, seeds) or not _list_of(str, linears) or not set(linears) <= set(LINEARS):
-        raise BitNetError(
-            f"sweep: '{path}': got seeds {seeds!r}, linears {linears!r}, expected lists of them, not empty"
-        )
+    seeds = values.get("seeds", [0])
+    if not _list_of(int, seeds):
+        raise BitNetError(f"sweep: '{path}': got seeds {seeds!r}, expected a list of integers, not empty")
     plans = [
         Plan(
             point,
@@ -108,7 +111,7 @@ def read_sweep(path: Path) -> list[Plan]:
             values.get("preset"),
             merge(settings, {"model": {"linear": linear}, "train": {"seed": seed}}),
         )
-        for point, settings in _points(path, values)
+        for point, linears, settings in _points(path, values)
         for seed in seeds
         for linear in linears
     ]
@@ -146,12 +149,15 @@ def _list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(element) is kind for element in value)
 
 
-def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, Values]]:
-    """Name and settings of every point: each listed run at every combination of the grid."""
+def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, list[str], Values]]:
+    """Name, linears and settings of every point: each listed run at every combination of the grid."""
     axes = [[(f"{section}.{key}", value) for value in _as_list(path, section, key, listed)]
             for section, content in values.get("grid", {}).items() for key, listed in content.items()]  # fmt: skip
     for listed in values.get("runs", [{}]):
-        own = {section: content for section, content in listed.items() if section != "name"}
+        linears = listed.get("linears", values.get("linears", ["ternary"]))
+        if not _list_of(str, linears) or not set(linears) <= set(LINEARS):
+            raise BitNetError(f"sweep: '{path}': got linears {linears!r}, expected a list of {', '.join(LINEARS)}")
+        own = {section: content for section, content in listed.items() if section not in ("name", "linears")}
         for chosen in itertools.product(*axes):
             grid: Values = {}
             for name, value in chosen:
@@ -159,7 +165,7 @@ def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, Values]]:
                 grid.setdefault(section, {})[key] = value
             words = [str(listed["name"])] if "name" in listed else [_words(own)] if own else []
             words += [f"{name.partition('.')[2]}={_text(value)}" for name, value in chosen]
-            yield " ".join(words) or "base", merge(values.get("base", {}), own, grid)
+            yield " ".join(words) or "base", linears, merge(values.get("base", {}), own, grid)
 
 
 def _as_list(path: Path, section: str, key: str, value: Any) -> list[Any]:
