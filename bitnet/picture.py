@@ -217,7 +217,7 @@ def _codes(axis: Any, figures: Figures) -> None:
     axis.set_ylabel("% of the weights", fontsize=9)
     axis.set_title("weights after: -1, 0, +1", loc="left", fontsize=10)
     axis.margins(y=0.25)  # room for the legend
-    axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper right")
+    axis.legend(ncols=3, fontsize=8, loc="upper right")
     _plain(axis)
 
 
@@ -227,7 +227,7 @@ def _zeros(axis: Any, figures: Figures) -> None:
         axis.plot(values, line, marker=marker, color=colour, markersize=4.5, linewidth=1.1, label=kind)
     axis.set_ylabel("% zeros", fontsize=9)
     axis.set_title("zeros by layer", loc="left", fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axis)
 
 
@@ -250,11 +250,10 @@ def _ranges(axis: Any, figures: Figures) -> None:
         loc="left",
         fontsize=10,
     )
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axis)
 
 
 def _plain(axis: Any) -> None:
-    axis.grid(alpha=0.25)
+    axis.grid()
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -7,6 +7,14 @@ from bitnet.errors import BitNetError
 
 SUFFIXES = (".png", ".svg")
 _DPI = 130
+_LOOK = {
+    "svg.hashsalt": "bitnet",  # the same picture is the same file
+    "svg.fonttype": "none",  # text stays text: a fifth of the size
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
 
 
 def pyplot() -> Any:
@@ -18,8 +26,7 @@ def pyplot() -> Any:
             "plot: got no matplotlib, expected it for pictures; pip install 'bitnet-ternary[plot]'"
         ) from None
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "bitnet"  # the same picture is the same file
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a fifth of the size
+    matplotlib.rcParams.update(_LOOK)
     import matplotlib.pyplot as plt
 
     return plt

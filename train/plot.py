@@ -32,13 +32,12 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
         top.set_ylim(ordered[0] - 0.1, ordered[int(0.97 * (len(ordered) - 1))] + 0.3)
     top.set_ylabel("loss (nats per token)")
     top.set_title(title, loc="left", fontsize=11, parse_math=False)  # a folder may be named "$x"
-    top.legend(frameon=False)
+    top.legend()
     bottom.plot(steps, [row["lr"] for row in training], color="#555555", linewidth=1.2)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     for axis in (top, bottom):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid()
     return save_both(figure, target)
 
 

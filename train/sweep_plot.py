@@ -39,9 +39,8 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
                 )
         axis.set_xlabel(label)
         axis.set_yticks(range(len(names)), names, parse_math=False)
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid()
+        axis.legend()
     axes[0][0].invert_yaxis()
     return save_both(figure, target)
 
@@ -68,9 +67,8 @@ def plot_curves(metrics: dict[str, list[dict[str, Any]]], report: dict[str, Any]
         axis.set_ylim(min(ends) - 0.1, max(ends) + 0.1)
     axis.set_xlabel("tokens (millions)")
     axis.set_ylabel("training loss, smoothed (nats per token)")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid()
+    axis.legend()
     return save_both(figure, target)
 
 
@@ -100,7 +98,6 @@ def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
         axis.set_xscale("log")
         axis.set_xlabel("parameters")
         axis.set_ylabel("test loss (nats per token)" if kind == "test_loss" else "validation loss (nats per token)")
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid()
+        axis.legend()
     return save_both(figure, target)

@@ -40,7 +40,7 @@ def roofline(document: dict[str, Any]) -> Any:
         axis.set_title(f"{count} thread{'s' * (count > 1)}", loc="left", fontsize=11)
     axes[0][0].set_ylabel("multiply-adds a second (billions)")
     handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(*handles, loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -90,8 +90,7 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
         )
     axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(bottom, low * reads[0]), top * 2))
     axis.set_xlabel("multiply-adds a byte read")
-    axis.grid(alpha=0.25, which="major")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(which="major")
 
 
 def comparison(document: dict[str, Any]) -> Any:
@@ -110,9 +109,7 @@ def comparison(document: dict[str, Any]) -> Any:
         _bars(axis, groups[kind], backends)
         title = {"prompt": "reading a prompt", "answer": "writing", "both": "reading and writing"}[kind]
         axis.set_title(title, loc="left", fontsize=11)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(backends)), frameon=False
-    )
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(backends)))
     return figure
 
 
@@ -164,9 +161,8 @@ def _bars(axis: Any, groups: dict[str, list[Row]], backends: list[str]) -> None:
     axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("tokens a second (logarithmic)")
-    axis.grid(alpha=0.25, axis="x")
+    axis.grid(axis="x")
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def names(rows: list[Row], key: str) -> list[str]:

@@ -45,7 +45,7 @@ def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
         Line2D([], [], linestyle="", color=_LOOKS[f][0], marker=_LOOKS[f][1], markersize=8, label=_LOOKS[f][2])
         for f in families
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return save_both(figure, target)
 
 
@@ -68,8 +68,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], key: str, words: str, title: s
     axis.set_xlim(min(sizes) / 1.25, max(sizes) * 1.45)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
-    axis.grid(alpha=0.25, which="both")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(which="both")
 
 
 def pareto(points: list[tuple[float, float]], *, lower: bool) -> list[tuple[float, float]]:
