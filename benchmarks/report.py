@@ -21,6 +21,7 @@ from bitnet.bench import plot, table
 from bitnet.errors import BitNetError
 from bitnet.tables import sweep_cells, tuned_gaps
 from bitnet.train.compare import table as comparison
+from bitnet.train.sweep import summarized_anew
 
 RESULTS = Path(__file__).with_name("results")
 _LONG = 60  # characters of a cell, past which a value is cut: the file has it whole
@@ -133,8 +134,9 @@ def _compare(document: dict[str, Any]) -> Iterator[Part]:
 def _sweep(document: dict[str, Any]) -> Iterator[Part]:
     comments = [line.removeprefix("#").strip() for line in document["ladder"].splitlines() if line.startswith("#")]
     yield from (Line(comment, code=comment.startswith("bitnet ")) for comment in comments)
-    yield Grid(*sweep_cells(document))
-    yield from (Line(line) for line in tuned_gaps(document))
+    report = summarized_anew(document)
+    yield Grid(*sweep_cells(report))
+    yield from (Line(line) for line in tuned_gaps(report))
     yield Line(f"± is the standard error over seeds. {table.machine_line(document['machine'])}")
 
 

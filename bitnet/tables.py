@@ -145,35 +145,53 @@ def sweep_cells(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
         "test_gap": "test, gap in nats",
     }
     shown = [kind for kind in titles if any(point[kind] for point in report["points"])]
+    best = {
+        (point, linear)
+        for size in report["sizes"]
+        for linear, point in size["best"].items()
+        if size["tried"][linear] > 1
+    }
     rows = []
     for point in report["points"]:
         figures = [
             f"{value['mean']:.4f}{plus_minus(value['error'], 4)}" if (value := point[kind]) else "" for kind in shown
         ]
-        best = report["best"].get(point["linear"]) == point
-        remark = f"{point['diverged']} diverged" if point["diverged"] else f"best {point['linear']}" if best else ""
-        size = f"{point['parameters'] / 1e6:.3g}M"
+        chosen = (point["point"], point["linear"]) in best
+        remark = f"{point['diverged']} diverged" if point["diverged"] else f"best {point['linear']}" if chosen else ""
+        size = _millions(point["parameters"])
         rows.append((point["point"], point["linear"], size, str(point["seeds"]), *figures, remark))
     return ("settings", "linears", "parameters", "seeds", *(titles[kind] for kind in shown), ""), rows
 
 
 def tuned_gaps(report: dict[str, Any]) -> list[str]:
-    """For each kind of linears one line: how far it is from the float twin with both at their best settings."""
+    """Of each size and kind of linears one line: how far from the float twin, both at the best of their settings."""
+    return [
+        _tuned_gap(report["points"], size, linear, gaps)
+        for size in report["sizes"]
+        for linear, gaps in size["tuned_gaps"].items()
+    ]
+
+
+def _tuned_gap(points: list[dict[str, Any]], size: dict[str, Any], linear: str, gaps: dict[str, Any]) -> str:
     units = {
         "gap": "nats a token on the validation text",
         "test_gap": "nats a token",
         "test_bits_per_byte_gap": "bits a byte on the test text",
     }
-    lines = []
-    for linear, gaps in report["tuned_gaps"].items():
-        texts = [
-            f"{value['mean']:+.4f}{plus_minus(value['error'], 4)} {unit}"
-            for kind, unit in units.items()
-            if (value := gaps[kind])
-        ]
-        points = (report["best"][kind]["point"] for kind in (linear, "plain"))
-        lines.append("{} at {} against plain at {}: {}".format(linear, *points, ", ".join(texts)))
-    return lines
+    texts = [
+        f"{value['mean']:+.4f}{plus_minus(value['error'], 4)} {unit}"
+        for kind, unit in units.items()
+        if (value := gaps[kind])
+    ]
+    best, tried = size["best"], size["tried"]
+    ours, twin = (f"{kind} at {best[kind]} (best of {tried[kind]})" for kind in (linear, "plain"))
+    parameters = next(p["parameters"] for p in points if (p["point"], p["linear"]) == (best[linear], linear))
+    pairs = f"{gaps['pairs']} pair{'' if gaps['pairs'] == 1 else 's'} of runs"
+    return f"{_millions(parameters)} parameters, {ours} against {twin}, {pairs}: {', '.join(texts) or 'no gap'}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g}M"
 
 
 def plus_minus(error: float | None, digits: int) -> str:

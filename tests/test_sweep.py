@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import pytest
 
 from bitnet.cli import main
+from bitnet.config import preset
 from bitnet.errors import BitNetError
+from bitnet.tables import sweep_cells, sweep_table, tuned_gaps
 from bitnet.train import pretrain as loop
 from bitnet.train import sweep
+from bitnet.train.command import resolve
 from bitnet.train.run import Run
-from bitnet.train.sweep import mean_and_error, read_held_out, read_sweep
+from bitnet.train.sweep import Result, mean_and_error, read_held_out, read_sweep, summarize, summarized_anew
+from bitnet.train.sweep_plot import plot_curves, plot_scaling, plot_sweep
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 SHAPE = """
 model.hidden_size = 32
@@ -104,6 +111,28 @@ train.float_share = 0.5"""
         ("[grid]\ntrain.lr = 0.1", "expected a list"),
         ("[[runs]]\nname='x'\n[[runs]]\nname='x'", "one name"),
         ("seeds = [", "TOML"),
+        ("linears = ['cubic']\n[[runs]]\nlinears = ['plain']", "linears"),  # though every run has its own
+        ("preset = 'nanoo'", "preset 'nanoo', expected one of nano"),
+        ("preset = ['nano']", "preset .'nano'., expected one of nano"),
+        ("[[runs]]\n[[runs]]\npreset = 'nanoo'", r"\[\[runs\]\] 2: got preset 'nanoo'"),
+        ("[[runs]]\nlinear = ['plain']", "got linear = .'plain'., expected .* or name, linears, preset"),
+        ("[[runs]]\nname = 3", "name 3, expected text"),
+        ("[[runs]]\nname = ''", "name '', expected text"),
+        ("[[runs]]\n[runs.train]\nlr = 1\n[grid]\ntrain.lr = [1]", r"train.lr in \[grid\] and in \[\[runs\]\]"),
+        ("[runs]\ntrain.lr = 0.1", "one or more tables"),
+        ("runs = []", "one or more tables"),
+        ("runs = [3]", "one or more tables"),
+        ("grid = 3", r"\[grid\]: got 3, expected a table"),
+        ("[grid]\nlr = [0.1]", r"\[grid\]: got lr = .0.1., expected settings with their section"),
+        ("base = 3", r"\[base\]: got 3, expected a table"),
+        ("[base]\nsteps = 3", r"\[base\]: got steps = 3, expected settings with their section"),
+        ("[grid]\nmodel.linear = ['plain']", "got model.linear, expected none; linears ="),
+        ("[grid]\ntrain.seed = [1, 2]", "got train.seed, expected none; seeds ="),
+        ("[base]\nmodel.linear = 'plain'", "got model.linear, expected none; linears ="),
+        ("[base]\ntrain.seed = 1", "got train.seed, expected none; seeds ="),
+        ("[[runs]]\nmodel.linear = 'plain'", "got model.linear, expected none; linears ="),
+        ("[[runs]]\ntrain.seed = 1", "got train.seed, expected none; seeds ="),
+        ("test = ['-']", "every run reads the text anew"),
         ("test = 'x.txt'", "a list of paths"),
         ("test_tokens = 5", "a list of paths"),
         ("test = ['x.txt']\ntest_tokens = -1", "a list of paths"),
@@ -116,8 +145,42 @@ def test_mistakes_are_named(content: str, says: str, tmp_path: Path) -> None:
         read_sweep(path)
         read_held_out(path)
 
-    with pytest.raises(BitNetError, match=says):
+    with pytest.raises(BitNetError, match=says) as raised:
         read(tmp_path / "x.toml")
+    assert "x.toml" in str(raised.value)
+
+
+def test_listed_runs_with_presets_of_their_own(text: Path) -> None:
+    content = """preset = "nano"
+[base]
+train.steps = 4
+[[runs]]
+[[runs]]
+preset = "mini"
+[[runs]]
+preset = "small"
+name = "the large one"
+train.lr = 0.001"""
+    file = text.parent / "ladder.toml"
+    file.write_text(content)
+    plans = read_sweep(file)
+    assert [(plan.point, plan.preset) for plan in plans] == [
+        ("base", "nano"),
+        ("preset=mini", "mini"),
+        ("the large one", "small"),
+    ]
+    for plan in plans:
+        assert plan.values.keys() == {"train", "model"}
+        found = resolve(plan.preset, None, plan.values, [], Run(text.parent / "none")).model
+        assert plan.preset is not None
+        assert found == preset(plan.preset)
+
+
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "ladders").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_ladders_of_this_project(file: Path) -> None:
+    read_held_out(file)
+    for plan in read_sweep(file):
+        resolve(plan.preset, None, plan.values, [], Run(file.parent / "none"))
 
 
 def test_mean_and_error() -> None:
@@ -159,6 +222,9 @@ def test_a_sweep_goes_on_and_tells(
     assert json.loads((out / "sweep.json").read_text()) == report
     assert all((out / f"{name}.png").exists() for name in ("sweep", "curves"))
     assert len(report["runs"]) == 8
+    for run in report["runs"]:  # of the model that was trained: its characters, not the vocabulary asked for
+        model, _ = Run(out / run["run"]).load()
+        assert run["parameters"] == sum(weight.numel() for weight in model.parameters())
     by_key = {(r["point"], r["linear"], r["seed"]): r["loss"] for r in report["runs"]}
     for point in report["points"]:
         losses = [by_key[point["point"], point["linear"], seed] for seed in (1, 2)]
@@ -167,13 +233,16 @@ def test_a_sweep_goes_on_and_tells(
         assert (point["gap"] is None) == (point["linear"] == "plain")
         assert point["gap"] is None or point["gap"]["mean"] == pytest.approx(sum(gaps) / 2)
     means = {(p["point"], p["linear"]): p["loss"]["mean"] for p in report["points"]}
-    for linear, best in report["best"].items():
-        assert best["loss"]["mean"] == min(mean for (_, kind), mean in means.items() if kind == linear)
-    ours, theirs = (report["best"][linear]["point"] for linear in ("ternary", "plain"))
+    (size,) = report["sizes"]
+    assert size["tried"] == {"ternary": 2, "plain": 2}
+    for linear, best in size["best"].items():
+        assert means[best, linear] == min(mean for (_, kind), mean in means.items() if kind == linear)
+    ours, theirs = (size["best"][linear] for linear in ("ternary", "plain"))
     gaps = [by_key[ours, "ternary", s] - by_key[theirs, "plain", s] for s in (1, 2)]
-    assert report["tuned_gaps"].keys() == {"ternary"}
-    assert report["tuned_gaps"]["ternary"]["gap"]["mean"] == pytest.approx(statistics.fmean(gaps))
-    assert report["tuned_gaps"]["ternary"]["gap"]["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
+    assert size["tuned_gaps"].keys() == {"ternary"}
+    assert size["tuned_gaps"]["ternary"]["pairs"] == 2
+    assert size["tuned_gaps"]["ternary"]["gap"]["mean"] == pytest.approx(statistics.fmean(gaps))
+    assert size["tuned_gaps"]["ternary"]["gap"]["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
 
     plan = random.choice(read_sweep(file))
     settings = [f"{s}.{k}={v}" for s, c in plan.values.items() for k, v in c.items() if s in ("model", "train")]
@@ -221,7 +290,19 @@ def test_a_run_that_diverges_is_listed_and_the_rest_is_trained(text: Path, monke
     report = json.loads((out / "sweep.json").read_text())
     assert [r["loss"] is None for r in report["runs"]] == ["lr=0.01" in r["point"] for r in report["runs"]]
     assert {p["diverged"] for p in report["points"] if "lr=0.01" in p["point"]} == {1}
-    assert all("lr=0.001" in best["point"] for best in report["best"].values())
+    (size,) = report["sizes"]
+    assert size["best"] == {"ternary": "lr=0.001", "plain": "lr=0.001"}
+    assert size["tried"] == {"ternary": 2, "plain": 2}
+
+    monkeypatch.setattr(sweep, "run_training", original)
+    again = next(r for r in report["runs"] if r["loss"] is None)
+    assert main(["sweep", str(file), "--out", str(out), "-q"]) == 0
+    assert json.loads((out / "sweep.json").read_text())["runs"] == report["runs"]
+    shutil.rmtree(out / again["run"])  # the way to try it again
+    assert main(["sweep", str(file), "--out", str(out), "-q"]) == 0
+    runs = json.loads((out / "sweep.json").read_text())["runs"]
+    assert sum(r["loss"] is None for r in runs) == 1
+    assert next(r for r in runs if r["run"] == again["run"])["loss"] is not None
 
 
 def test_the_plan_is_listed(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,8 +343,131 @@ def test_finished_runs_score_the_test_text(text: Path, tmp_path: Path, capsys: p
             assert point["test_gap"]["mean"] == pytest.approx(ours["test_loss"] - twin["test_loss"])
     folder = out / report["runs"][0]["run"]
     before = (folder / "test.json").stat().st_mtime_ns
+    unseen.touch()  # the same text
     assert main(args) == 0
     assert (folder / "test.json").stat().st_mtime_ns == before
+    was = unseen.read_text()
+    unseen.write_text(was[len(was) // 2 :] + was[: len(was) // 2])  # as long, and another
+    capsys.readouterr()
+    assert main(args) == 0
+    for run, old in zip(json.loads(capsys.readouterr().out)["runs"], report["runs"], strict=True):
+        assert run["test_loss"] != old["test_loss"]
+        assert run["loss"] == old["loss"]
     file.write_text(file.read_text().replace("test = ", "test_tokens = 64\ntest = "))
     assert main(args) == 0
     assert json.loads((folder / "test.json").read_text())["tokens"] == 64
+    file.write_text(file.read_text().replace(str(unseen), str(tmp_path / "nowhere.txt")))
+    assert main(["sweep", str(file), "--out", str(tmp_path / "new"), "-q"]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()  # named before anything is trained
+
+
+def result(point: str, linear: str, seed: int, loss: float | None, size: int = 1000, **more: Any) -> Result:
+    more = {"weights": size, "parameters": size, **more}
+    return Result(point, linear, seed, f"{point}-{linear}-s{seed}", steps=4, tokens=512, loss=loss, **more)
+
+
+def test_each_size_has_its_own_best_points_and_gaps() -> None:
+    """Two sizes; gains of norms make none; the larger plain models would beat all; seeds that only one kind has."""
+    small = [
+        result("a", "ternary", 1, 3.5),
+        result("a", "ternary", 2, 3.7),
+        result("b", "ternary", 1, 3.3, parameters=1010),
+        result("b", "ternary", 2, 3.4, parameters=1010),
+        result("c", "ternary", 1, 3.0),
+        result("c", "ternary", 2, None),  # better than b, and not to be relied on
+        result("a", "plain", 2, 3.1),
+        result("a", "plain", 3, 2.9),
+        result("d", "binary", 1, None),
+    ]
+    large = [
+        result("big", "ternary", 1, 2.9, 2000),
+        result("big", "plain", 1, 2.5, 2000),
+        result("big too", "plain", 1, 2.6, 2000),
+        result("big", "binary", 4, 2.7, 2000),
+    ]
+    results = [*small, *large]
+    random.shuffle(results)
+    report = summarize(results)
+    first, second = report["sizes"]
+    assert (first["size"], second["size"]) == (1000, 2000)
+    assert first["tried"] == {"ternary": 3, "plain": 1, "binary": 1}
+    assert first["best"] == {"ternary": "b", "plain": "a"}
+    assert first["tuned_gaps"].keys() == {"ternary"}
+    gap = first["tuned_gaps"]["ternary"]
+    assert gap["pairs"] == 1  # seed 2
+    assert gap["gap"] == {"mean": pytest.approx(3.4 - 3.1), "error": None}
+    assert second["tried"] == {"ternary": 1, "plain": 2, "binary": 1}
+    assert second["best"] == {"ternary": "big", "plain": "big", "binary": "big"}
+    assert second["tuned_gaps"]["ternary"]["gap"]["mean"] == pytest.approx(0.4)
+    assert second["tuned_gaps"]["binary"]["pairs"] == 0
+    lines = {line.split(" (")[0]: line for line in tuned_gaps(report)}
+    assert len(lines) == 3
+    assert lines["0.00101M parameters, ternary at b"].endswith(
+        "(best of 3) against plain at a (best of 1), 1 pair of runs: +0.3000 nats a token on the validation text"
+    )
+    assert lines["0.002M parameters, binary at big"].endswith("0 pairs of runs: no gap")
+    marks = {(row[0], row[1]): row[-1] for row in sweep_cells(report)[1]}
+    assert marks["b", "ternary"] == "best ternary"
+    assert marks["big", "plain"] == "best plain"
+    assert marks["c", "ternary"] == "1 diverged"
+    assert marks["a", "plain"] == marks["big", "ternary"] == ""  # the only one is no choice
+
+
+def test_the_test_text_chooses_nothing() -> None:
+    """The best by validation is the worst on the test text, for both kinds."""
+    results = [
+        result(point, linear, 1, loss, test_loss=test, test_bits_per_byte=test / 2)
+        for point, linear, loss, test in (
+            ("a", "ternary", 3.0, 4.9),
+            ("b", "ternary", 3.1, 3.2),
+            ("a", "plain", 2.9, 2.95),
+            ("b", "plain", 2.8, 3.9),
+        )
+    ]
+    (size,) = summarize(results)["sizes"]
+    assert size["best"] == {"ternary": "a", "plain": "b"}
+    gaps = size["tuned_gaps"]["ternary"]
+    assert gaps["gap"]["mean"] == pytest.approx(3.0 - 2.8)
+    assert gaps["test_gap"]["mean"] == pytest.approx(4.9 - 3.9)
+    assert gaps["test_bits_per_byte_gap"]["mean"] == pytest.approx((4.9 - 3.9) / 2)
+
+
+@pytest.mark.parametrize("plain", [[], [result("a", "plain", 1, 2.8), result("a", "plain", 2, 2.9)]])
+@pytest.mark.parametrize("loss", [3.0, None])
+def test_points_without_a_twin_in_tables_and_pictures(plain: list[Result], loss: float | None, tmp_path: Path) -> None:
+    """With none at all, and where only one of the points has one; also where all of its runs diverged."""
+    alone = [result("alone", "ternary", seed, loss and loss + seed) for seed in (1, 2)]
+    large = [result("large", "ternary", seed, loss, 2000) for seed in (1, 2)]
+    both = [result("a", "ternary", seed, 3.1 + seed) for seed in (1, 2)] if plain else []
+    report = summarize([*alone, *both, *plain, *large])
+    points = {(point["point"], point["linear"]): point for point in report["points"]}
+    assert points["alone", "ternary"]["gap"] is None
+    assert points["alone", "ternary"]["pairs"] == 0
+    header, rows = sweep_cells(report)
+    assert ("gap to float" in header) == bool(plain)
+    assert all(len(row) == len(header) for row in rows)
+    assert len(tuned_gaps(report)) == bool(plain)
+    sweep_table(report)
+    metrics = {run["run"]: [{"tokens": 1, "loss": 3.0}] if run["loss"] else [] for run in report["runs"]}
+    pytest.importorskip("matplotlib")
+    drawn = plot_sweep(report, tmp_path / "sweep") + plot_curves(metrics, report, tmp_path / "curves")
+    drawn += plot_scaling(report, tmp_path / "scaling")
+    assert len(drawn) == 6
+    assert all(path.stat().st_size for path in drawn)
+
+
+def test_a_stored_report_of_an_older_version() -> None:
+    """Its best points and gaps were in another shape, and are those that its runs give now."""
+    stored = json.loads((BENCHMARKS / "results" / "2026-11-22-ladder-rates.json").read_text())
+    assert "sizes" not in stored
+    report = summarized_anew(stored)
+    (size,) = report["sizes"]
+    assert size["tried"] == {"ternary": 4, "plain": 4, "binary": 4}
+    assert size["best"] == {linear: best["point"] for linear, best in stored["best"].items()}
+    for linear, gaps in stored["tuned_gaps"].items():
+        assert size["tuned_gaps"][linear] == {"pairs": 1, **gaps}
+    for now, then in zip(report["points"], stored["points"], strict=True):
+        assert {key: now[key] for key in then} == then
+    assert report["machine"] == stored["machine"]
+    assert summarized_anew(json.loads(json.dumps(report))) == report

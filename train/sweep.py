@@ -6,7 +6,7 @@
     test = ["unseen/"]                    # text that every finished run scores once; leave away while tuning
     test_tokens = 200_000                 # of it, spread over it; 0 or nothing: all
 
-    [base]                                # settings of all runs, written as in a run's own file
+    [base]                                # settings of all runs, written as in a run's own file; they outrank a preset
     data.paths = ["books/"]
     train.steps = 400
 
@@ -22,10 +22,17 @@
     linears = ["ternary"]                 # instead of those above: for what the others do not have
     train.ease = 0.3
 
+    [[runs]]
+    preset = "mini"                       # instead of that above, with its vocabulary, context and block, but for what
+                                          # [base] and [grid] say of them: no widths there, then
+
 A sweep goes on where it stopped: finished runs are read, the one that was under way is resumed. Runs with the same data
-share one set of token shards. A run that diverges is a result, too: it is listed as such and the sweep goes on.
+share one set of token shards. The test text is scored anew when its files have changed; of a data set only the name is
+looked at. A run that diverges is a result, too: it is listed as such and the sweep goes on. To try it again, delete its
+folder. `model.linear` and `train.seed` are a sweep's own, and refused among the settings.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -33,6 +40,7 @@ import os
 import re
 import shutil
 import statistics
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -43,15 +51,19 @@ import torch
 
 from bitnet.bench import machine
 from bitnet.checkpoint import replacing
-from bitnet.config import LINEARS
+from bitnet.config import LINEARS, PRESETS, ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.model import parameters
+from bitnet.model import norm_parameters, parameters
 from bitnet.train.command import Values, merge, resolve, run_training
 from bitnet.train.config import RunConfig
+from bitnet.train.hub_data import is_dataset
 from bitnet.train.run import Run
 from bitnet.train.scoring import score_run
+from bitnet.train.sources import STANDARD_INPUT, find_sources
 
 _KEYS = {"seeds", "linears", "preset", "test", "test_tokens", "base", "grid", "runs"}
+_OWN_KEYS = ("name", "linears", "preset")  # of a listed run, beside its settings
+_PLANNED = {"model.linear": "linears", "train.seed": "seeds"}  # what a plan sets itself: by which key it is asked for
 _DIVERGED = "training diverged"  # how pretrain begins the message
 
 
@@ -87,6 +99,12 @@ class Result:
     test_loss: float | None = None  # None where there is no test text, too
     test_bits_per_byte: float | None = None
     test_bits_per_byte_error: float | None = None  # from window to window of the text, within one model
+    weights: int | None = None  # parameters less the gains of norms; files of older versions lack it
+
+    @property
+    def size(self) -> int:
+        """Equal for runs of one shape, whatever their linears and norms: those are what is tuned."""
+        return self.parameters if self.weights is None else self.weights
 
 
 @dataclass(frozen=True)
@@ -96,24 +114,33 @@ class HeldOut:
     paths: tuple[str, ...]
     tokens: int  # 0: all
 
+    def asked(self) -> dict[str, Any]:
+        """What a score is of, with a digest of the files' bytes: a data set would take a download to look at.
+
+        Raises BitNetError for a path that leads nowhere.
+        """
+        files = [path for path in self.paths if not is_dataset(path)]
+        whole = hashlib.sha256()
+        for source in find_sources(files, Path(tempfile.gettempdir())):  # the folder is for standard input: none here
+            with source.path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return {"paths": list(self.paths), "tokens_asked": self.tokens, "digest": whole.hexdigest()}
+
 
 def read_sweep(path: Path) -> list[Plan]:
     """The runs a sweep file asks for. Raises BitNetError for what it does not know, and for two runs of one name."""
     values = _read(path)
-    seeds = values.get("seeds", [0])
-    if not _list_of(int, seeds):
-        raise BitNetError(f"sweep: '{path}': got seeds {seeds!r}, expected a list of integers, not empty")
     plans = [
         Plan(
             point,
             linear,
             seed,
-            values.get("preset"),
+            asked.get("preset"),
             merge(settings, {"model": {"linear": linear}, "train": {"seed": seed}}),
         )
-        for point, linears, settings in _points(path, values)
-        for seed in seeds
-        for linear in linears
+        for point, asked, settings in _points(path, values)
+        for seed in values.get("seeds", [0])
+        for linear in asked.get("linears", ["ternary"])
     ]
     if len({plan.folder for plan in plans}) < len(plans):
         raise BitNetError(
@@ -132,40 +159,93 @@ def read_held_out(path: Path) -> HeldOut | None:
         raise BitNetError(
             f"sweep: '{path}': got test {paths!r}, test_tokens {tokens!r}, expected a list of paths and a number"
         )
+    if STANDARD_INPUT in paths:
+        raise BitNetError(f"sweep: '{path}': got test '-', expected files: every run reads the text anew")
     return HeldOut(tuple(paths), tokens)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BitNetError(f"sweep: '{path}' cannot be read as TOML: {error}") from error
     if unknown := values.keys() - _KEYS:
         raise BitNetError(f"sweep: '{path}': got '{min(unknown)}', expected {', '.join(sorted(_KEYS))}")
+    _check(path, values)
     return values
+
+
+def _check(path: Path, values: dict[str, Any]) -> None:
+    """Raise BitNetError where a sweep file has another form than the one at the head of this module."""
+    if not _list_of(int, seeds := values.get("seeds", [0])):
+        raise BitNetError(f"sweep: '{path}': got seeds {seeds!r}, expected a list of integers, not empty")
+    _check_kind(f"sweep: '{path}'", values)
+    for name in ("base", "grid"):
+        _check_settings(f"sweep: '{path}': [{name}]", values.get(name, {}))
+    runs = values.get("runs", [{}])
+    if not _list_of(dict, runs):
+        raise BitNetError(f"sweep: '{path}': got runs {runs!r}, expected one or more tables, each under [[runs]]")
+    for number, listed in enumerate(runs, 1):
+        where = f"sweep: '{path}': [[runs]] {number}"
+        _check_kind(where, listed)
+        if "name" in listed and not (isinstance(listed["name"], str) and listed["name"]):
+            raise BitNetError(f"{where}: got name {listed['name']!r}, expected text")
+        _check_settings(where, _settings(listed), f", or {', '.join(_OWN_KEYS)}")
+
+
+def _check_kind(where: str, values: dict[str, Any]) -> None:
+    linears = values.get("linears", ["ternary"])
+    if not _list_of(str, linears) or not set(linears) <= set(LINEARS):
+        raise BitNetError(f"{where}: got linears {linears!r}, expected a list of {', '.join(LINEARS)}")
+    if "preset" in values and values["preset"] not in list(PRESETS):  # a list: what was got may have no hash
+        raise BitNetError(f"{where}: got preset {values['preset']!r}, expected one of {', '.join(PRESETS)}")
+
+
+def _check_settings(where: str, settings: Any, or_else: str = "") -> None:
+    if not isinstance(settings, dict):
+        raise BitNetError(f"{where}: got {settings!r}, expected a table of settings such as train.lr")
+    for section, content in settings.items():
+        if not isinstance(content, dict):
+            raise BitNetError(
+                f"{where}: got {section} = {content!r}, expected settings with their section, such as train.lr{or_else}"
+            )
+        for key in content:
+            if way := _PLANNED.get(f"{section}.{key}"):  # the plan's own would take its place without a word
+                raise BitNetError(f"{where}: got {section}.{key}, expected none; {way} = [...] says for which to run")
+
+
+def _settings(listed: dict[str, Any]) -> dict[str, Any]:
+    """A listed run less what it says about itself."""
+    return {section: content for section, content in listed.items() if section not in _OWN_KEYS}
 
 
 def _list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(element) is kind for element in value)
 
 
-def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, list[str], Values]]:
-    """Name, linears and settings of every point: each listed run at every combination of the grid."""
+def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Values]]:
+    """Name, wishes (linears, preset) and settings of every point: each listed run at every combination of the grid."""
     axes = [[(f"{section}.{key}", value) for value in _as_list(path, section, key, listed)]
             for section, content in values.get("grid", {}).items() for key, listed in content.items()]  # fmt: skip
     for listed in values.get("runs", [{}]):
-        linears = listed.get("linears", values.get("linears", ["ternary"]))
-        if not _list_of(str, linears) or not set(linears) <= set(LINEARS):
-            raise BitNetError(f"sweep: '{path}': got linears {linears!r}, expected a list of {', '.join(LINEARS)}")
-        own = {section: content for section, content in listed.items() if section not in ("name", "linears")}
+        own = _settings(listed)
+        _check_apart(path, own, values.get("grid", {}))
         for chosen in itertools.product(*axes):
             grid: Values = {}
             for name, value in chosen:
                 section, _, key = name.partition(".")
                 grid.setdefault(section, {})[key] = value
-            words = [str(listed["name"])] if "name" in listed else [_words(own)] if own else []
-            words += [f"{name.partition('.')[2]}={_text(value)}" for name, value in chosen]
-            yield " ".join(words) or "base", linears, merge(values.get("base", {}), own, grid)
+            words = _words(listed) + [f"{name.partition('.')[2]}={_text(value)}" for name, value in chosen]
+            yield " ".join(words) or "base", {**values, **listed}, merge(values.get("base", {}), own, grid)
+
+
+def _check_apart(path: Path, own: Values, grid: Values) -> None:
+    """Raise BitNetError for a setting of a listed run that the grid would overrule, and the run's name still tell."""
+    for section, content in own.items():
+        if twice := content.keys() & grid.get(section, {}).keys():
+            raise BitNetError(
+                f"sweep: '{path}': got {section}.{min(twice)} in [grid] and in [[runs]], expected it in one of them"
+            )
 
 
 def _as_list(path: Path, section: str, key: str, value: Any) -> list[Any]:
@@ -174,8 +254,12 @@ def _as_list(path: Path, section: str, key: str, value: Any) -> list[Any]:
     return value
 
 
-def _words(values: Values) -> str:
-    return " ".join(f"{key}={_text(value)}" for content in values.values() for key, value in content.items())
+def _words(listed: dict[str, Any]) -> list[str]:
+    """What a listed run is called: its name, or what it sets."""
+    if "name" in listed:
+        return [listed["name"]]
+    preset = [f"preset={listed['preset']}"] if "preset" in listed else []
+    return preset + [f"{key}={_text(v)}" for content in _settings(listed).values() for key, v in content.items()]
 
 
 def _text(value: Any) -> str:
@@ -198,6 +282,7 @@ def run_sweep(
             "with: torchrun -m bitnet.cli train"
         )
     plans, held_out = read_sweep(path), read_held_out(path)
+    asked = held_out.asked() if held_out else {}  # a path that leads nowhere is named before hours of training
     out.mkdir(parents=True, exist_ok=True)
     configs = [resolve(plan.preset, None, plan.values, [], Run(out / "a run not there yet")) for plan in plans]
     for plan, config in zip(plans, configs, strict=True):  # all fit, or nothing is trained
@@ -222,7 +307,7 @@ def run_sweep(
             result = _finished(plan, run, config)
             assert result is not None, plan.folder
         if held_out and result.loss is not None:
-            result = _tested(result, run, held_out, device)
+            result = _tested(result, run, held_out, asked, device)
         say(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
     here = machine.describe(bandwidth=False)  # its time is no figure here
@@ -246,8 +331,10 @@ def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
     steps = config.train.steps
     rows = run.metrics()
     tokens = max((row["tokens"] for row in rows if "tokens" in row), default=0)
-    size = parameters(run.config().model if run.exists() else config.model)
-    result = Result(plan.point, plan.linear, plan.seed, plan.folder, size, steps, tokens)
+    model = _model(run, config)
+    size = parameters(model)
+    weights = size - norm_parameters(model)
+    result = Result(plan.point, plan.linear, plan.seed, plan.folder, size, steps, tokens, weights=weights)
     if (run.path / "diverged.txt").exists():
         return result
     last = [row for row in rows if row.get("val_whole") and row["step"] == steps]
@@ -256,10 +343,16 @@ def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
     return replace(result, loss=last[-1]["val_loss"], bits_per_byte=last[-1]["val_bits_per_byte"])
 
 
-def _tested(result: Result, run: Run, held_out: HeldOut, device: torch.device) -> Result:
-    """The result with figures of the test text, which are kept in the run's folder."""
+def _model(run: Run, config: RunConfig) -> ModelConfig:
+    """The model of a run: the vocabulary asked for is an upper bound, of which its tokenizer may use little."""
+    if not run.exists():
+        return config.model
+    return run.config().model.replace(vocab_size=run.tokenizer().vocab_size)
+
+
+def _tested(result: Result, run: Run, held_out: HeldOut, asked: dict[str, Any], device: torch.device) -> Result:
+    """The result with figures of the test text, which are kept in the run's folder with what was asked for."""
     file = run.path / "test.json"
-    asked = {"paths": list(held_out.paths), "tokens_asked": held_out.tokens}
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if {key: known.get(key) for key in asked} != asked:
         known = {**asked, **score_run(run, held_out.paths, held_out.tokens, device)}
@@ -300,48 +393,74 @@ def _link(source: str, target: str) -> None:
 FIGURES = ("loss", "bits_per_byte", "test_loss", "test_bits_per_byte")  # of a point; each with its gap
 
 
-def summarize(results: list[Result]) -> dict[str, Any]:
-    """Every run; of each point and linear mean and standard error over seeds, and the gap to the float twin.
+Groups = dict[tuple[str, str], list[Result]]  # by point and linears
 
-    The gap is paired: the twin of a run has its seed. `best` is chosen by validation, never by the test text;
-    `tuned_gaps` are those between the best points, so that no badly set twin flatters.
+
+def summarize(results: list[Result]) -> dict[str, Any]:
+    """Every run; of each point and linear mean and standard error over seeds, and the gap to the float twin; sizes.
+
+    A gap is paired: the twin of a run has its seed, and `pairs` says how many there are.
     """
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: Groups = {}
     for result in results:
         groups.setdefault((result.point, result.linear), []).append(result)
-    points: list[dict[str, Any]] = []
-    for (point, linear), mine in groups.items():
-        twins = groups.get((point, "plain"), []) if linear != "plain" else []
-        figures = {name: mean_and_error([v for r in mine if (v := getattr(r, name)) is not None]) for name in FIGURES}
-        points.append(
-            {
-                "point": point,
-                "linear": linear,
-                "parameters": mine[0].parameters,
-                "tokens": mine[0].tokens,
-                "seeds": len(mine),
-                "diverged": sum(r.loss is None for r in mine),
-                **figures,
-                **_gaps(mine, twins),
-            }
-        )
-    best = {}
-    for linear in dict.fromkeys(result.linear for result in results):
-        sound = [p for p in points if p["linear"] == linear and p["loss"] and not p["diverged"]]
-        if sound:
-            best[linear] = min(sound, key=lambda p: p["loss"]["mean"])  # each at its own best setting: the honest gap
-    found = {linear: groups[point["point"], linear] for linear, point in best.items()}
-    twins = found.pop("plain", [])
-    tuned = {kind: _gaps(runs, twins) for kind, runs in found.items() if twins}
-    return {"points": points, "best": best, "tuned_gaps": tuned, "runs": [asdict(result) for result in results]}
+    points = [_point(mine, groups.get((point, "plain"), [])) for (point, _), mine in groups.items()]
+    sizes = [_size(size, points, groups) for size in sorted({result.size for result in results})]
+    return {"points": points, "sizes": sizes, "runs": [asdict(result) for result in results]}
+
+
+def summarized_anew(report: dict[str, Any]) -> dict[str, Any]:
+    """A stored report with points and sizes as this version has them: those of its runs."""
+    return {**report, **summarize([Result(**run) for run in report["runs"]])}
+
+
+def _point(mine: list[Result], twins: list[Result]) -> dict[str, Any]:
+    """The runs of one point and linear, and how far they are from their twins."""
+    figures = {name: mean_and_error([v for r in mine if (v := getattr(r, name)) is not None]) for name in FIGURES}
+    return {
+        "point": mine[0].point,
+        "linear": mine[0].linear,
+        "parameters": mine[0].parameters,
+        "size": mine[0].size,
+        "tokens": mine[0].tokens,
+        "seeds": len(mine),
+        "diverged": sum(r.loss is None for r in mine),
+        **figures,
+        **_gaps(mine, twins if mine[0].linear != "plain" else []),
+    }
+
+
+def _size(size: int, points: list[dict[str, Any]], groups: Groups) -> dict[str, Any]:
+    """Of one size the best point of each kind of linears, and the gaps with each kind at its best.
+
+    So no badly set twin flatters. `tried` says out of how many points the best was taken: a kind that was tried more
+    often does better for that alone. The choice is by validation, never by the test text.
+    """
+    mine = [point for point in points if point["size"] == size]
+    tried = {linear: [p for p in mine if p["linear"] == linear] for linear in dict.fromkeys(p["linear"] for p in mine)}
+    sound = {linear: [p for p in all_ if p["loss"] and not p["diverged"]] for linear, all_ in tried.items()}
+    best = {linear: min(some, key=lambda p: p["loss"]["mean"])["point"] for linear, some in sound.items() if some}
+    gaps = {
+        linear: _gaps(groups[point, linear], groups[best["plain"], "plain"])
+        for linear, point in best.items()
+        if linear != "plain" and "plain" in best
+    }
+    return {
+        "size": size,
+        "tried": {linear: len(all_) for linear, all_ in tried.items()},
+        "best": best,
+        "tuned_gaps": gaps,
+    }
 
 
 def _gaps(runs: list[Result], twins: list[Result]) -> dict[str, Any]:
     """Of every figure the mean difference of runs to the twins with their seeds."""
-    gaps = {}
+    gaps: dict[str, Any] = {}
     for name in FIGURES:
         ours, theirs = ({r.seed: getattr(r, name) for r in side} for side in (runs, twins))
-        gaps[_gap(name)] = mean_and_error(_differences(ours, theirs))
+        differences = _differences(ours, theirs)
+        gaps.setdefault("pairs", len(differences))  # by the first figure, which every run has that did not diverge
+        gaps[_gap(name)] = mean_and_error(differences)
     return gaps
 
 

@@ -40,7 +40,7 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
         axis.set_xlabel(label)
         axis.set_yticks(range(len(names)), names, parse_math=False)
         axis.grid()
-        axis.legend()
+        _legend(axis)
     axes[0][0].invert_yaxis()
     return save_both(figure, target)
 
@@ -68,7 +68,7 @@ def plot_curves(metrics: dict[str, list[dict[str, Any]]], report: dict[str, Any]
     axis.set_xlabel("tokens (millions)")
     axis.set_ylabel("training loss, smoothed (nats per token)")
     axis.grid()
-    axis.legend()
+    _legend(axis)
     return save_both(figure, target)
 
 
@@ -78,26 +78,35 @@ def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
     Of several points of one size the best by validation counts. Raises BitNetError when matplotlib is not installed,
     and where all points have one size.
     """
-    sizes = {point["parameters"] for point in report["points"]}
-    if len(sizes) < 2:
-        raise BitNetError(f"sweep: got points of {len(sizes)} size, expected at least two to draw a curve of scaling")
+    if len(report["sizes"]) < 2:
+        raise BitNetError("sweep: got points of one size, expected at least two to draw a curve of scaling")
     plt = pyplot()
-    kinds = [kind for kind in ("loss", "test_loss") if any(point[kind] for point in report["points"])]
+    points = {(point["point"], point["linear"]): point for point in report["points"]}
+    kinds = ["loss", *(["test_loss"] if any(point["test_loss"] for point in report["points"]) else [])]
     figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
         for linear in dict.fromkeys(point["linear"] for point in report["points"]):
-            best: dict[int, dict[str, Any]] = {}
-            for point in report["points"]:
-                if point["linear"] == linear and point["loss"] and point[kind]:
-                    known = best.get(point["parameters"])
-                    if known is None or point["loss"]["mean"] < known["loss"]["mean"]:
-                        best[point["parameters"]] = point
-            shown = [best[size][kind] for size in sorted(best)]
-            means, errors = [value["mean"] for value in shown], [value["error"] or 0.0 for value in shown]
-            axis.errorbar(sorted(best), means, yerr=errors, fmt="o-", capsize=3, color=_COLORS[linear], label=linear)
+            best = [points[size["best"][linear], linear] for size in report["sizes"] if linear in size["best"]]
+            shown = [point for point in best if point[kind]]
+            if shown:
+                axis.errorbar(
+                    [point["parameters"] for point in shown],
+                    [point[kind]["mean"] for point in shown],
+                    yerr=[point[kind]["error"] or 0.0 for point in shown],
+                    fmt="o-",
+                    capsize=3,
+                    color=_COLORS[linear],
+                    label=linear,
+                )
         axis.set_xscale("log")
         axis.set_xlabel("parameters")
         axis.set_ylabel("test loss (nats per token)" if kind == "test_loss" else "validation loss (nats per token)")
         axis.grid()
-        axis.legend()
+        _legend(axis)
     return save_both(figure, target)
+
+
+def _legend(axis: Any) -> None:
+    """Above the picture, where it hides no point: to look for a free corner takes a second on a busy machine."""
+    if axis.get_legend_handles_labels()[0]:  # where every run diverged there is nothing to name, and pyplot would warn
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(LINEARS), frameon=False)

@@ -155,7 +155,7 @@ def sweep(
     try:
         plot_sweep(report, out / "sweep")
         plot_curves({each["run"]: Run(out / each["run"]).metrics() for each in report["runs"]}, report, out / "curves")
-        if len({point["parameters"] for point in report["points"]}) > 1:
+        if len(report["sizes"]) > 1:
             plot_scaling(report, out / "scaling")
     except BitNetError as error:  # no matplotlib: the figures are there all the same
         say(str(error))
