@@ -7,7 +7,7 @@ from bitnet.errors import BitNetError
 
 SUFFIXES = (".png", ".svg")
 _DPI = 130
-_LOOK = {
+_LOOK: dict[str, Any] = {
     "svg.hashsalt": "bitnet",  # the same picture is the same file
     "svg.fonttype": "none",  # text stays text: a fifth of the size
     "axes.spines.top": False,
@@ -26,9 +26,9 @@ def pyplot() -> Any:
             "plot: got no matplotlib, expected it for pictures; pip install 'bitnet-ternary[plot]'"
         ) from None
     matplotlib.use("Agg")
-    matplotlib.rcParams.update(_LOOK)
     import matplotlib.pyplot as plt
 
+    plt.style.use(_LOOK)
     return plt
 
 
