@@ -13,6 +13,7 @@ and lose that: its state is the library's, and another version or a change on th
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -58,10 +59,7 @@ def _texts(name: str) -> Iterator[str]:
             split=settings["split"],
             streaming=True,
         )
-        limit = int(settings["rows"])
-        for number, row in enumerate(rows):
-            if limit and number == limit:
-                return
+        for number, row in enumerate(islice(rows, int(settings["rows"]) or None)):
             text = row.get(settings["column"])
             if not isinstance(text, str):
                 raise BitNetError(
@@ -70,7 +68,7 @@ def _texts(name: str) -> Iterator[str]:
                 )
             if text:
                 yield text
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         if isinstance(error, BitNetError):
             raise
         raise BitNetError(f"data: {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
