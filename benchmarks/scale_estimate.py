@@ -3,21 +3,38 @@
     python benchmarks/scale_estimate.py                  # xl (1.15G parameters), 100G tokens, 8 and 64 GPUs
     python benchmarks/scale_estimate.py --rate 50000     # with tokens/s measured on one such GPU
 
-Per step and GPU, with P parameters (M of them in matrices of blocks), n GPUs, k micro-batches, all in fp32:
+Bytes that each GPU sends in a step, with M weights in matrices of blocks, T = tables and gains, P = M + T, n GPUs, k
+micro-batches and r = (n-1)/n (rings: Patarasuk and Yuan 2009; FSDP: Zhao et al. 2023, arXiv 2304.11277):
 
-    DDP    one ring all-reduce of gradients             2 (n-1)/n * 4 P        Patarasuk and Yuan 2009
-    FSDP   two all-gathers of masters and one           3 (n-1)/n * 4 P * k    Zhao et al. 2023, arXiv 2304.11277;
-           reduce-scatter of gradients a micro-batch                           train/sharding.py says why fp32
-    Muon   of spread matrices: two all-to-alls in bf16  2 (n-1)/n * 2 M / n    train/muon.py
+    ddp          gradients, once a step               2 r 4 P
+    fsdp         masters for the forward pass         r 4 M k      train/sharding.py says why in fp32
+                 tables and gains                     r 4 T k      they stay for the backward pass
+                 gradients                            r 4 P k      after every micro-batch: train/sharding.py
+                 Muon's rows, there and back in bf16  2 r 2 M / n  train/muon.py
+    fsdp-twice   fsdp, and masters for the backward   r 4 M k      float, recomputed, eased or compiled blocks; until
+                 pass as well                                      2026-11-26 all of them
+    fsdp-int8    fsdp with codes in place of masters  r M k        not built; tables and gains stay in fp32
+    fsdp-2bit    the same, packed                     r M k / 4    not built
+
+Bytes that each GPU holds, without activations and logits:
+
+    ddp          masters and gradients 4 + 4 a parameter, Muon 4 a weight, AdamW 8 for the rest, codes of this step 1
+    fsdp         an n-th of that; codes of all blocks, which the backward pass waits for (of one, if recomputed); tables
+                 and gains whole, their gradients, and these once more as they are sent; two blocks on their way, each
+                 gathered and copied out, or a gradient and what is sent of it (and both at once if gathered twice)
 
 Arithmetic: 6 operations a parameter and token, and attention (Kaplan et al. 2020; bitnet.model.flops_per_token); with
 recomputed blocks a third more. And a step: Muon's five iterations of Newton and Schulz, 4 n^2 m + 2 n^3 for a matrix
-of n rows and m >= n columns each, which with DDP every GPU repeats and with FSDP they share. The last line is
-one JSON document.
+of n rows and m >= n columns each, which with DDP every GPU repeats and with FSDP they share.
+
+Hours are given from all communication hidden behind arithmetic to none of it. The last line is one JSON document.
 """
 
 import argparse
 import json
+import shlex
+import sys
+from datetime import date
 from typing import Any
 
 from bitnet.config import PRESETS, ModelConfig
@@ -29,6 +46,15 @@ NVLINK, NETWORK = 450e9, 50e9  # bytes a second and direction: NVLink 4 in a nod
 REACHED = 0.8  # share of that which collectives reach: an assumption; measure with nccl-tests
 UTILISATION = (0.33, 0.50)  # of the peak: parameter-golf's ternary record, nanochat d24 (both 8 x H100, published)
 NODE = 8
+
+# Bytes a weight that are gathered for the forward and for the backward pass; the first is what train/sharding.py does.
+GATHERS = {"fsdp": (4.0, 0.0), "fsdp-twice": (4.0, 4.0), "fsdp-int8": (1.0, 0.0), "fsdp-2bit": (0.25, 0.0)}
+DECISION = (
+    "Decision: codes in the gather are not built. They pay where gathers are not hidden, which a run on several nodes "
+    "has to show; gradients, 4 bytes a parameter, travel in any case. And a code needs its matrix's scale before it "
+    "travels, a mean of |w| over all processes: unless that sum is made exact, its last bit, and codes on the edge, "
+    "are not those of the packed file. int8 would come first: it saves nearly as much as two bits and packs nothing."
+)
 
 
 def token_operations(config: ModelConfig, recompute: bool) -> float:
@@ -43,45 +69,104 @@ def muon_operations(config: ModelConfig) -> float:
     return 5 * config.num_hidden_layers * sum(4 * n**2 * m + 2 * n**3 for n, m in shapes)
 
 
-def estimate(config: ModelConfig, options: argparse.Namespace, gpus: int, parallel: str, used: float) -> dict[str, Any]:
-    """One column: a model on so many GPUs at a share `used` of their peak."""
+def bytes_sent(config: ModelConfig, gpus: int, way: str, micro: int, recompute: bool) -> dict[str, float]:
+    """By one GPU in a step of `micro` micro-batches. way: "ddp" or one of GATHERS."""
     P, M = parameters(config), linear_parameters(config)
+    ring = (gpus - 1) / gpus
+    if way == "ddp":
+        return {"gradients": 2 * ring * 4 * P}
+    forward, backward = GATHERS[way]
+    backward = forward if recompute else backward
+    return {
+        "matrices_forward": ring * forward * M * micro,
+        "matrices_backward": ring * backward * M * micro,
+        "tables_and_gains": ring * 4 * (P - M) * micro,
+        "gradients": ring * 4 * P * micro,
+        "muon": 2 * ring * 2 * M / gpus,
+    }
+
+
+def bytes_held(config: ModelConfig, gpus: int, way: str, recompute: bool) -> float:
+    """By one GPU, without activations and logits."""
+    P, M = parameters(config), linear_parameters(config)
+    T, block = P - M, M / config.num_hidden_layers
+    state = 4 * P + 4 * P + 4 * M + 8 * T
+    if way == "ddp":
+        return state + M
+    codes = block if recompute else M
+    masters_in_backward = way == "fsdp-twice" or recompute
+    on_their_way = 2 * (4 + 4) * block * (2 if masters_in_backward else 1)
+    return state / gpus + codes + 3 * 4 * T + on_their_way
+
+
+def estimate(config: ModelConfig, options: argparse.Namespace, gpus: int, way: str, used: float) -> dict[str, Any]:
+    """One row: a model on so many GPUs at a share `used` of their peak."""
     step_tokens = options.batch_tokens
     micro = max(1, round(step_tokens / gpus / options.micro_tokens))
-    orthogonal = muon_operations(config) / (1 if parallel == "ddp" else gpus)
+    orthogonal = muon_operations(config) / (1 if way == "ddp" else gpus)
     compute = (step_tokens / gpus * token_operations(config, options.recompute) + orthogonal) / (PEAK * used)
-    ring = (gpus - 1) / gpus
-    if parallel == "ddp":
-        sent = {"gradients": 2 * ring * 4 * P}
-        state = 4 * P + 4 * P + 4 * M + 8 * (P - M) + M  # masters, gradients, Muon, AdamW, codes of this step
-    else:
-        sent = {"masters": 2 * ring * 4 * P * micro, "gradients": ring * 4 * P * micro, "muon": 2 * ring * 2 * M / gpus}
-        block = M / config.num_hidden_layers
-        state = (4 * P + 4 * P + 4 * M + 8 * (P - M)) / gpus + 4 * (P - M) + 2 * (4 + 4 + 1) * block
-    line = (NVLINK if gpus <= NODE else NETWORK) * REACHED
-    communication = sum(sent.values()) / line
+    sent = bytes_sent(config, gpus, way, micro, options.recompute)
+    communication = sum(sent.values()) / ((NVLINK if gpus <= NODE else NETWORK) * REACHED)
     steps = options.tokens / step_tokens
     hours = [steps * seconds / 3600 for seconds in (max(compute, communication), compute + communication)]
     return {
         "gpus": gpus,
-        "parallel": parallel,
+        "way": way,
         "utilisation": round(used, 3),
         "micro_batches": micro,
         "compute_seconds_a_step": compute,
         "of_it_muon_seconds": orthogonal / (PEAK * used),
         "sent_gigabytes_a_step": {name: count / 1e9 for name, count in sent.items()},
         "communication_seconds_a_step": communication,
-        "state_gigabytes_a_gpu": state / 1e9,
-        "hours_overlapped": hours[0],
-        "hours_one_after_the_other": hours[1],
+        "state_gigabytes_a_gpu": bytes_held(config, gpus, way, options.recompute) / 1e9,
+        "hours": hours,
         "gpu_hours": [gpus * value for value in hours],
         "dollars": [gpus * value * options.price for value in hours],
-        # What masters would take as int8 codes and as two bits, were weights quantised where they lie.
-        "masters_gigabytes_as_codes": [sent.get("masters", 0.0) / 4 / 1e9, sent.get("masters", 0.0) / 16 / 1e9],
     }
 
 
-def main() -> None:
+def answers(rows: list[dict[str, Any]]) -> list[str]:
+    """Would codes in the gather pay, and what is the second gather worth? Each way against the present one."""
+    lines = []
+    for gpus in sorted({row["gpus"] for row in rows}):
+        now, *others = ([row for row in rows if (row["gpus"], row["way"]) == (gpus, way)] for way in GATHERS)
+        covers = [row["communication_seconds_a_step"] / row["compute_seconds_a_step"] for row in now]
+        lines.append(f"{gpus} GPUs, fsdp: sending takes {_spread(covers, '.0%')} of the time of the arithmetic")
+        for other in others:
+            hidden, bare = (
+                [b["hours"][i] / a["hours"][i] - 1 for a, b in zip(now, other, strict=True)] for i in (0, 1)
+            )
+            lines.append(
+                f"{gpus} GPUs, {other[0]['way']} instead: GPU-hours {_spread(hidden, '+.1%')} where all that can be "
+                f"is hidden, {_spread(bare, '+.1%')} where none is"
+            )
+    return [*lines, DECISION]
+
+
+def _spread(values: list[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def assumptions(options: argparse.Namespace) -> dict[str, Any]:
+    """All that the figures rest on and that was not computed."""
+    published = "assumed: published for other training loops (parameter-golf's ternary record, nanochat d24; 8 x H100)"
+    return {
+        "gpu": GPU,
+        "peak_operations_a_second": PEAK,
+        "bytes_a_second_in_a_node": NVLINK,
+        "bytes_a_second_between_nodes": NETWORK,
+        "gpus_a_node": NODE,
+        "share_that_collectives_reach": REACHED,
+        "utilisation": f"measured: {options.rate} tokens/s of one GPU" if options.rate else published,
+        "dollars_a_gpu_hour": options.price,
+        "tokens_a_step": options.batch_tokens,
+        "tokens_a_micro_batch": options.micro_tokens,
+        "recompute": options.recompute,
+    }
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="xl", choices=PRESETS)
     parser.add_argument("--tokens", type=float, default=100e9)
@@ -92,34 +177,37 @@ def main() -> None:
     )
     parser.add_argument("--recompute", action="store_true", help="blocks are computed again in the backward pass")
     parser.add_argument("--price", type=float, default=2.5, help="dollars a GPU and hour: an assumption")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     config = PRESETS[options.preset]
+    assumed = assumptions(options)
     used = UTILISATION
     if options.rate:
         used = (options.rate * token_operations(config, options.recompute) / PEAK,)
     print(f"{options.preset}: {parameters(config) / 1e9:.2f}G parameters, {options.tokens / 1e9:.0f}G tokens, "
           f"{options.batch_tokens / 1e6:.2f}M a step, {options.tokens / options.batch_tokens:,.0f} steps")  # fmt: skip
-    print(f"assumed: {GPU}, {PEAK / 1e12:.0f} TFLOP/s bf16; {NVLINK / 1e9:.0f} GB/s in a node of {NODE}, "
-          f"{NETWORK / 1e9:.0f} between nodes, {REACHED:.0%} of it reached; ${options.price} a GPU-hour; "
-          + ("utilisation from the measured rate" if options.rate else "utilisations published for other loops")
-          + "; hours from all communication hidden to none of it")  # fmt: skip
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in assumed.items()}
+    print("on paper, from:", "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()))
     rows = [
-        estimate(config, options, gpus, parallel, share)
-        for gpus in (8, 64)
-        for parallel in ("ddp", "fsdp")
-        for share in used
+        estimate(config, options, gpus, way, share) for gpus in (8, 64) for way in ("ddp", *GATHERS) for share in used
     ]
-    print("gpus  parallel  used  compute s  sent GB  comm s  state GB       hours         GPU-hours         dollars")
+    print("gpus  way         used  compute s  sent GB  comm s  state GB       hours         GPU-hours         dollars")
     for row in rows:
-        low, high = row["hours_overlapped"], row["hours_one_after_the_other"]
+        (low, high), (least, most), (cheap, dear) = row["hours"], row["gpu_hours"], row["dollars"]
         print(
-            f"{row['gpus']:4}  {row['parallel']:8}  {row['utilisation']:4.2f}  {row['compute_seconds_a_step']:9.3f}  "
+            f"{row['gpus']:4}  {row['way']:10}  {row['utilisation']:4.2f}  {row['compute_seconds_a_step']:9.3f}  "
             f"{sum(row['sent_gigabytes_a_step'].values()):7.2f}  {row['communication_seconds_a_step']:6.3f}  "
-            f"{row['state_gigabytes_a_gpu']:8.1f}  {low:5.0f} to {high:5.0f}  "
-            f"{row['gpu_hours'][0]:6.0f} to {row['gpu_hours'][1]:6.0f}  "
-            f"{row['dollars'][0]:7,.0f} to {row['dollars'][1]:7,.0f}"
+            f"{row['state_gigabytes_a_gpu']:8.1f}  {low:5.0f} to {high:5.0f}  {least:6.0f} to {most:6.0f}  "
+            f"{cheap:7,.0f} to {dear:7,.0f}"
         )
-    print(json.dumps({"preset": options.preset, "tokens": options.tokens, "rows": rows}))
+    told = answers(rows)
+    print(*told, sep="\n")
+    command = shlex.join(["python", "benchmarks/scale_estimate.py", *sys.argv[1:]])
+    head = {"date": date.today().isoformat(), "command": command, "preset": options.preset, "tokens": options.tokens}
+    print(json.dumps({**head, "measured": False, "assumptions": assumed, "rows": rows, "answers": told}))
 
 
 if __name__ == "__main__":
