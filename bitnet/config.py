@@ -106,16 +106,22 @@ def _preset(vocab: int, width: int, ffn: int, layers: int, heads: int, kv_heads:
     )
 
 
+def _lean(shape: ModelConfig) -> ModelConfig:
+    """The same shape in the block that trained best up to 10M parameters (benchmarks/results/LOG.md)."""
+    return shape.replace(hidden_act="silu", sub_norms=False)
+
+
 def _portable(shape: ModelConfig) -> ModelConfig:
     """The same shape without what llama.cpp (ReLU^2, QK norm) and transformers (QK norm) do not have."""
     return shape.replace(hidden_act="silu", qk_norm=False)
 
 
-# Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide.
+# Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide. The block of 2B4T with QK
+# norm, unless a line says otherwise.
 PRESETS: dict[str, ModelConfig] = {
-    "nano": _preset(4096, 256, 768, 4, 4, 2, 256),  # a laptop, minutes
-    "micro": _preset(8192, 512, 1536, 4, 8, 4, 512),  # a laptop, an hour
-    "mini": _preset(8192, 512, 1536, 8, 8, 4, 512),  # a laptop, a night
+    "nano": _lean(_preset(4096, 256, 768, 4, 4, 2, 256)),  # a laptop, minutes
+    "micro": _lean(_preset(8192, 512, 1536, 4, 8, 4, 512)),  # a laptop, an hour
+    "mini": _lean(_preset(8192, 512, 1536, 8, 8, 4, 512)),  # a laptop, a night
     "small": _preset(16384, 768, 2048, 12, 12, 4, 1024),  # one GPU, an hour
     "medium": _preset(32768, 1024, 2816, 24, 16, 4, 2048),  # one GPU, a day
     "large": _preset(32768, 1536, 4096, 24, 12, 4, 2048),  # the 700M of the b1.58 paper
