@@ -38,11 +38,16 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """The network as one graph, which shares its parameters."""
+    """The network as one graph, which shares its parameters. Graphs of other networks are forgotten."""
+    torch.compiler.reset()  # torch keeps eight graphs of a function, and the models of a sweep are more: no ninth is made
     return cast(nn.Module, torch.compile(network))
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile each block's own pass; hooks around it, such as those that gather its parameters, stay outside."""
+    """Compile each block's own pass; hooks around it, such as those that gather its parameters, stay outside.
+
+    Graphs of other models are forgotten.
+    """
+    torch.compiler.reset()
     for block in blocks:
         block.forward = torch.compile(block.forward)
