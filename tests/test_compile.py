@@ -14,6 +14,8 @@ from bitnet.kernels import ops
 from bitnet.model import Transformer
 from bitnet.train.compiling import check_compiler, compile_blocks
 from bitnet.train.config import TrainConfig
+from bitnet.train.distributed import Processes
+from bitnet.train.network import build_network, write_first_weights
 from bitnet.train.objective import Objective
 
 # torch's compiler warns of parts of its own.
@@ -86,6 +88,21 @@ def test_all_blocks_share_one_graph(recompute: bool, seed: int, rng: torch.Gener
         compile_blocks(model.blocks())
     assert torch.equal(model(ids), wanted)
     assert graphs.made == 1
+
+
+def test_every_model_of_a_process_is_one_graph(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    """As in a sweep, whose models are more than the graphs of one function that torch keeps."""
+    graphs, models = Graphs(), torch._dynamo.config.recompile_limit + 1
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=graphs, fullgraph=True))
+    with Processes(torch.device("cpu")) as processes:
+        for number in range(1, models + 1):
+            config = CONFIG.replace(intermediate_size=10 * number)
+            model, network = build_network(config, TrainConfig(compile=True), processes, sharded=False)
+            write_first_weights(model, TrainConfig())
+            for _ in range(2):  # the first step leaves nothing behind that the second has to be compiled for
+                ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
+                network(ids, ids)
+            assert graphs.made == number
 
 
 @pytest.mark.parametrize("chunk", [0, 7])
