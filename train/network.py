@@ -28,12 +28,23 @@ def build_network(
         network = Objective(model, settings, teacher and teacher.to(device))
     if not sharded:
         model.to_empty(device=device)
+        model.rotary(0, config.context, device)  # made inside of a graph, it would cost the next step another graph
         return model, processes.wrap(compiled(network) if settings.compile else network)
     if settings.compile:
         compile_blocks(model.blocks())
-    shard(network, model.blocks(), device)
+    shard(network, model.blocks(), device, backward_reads=_backward_reads_masters(config, settings))
     network.to_empty(device=device)  # this process's share and no more
     return model, network
+
+
+def _backward_reads_masters(config: ModelConfig, settings: TrainConfig) -> bool:
+    """Whether the backward pass of a block needs its matrices; quantised ones have kept their codes for it.
+
+    Float ones are read, also beside quantised ones while these come in, and so are all when a forward pass runs again.
+    A compiler decides for itself what it keeps: on a CPU, inductor keeps the masters of o_proj and down_proj.
+    """
+    eased = settings.ease > 0 or settings.float_share > 0
+    return config.linear == "plain" or settings.recompute or settings.compile or eased
 
 
 def write_first_weights(model: Transformer, settings: TrainConfig, initial: Initial | None = None) -> None:

@@ -141,7 +141,6 @@ class Trainer:
         use_int8_gradients(self.settings.int8_gradients, self.device)
         digest = teacher_digest(teacher) if teacher is not None else None
         self.model, self.network = build_network(self.model_config, self.settings, processes, self.sharded, teacher)
-        write_first_weights(self.model, self.settings, initial)
         torch.manual_seed(self.settings.seed)
         self.optimizer = Optimizer(self.model, self.settings)
         facts = {
@@ -153,6 +152,8 @@ class Trainer:
         self.state = RunState(run, processes, self.model, self.optimizer, facts, self.sharded)
         self.step, self.tokens, self.skipped, self.seconds = 0, 0, 0, 0.0
         self.resumed = self._resume()
+        if not self.resumed:
+            write_first_weights(self.model, self.settings, initial)
         self.saver = Saver(processes, run.saves, self.settings.keep, self.settings.async_save)
         self.observer = Observer(config, self.model, self.sharded, run, dataset, processes, display, trackers)
         # Live figure only: a token stands for this many bytes on average. Validation counts bytes exactly.
@@ -231,7 +232,8 @@ class Trainer:
             set_ease(self.model, quantised_share(self.settings, self.step))
         loss = self._gradients()
         norm = clip_gradients(list(self.model.parameters()), self.settings.clip)
-        loss_value, norm_value = torch.stack((loss, norm.detach())).tolist()  # the step's one wait for the device
+        # The step's one wait for the device; several processes wait once more, to hear of each other's signals.
+        loss_value, norm_value = torch.stack((loss, norm.detach())).tolist()
         self.step += 1
         self.tokens += self.sequences * self.config.context
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
