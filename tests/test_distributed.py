@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import DistNetworkError, DistStoreError
 
 from bitnet.checkpoint import latest_save
@@ -165,6 +166,17 @@ def test_one_that_works_is_waited_for_longer() -> None:
 def test_nothing_of_a_group_is_left_when_processes_part() -> None:
     """What ended it later would do so with Python's lock in hand: gloo's thread and this one waited for each other."""
     assert meeting("parting", PARTING_RANKS).returncode == 0
+
+
+def test_gradients_lie_in_what_travels() -> None:
+    """With a copy of them beside it, a process would hold four bytes a parameter more."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    processes, model = Processes(torch.device("cpu")), torch.nn.Linear(2, 2)
+    processes.size = 2  # or it would wrap nothing
+    processes.wrap(model)(torch.ones(2)).sum().backward()
+    places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    processes.__exit__()
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ class Processes:
         """The model with its gradients averaged over all processes, until these part."""
         if self.size == 1:
             return model
-        self._wrapped.append(DistributedDataParallel(model))
+        # Gradients lie in the buckets that travel, instead of beside them: four bytes a parameter less.
+        self._wrapped.append(DistributedDataParallel(model, gradient_as_bucket_view=True))
         return self._wrapped[-1]
 
     def mean(self, value: Tensor) -> Tensor:
