@@ -3,13 +3,14 @@
 All processes call it, since a model that is spread over them must be gathered; the first one looks, shows and writes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from bitnet.engine import TorchEngine, stream
-from bitnet.layers import keep_codes, set_ease
+from bitnet.layers import BitLinear, keep_codes, set_ease
 from bitnet.model import Transformer
 from bitnet.sampling import Sampling
 from bitnet.train.config import RunConfig
@@ -108,8 +109,11 @@ class Observer:
 
     def report_telemetry(self, step: int) -> None:
         """Show and write down what the quantised weights do."""
-        model = self._whole(step) if self._sharded else self._model
-        if self._processes.first and (rows := self._telemetry.report(model)):
+        model = _OneByOne(self._model) if self._sharded else self._model
+        if not self._processes.first:
+            for _ in model.named_modules():  # of a spread one, all gather each layer
+                pass
+        elif rows := self._telemetry.report(model):
             self.record({"step": step, "telemetry": rows})
             self._display.telemetry(summary(rows))
 
@@ -127,3 +131,22 @@ class Observer:
             self._copy, self._copied = copy, step
         set_ease(self._model, 1.0)  # figures are those of the ternary model; the next step sets it anew
         return (self._copy if self._sharded else self._model) if self._processes.first else None
+
+
+class _OneByOne(nn.Module):
+    """The quantised layers of a model that is spread, for a walk through them: each is whole, and one at a time.
+
+    Telemetry looks every few dozen steps, and all masters at once are what no process has room for. Collective.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._spread = (model,)  # no submodule
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Names as in the model, and layers that live until the next one."""
+        for name, layer in self._spread[0].named_modules(*args, **options):
+            if isinstance(layer, BitLinear):
+                whole = BitLinear(layer.in_features, layer.out_features, False, device="meta", linear=layer.linear)
+                whole.weight = nn.Parameter(gathered(layer.weight.detach()), requires_grad=False)
+                yield name, whole
