@@ -21,7 +21,7 @@ from bitnet.bench import plot, table
 from bitnet.errors import BitNetError
 from bitnet.tables import sweep_cells, tuned_gaps
 from bitnet.train.compare import table as comparison
-from bitnet.train.sweep import summarized_anew
+from bitnet.train.sweep_summary import summarized_anew
 
 RESULTS = Path(__file__).with_name("results")
 _LONG = 60  # characters of a cell, past which a value is cut: the file has it whole

@@ -17,8 +17,9 @@ from bitnet.train import pretrain as loop
 from bitnet.train import sweep
 from bitnet.train.command import resolve
 from bitnet.train.run import Run
-from bitnet.train.sweep import Result, mean_and_error, read_held_out, read_sweep, summarize, summarized_anew
+from bitnet.train.sweep_plan import read_held_out, read_sweep
 from bitnet.train.sweep_plot import plot_curves, plot_scaling, plot_sweep
+from bitnet.train.sweep_summary import Result, mean_and_error, summarize, summarized_anew
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

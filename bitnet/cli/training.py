@@ -139,7 +139,8 @@ def sweep(
 ) -> None:
     """Train a ladder of runs, several seeds each, one after the other; compare them with their float twins."""
     from bitnet.train.run import Run
-    from bitnet.train.sweep import read_sweep, run_sweep
+    from bitnet.train.sweep import run_sweep
+    from bitnet.train.sweep_plan import read_sweep
     from bitnet.train.sweep_plot import plot_curves, plot_scaling, plot_sweep
 
     if plan:
