@@ -116,8 +116,8 @@ def _portable(shape: ModelConfig) -> ModelConfig:
     return shape.replace(hidden_act="silu", qk_norm=False)
 
 
-# Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide. The block of 2B4T with QK
-# norm, unless a line says otherwise.
+# Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide. The block is that of
+# 2B4T with QK norm, unless a line says otherwise.
 PRESETS: dict[str, ModelConfig] = {
     "nano": _lean(_preset(4096, 256, 768, 4, 4, 2, 256)),  # a laptop, minutes
     "micro": _lean(_preset(8192, 512, 1536, 4, 8, 4, 512)),  # a laptop, an hour

@@ -39,7 +39,7 @@ def check_compiler(device: torch.device) -> None:
 
 def compiled(network: nn.Module) -> nn.Module:
     """The network as one graph, which shares its parameters. Graphs of other networks are forgotten."""
-    torch.compiler.reset()  # torch keeps eight graphs of a function, and the models of a sweep are more: no ninth is made
+    torch.compiler.reset()  # torch keeps eight graphs of a function and makes no ninth; the models of a sweep are more
     return cast(nn.Module, torch.compile(network))
 
 
