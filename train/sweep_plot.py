@@ -21,7 +21,7 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
     names = list(dict.fromkeys(point["point"] for point in report["points"]))
     kinds = [("loss", "validation loss (nats per token)")]
     if any(point["gap"] for point in report["points"]):
-        kinds.append(("gap", "gap to the float twin of the same settings (nats per token)"))
+        kinds.append(("gap", "gap to the float twin (nats per token)"))
     size = (5 * len(kinds), 1.2 + 0.35 * len(names))
     figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (kind, label) in zip(axes[0], kinds, strict=True):
