@@ -230,7 +230,7 @@ def test_inspect_counts_what_is_in_the_file(made: Made, capsys: Captured) -> Non
     vocab = values["config"]["vocab_size"]
     d, f, kv = 32, 44, 16
     block = 2 * d * d + 2 * d * kv + 3 * d * f
-    norms = 2 * (2 * d + d + f + 2 * 16) + d
+    norms = 2 * (2 * d + 2 * 16) + d  # before attention and feed-forward, of queries and keys; the last
     assert values["ternary_parameters"] == 2 * block
     assert values["parameters"] == 2 * block + vocab * d + norms
     assert values["float16_bytes"] == 2 * values["parameters"]
@@ -265,7 +265,15 @@ def test_inspect_as_a_table(made: Made, capsys: Captured, monkeypatch: pytest.Mo
     assert main(["inspect", str(made.model)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    for part in ("ternary", "ReLU²", "bits a weight", "zeros by layer", "sentencepiece", "2 layers, width 32"):
+    for part in (
+        "ternary",
+        "SiLU",
+        "no sub-norms",
+        "bits a weight",
+        "zeros by layer",
+        "sentencepiece",
+        "2 layers, width 32",
+    ):
         assert part in captured.out, part
 
 
