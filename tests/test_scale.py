@@ -351,7 +351,6 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # nobody writes into a loss
 @pytest.mark.parametrize("paper", [2], indirect=True)
 @pytest.mark.parametrize(
     ("linear", "settings", "again"),

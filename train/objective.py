@@ -53,8 +53,8 @@ class Objective(nn.Module):
                 sums = sums + checkpoint(self._sums, *arguments, use_reentrant=False)
             else:
                 sums = sums + self._sums(*arguments)
-        total, entropy = (sums / len(flat)).unbind()
-        return total, entropy.detach()
+        # Two tensors of their own: of views FSDP warns, which cannot hook them.
+        return sums[0] / len(flat), sums[1].detach() / len(flat)
 
     def _sums(self, hidden: Tensor, head: Tensor, targets: Tensor, taught: Tensor | None) -> Tensor:
         """Loss and cross-entropy [2], summed over tokens. hidden: [M, D], head: [V, D], taught: [M, teacher's D]."""
