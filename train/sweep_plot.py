@@ -109,4 +109,4 @@ def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
 def _legend(axis: Any) -> None:
     """Above the picture, where it hides no point: to look for a free corner takes a second on a busy machine."""
     if axis.get_legend_handles_labels()[0]:  # where every run diverged there is nothing to name, and pyplot would warn
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(LINEARS), frameon=False)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(LINEARS))
