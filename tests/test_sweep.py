@@ -328,8 +328,8 @@ def test_finished_runs_score_the_test_text(text: Path, tmp_path: Path, capsys: p
         if run["linear"] == "ternary":
             assert main(["pack", str(out / run["run"]), "-o", str(tmp_path / "m.safetensors")]) == 0
             capsys.readouterr()
-            count = len(Run(out / run["run"]).tokenizer().encode(unseen.read_text()))  # with BOS: this many to predict
-            whole = str(count // 16 * 16)
+            count = len(Run(out / run["run"]).tokenizer().encode(unseen.read_text()))
+            whole = str((count - 1) // 16 * 16)  # nothing comes before the first token to predict it from
             words = ["eval", "-m", str(tmp_path / "m.safetensors"), "--data", str(unseen), "--tokens", whole, "--json"]
             assert main(words) == 0
             found = json.loads(capsys.readouterr().out)
