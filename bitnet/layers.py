@@ -39,7 +39,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.linear = linear
         self._kept_codes: WeightCodes | None = None  # set inside `keep_codes` only
-        self.ease = 1.0  # share of the quantised output; below 1 only while `set_ease` brings the quantisers in
+        self.ease: Tensor | None = None  # share [] of the quantised output, while `set_ease` brings the quantisers in
 
     def quantized_weight(self) -> WeightCodes:
         """The codes [N, K] int8 and scale [] fp32 this layer multiplies by."""
@@ -60,16 +60,17 @@ def set_ease(model: nn.Module, share: float) -> None:
     For a float model that is to become ternary by training on; whether it gains over quantising at once has not been
     measured. 1 is the ternary layer; evaluation and packing know no other.
     """
+    ease = None
     for module in model.modules():
         if isinstance(module, BitLinear):
-            module.ease = share
+            if share < 1 and ease is None:
+                ease = torch.full((), share, device=module.weight.device)  # a number would be compiled anew every step
+            module.ease = ease
 
 
 def _eased(x: Tensor, layers: Sequence[BitLinear], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if all(layer.ease == 1.0 for layer in layers):
-        return outputs
     return tuple(
-        torch.lerp(F.linear(x, layer.weight.to(x.dtype)).to(y.dtype), y, layer.ease)
+        y if layer.ease is None else torch.lerp(F.linear(x, layer.weight.to(x.dtype)).to(y.dtype), y, layer.ease.to(y))
         for layer, y in zip(layers, outputs, strict=True)
     )
 
@@ -151,7 +152,7 @@ def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tup
     norm: applied to x first; one with the quantiser where the kernels can.
     """
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
-    fuses = len(bit_layers) == len(layers) and all(layer.ease == 1.0 for layer in bit_layers)
+    fuses = len(bit_layers) == len(layers) and all(layer.ease is None for layer in bit_layers)
     if norm is not None and not (fuses and ops.trains_fused(x.device)):
         x, norm = norm(x), None
     if len(bit_layers) == len(layers):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.kernels import ops
+from bitnet.layers import set_ease
 from bitnet.model import Transformer
 from bitnet.train.compiling import check_compiler, compile_blocks
 from bitnet.train.config import TrainConfig
@@ -103,6 +104,30 @@ def test_every_model_of_a_process_is_one_graph(monkeypatch: pytest.MonkeyPatch, 
                 ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
                 network(ids, ids)
             assert graphs.made == number
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "by block"])
+def test_easing_is_one_graph_more(blocks: bool, seed: int, rng: torch.Generator) -> None:
+    """Not one for every share of the quantisers; an evaluation between, at the whole of them, costs none."""
+    model, graphs = Transformer(CONFIG.replace(num_hidden_layers=3)), Graphs()
+    model.init_weights(seed)
+    plain = Transformer(model.config)
+    plain.load_state_dict(model.state_dict())
+    model.rotary(0, 16, torch.device("cpu"))  # before, as a run has it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", partial(torch.compile, backend=graphs, fullgraph=True))
+        if blocks:
+            compile_blocks(model.blocks())
+        compiled = model if blocks else torch.compile(model)
+    ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
+    for share in (0.0, 0.25, 1.0, 0.5, 0.75, 1.0):
+        set_ease(model, share)
+        set_ease(plain, share)
+        wanted, got = plain(ids), compiled(ids)
+        assert torch.equal(got, wanted), share
+        expected, found = gradients(plain, wanted.sum()), gradients(model, got.sum())
+        assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    assert graphs.made == 2
 
 
 @pytest.mark.parametrize("chunk", [0, 7])

@@ -164,7 +164,7 @@ def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: in
     assert train(tmp_path, *args, "--out", tmp_path / "whole", "--steps", 8) == 0
     ternary, _ = Run(tmp_path / "whole").load()
     assert ternary.config == model.config.replace(linear="ternary", initializer_range=ternary.config.initializer_range)
-    assert all(layer.ease == 1.0 for layer in ternary.modules() if isinstance(layer, BitLinear))
+    assert all(layer.ease is None for layer in ternary.modules() if isinstance(layer, BitLinear))
     # Stopped behind step 2 and resumed, inside the easing, which takes four: the same weights to the bit.
     shares: list[float] = []
     save, ease = Trainer._save, set_ease
@@ -221,7 +221,6 @@ def test_what_cannot_be_trained_on(
         (tmp_path / "nothing", [], "nothing at"),
         (whole, ["--preset", "nano"], "--preset nano and --init"),
         (whole, ["--set", "model.hidden_size=64"], "shape"),
-        (whole, ["--set", "train.ease=0.5", "--compile"], "train.ease"),
     ):
         capsys.readouterr()
         assert train(tmp_path, "--init", start, "--out", tmp_path / "out", "--steps", 1, *more) == 2, start

@@ -108,8 +108,6 @@ class TrainConfig:
                 "them: a global batch is cut into micro-batches of batch_size by itself"
             )
         self._check_used()
-        if self.ease and self.compile:
-            raise BitNetError("train.ease: got it with --compile, which would compile every step anew; use one of them")
         if self.ease + self.float_share > 1:
             raise BitNetError(
                 f"train.float_share: got {self.float_share} and train.ease {self.ease}, expected at most 1 together: "

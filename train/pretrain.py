@@ -327,7 +327,7 @@ class Trainer:
         self.optimizer.zero_grad()
         torch.set_rng_state(rng)
         text = f"{duration(left * seconds)} for {left} steps (without the optimiser's share)"
-        slow = left * seconds > _WORTH_COMPILING and not self.settings.compile and not self.settings.ease
+        slow = left * seconds > _WORTH_COMPILING and not self.settings.compile
         return text + ("; --compile makes it faster" if slow and not missing_compiler(self.device) else "")
 
     def _plot(self) -> list[str]:
