@@ -39,7 +39,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.linear = linear
         self._kept_codes: WeightCodes | None = None  # set inside `keep_codes` only
-        self.ease: Tensor | None = None  # share [] of the quantised output, while `set_ease` brings the quantisers in
+        self.ease: Tensor | None = None  # share [] of the quantised operands, while `set_ease` brings the quantisers in
 
     def quantized_weight(self) -> WeightCodes:
         """The codes [N, K] int8 and scale [] fp32 this layer multiplies by."""
@@ -47,7 +47,7 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] float. Returns [..., N]."""
-        (y,) = _eased(x, [self], quant.bit_linear(x, [self.weight], [self.quantized_weight()]))
+        (y,) = _apply(x, [self])
         return y if self.bias is None else y + self.bias.to(y.dtype)  # bf16 under autocast, as nn.Linear
 
     def extra_repr(self) -> str:
@@ -55,10 +55,10 @@ class BitLinear(nn.Linear):
 
 
 def set_ease(model: nn.Module, share: float) -> None:
-    """Let every BitLinear of `model` give `share` of its quantised output and the rest of its float one.
+    """Let every BitLinear of `model` multiply operands of which `share` is quantised and the rest float.
 
-    For a float model that is to become ternary by training on; whether it gains over quantising at once has not been
-    measured. 1 is the ternary layer; evaluation and packing know no other.
+    1 is the ternary layer; evaluation and packing know no other. What coming in slowly gains is in
+    benchmarks/results/LOG.md.
     """
     ease = None
     for module in model.modules():
@@ -68,11 +68,11 @@ def set_ease(model: nn.Module, share: float) -> None:
             module.ease = ease
 
 
-def _eased(x: Tensor, layers: Sequence[BitLinear], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(
-        y if layer.ease is None else torch.lerp(F.linear(x, layer.weight.to(x.dtype)).to(y.dtype), y, layer.ease.to(y))
-        for layer, y in zip(layers, outputs, strict=True)
-    )
+def _apply(x: Tensor, layers: Sequence[BitLinear], norm: quant.Norm | None = None) -> tuple[Tensor, ...]:
+    weights, codes = [layer.weight for layer in layers], [layer.quantized_weight() for layer in layers]
+    if (ease := layers[0].ease) is not None:  # `set_ease` goes over whole models: one share for all
+        return quant.eased_linear(x, weights, codes, ease)
+    return quant.bit_linear(x, weights, codes, norm)
 
 
 class keep_codes:  # noqa: N801 - a context manager, used like a function
@@ -156,9 +156,7 @@ def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tup
     if norm is not None and not (fuses and ops.trains_fused(x.device)):
         x, norm = norm(x), None
     if len(bit_layers) == len(layers):
-        weights, codes = [layer.weight for layer in bit_layers], [layer.quantized_weight() for layer in bit_layers]
-        fused = None if norm is None else quant.Norm(norm.weight, norm.eps)
-        return _eased(x, bit_layers, quant.bit_linear(x, weights, codes, fused))
+        return _apply(x, bit_layers, None if norm is None else quant.Norm(norm.weight, norm.eps))
     packed_layers = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed_layers) == len(layers):
         return packed_linear(x, packed_layers)

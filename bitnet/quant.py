@@ -90,6 +90,28 @@ def bit_linear(
     return outputs
 
 
+def eased_linear(
+    x: Tensor, weights: Sequence[Tensor], codes: Sequence[WeightCodes], share: Tensor
+) -> tuple[Tensor, ...]:
+    """Apply linears whose operands are part quantised, part float: one float product each, that of the mixture.
+
+    At a share of 0 a float layer, at 1 `bit_linear` up to float rounding; gradients are those of a float layer at
+    both (straight-through estimator).
+
+    x: [..., K] float; weights, codes: as of `bit_linear`; share: [] fp32, of the quantised operands.
+    Returns [..., N_i] in the autocast dtype if autocast is on, else in x's dtype.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    q, inv_scale = reference.quantize_activations(x.detach())
+    x = _mixed(x.float(), q.float() / inv_scale, share).to(dtype)
+    mixed = (_mixed(weight, c.codes * c.scale, share) for weight, c in zip(weights, codes, strict=True))
+    return tuple(F.linear(x, weight.to(dtype)) for weight in mixed)
+
+
+def _mixed(value: Tensor, quantised: Tensor, share: Tensor) -> Tensor:
+    return value + share * (quantised - value.detach())
+
+
 class _BitLinear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from bitnet.checkpoint import read_save
 from bitnet.cli import main
@@ -15,6 +15,7 @@ from bitnet.errors import BitNetError
 from bitnet.formats.gguf_export import export_gguf
 from bitnet.formats.hf_export import export_hf
 from bitnet.formats.source import TrainedSource
+from bitnet.kernels import reference
 from bitnet.layers import BitLinear, project, set_ease
 from bitnet.model import Transformer
 from bitnet.packed import write_packed
@@ -190,20 +191,38 @@ def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: in
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ease_blends_the_two_layers() -> None:
-    layers = [BitLinear(24, 40, bias=False), BitLinear(24, 8, bias=False)]
-    x = torch.randn(3, 24)
-    quantised = [layer(x) for layer in layers]
-    floats = [F.linear(x, layer.weight) for layer in layers]
-    for share in (0.0, 0.25, 1.0):
-        for layer in layers:
-            set_ease(layer, share)
-        for got, q, f in zip(project(x, *layers), quantised, floats, strict=True):
-            torch.testing.assert_close(got, share * q + (1 - share) * f)
-        torch.testing.assert_close(layers[0](x), share * quantised[0] + (1 - share) * floats[0])
-    set_ease(layers[0], 0.0)
-    layers[0](x).sum().backward()
-    torch.testing.assert_close(layers[0].weight.grad, x.sum(0).expand(40, 24))
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+def test_eased_operands_are_part_quantised(amp: bool) -> None:
+    """Against products in float64 of operands that move from the float ones to the quantised ones.
+
+    An operand of either kind is rounded a few times, relative to the larger of its two ends, and each addition rounds.
+    """
+    layers = nn.ModuleList([BitLinear(24, 40, bias=False), BitLinear(24, 8, bias=False, linear="binary")])
+    x, dy = torch.randn(15, 24, requires_grad=True), torch.randn(15, 48)
+    q, inv_scale = reference.quantize_activations(x.detach())
+    ends_x = torch.stack([x.detach().double(), q.double() / inv_scale])
+    masters = torch.cat([layer.weight.detach().double() for layer in layers])
+    codes = [layer.quantized_weight() for layer in layers]
+    ends_w = torch.stack([masters, torch.cat([c.codes.double() * c.scale for c in codes])])
+    size_x, size_w, size_dy = ends_x.abs().amax(0), ends_w.abs().amax(0), dy.double().abs()
+    unit = 2**-8 if amp else 2**-24
+    for share in (0.0, 0.25, 0.9, 1.0 - 2**-20, 1.0):
+        set_ease(layers, share)
+        mixed_x, mixed_w = ends_x[0].lerp(ends_x[1], share), ends_w[0].lerp(ends_w[1], share)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = torch.cat(project(x, *layers), -1)
+            assert torch.equal(layers[0](x), y[:, :40])
+        assert y.dtype == (torch.bfloat16 if amp else torch.float32)
+        x.grad = None
+        layers.zero_grad()
+        y.backward(dy.to(y.dtype))
+        dw = torch.cat([layer.weight.grad for layer in layers])
+        for got, wanted, size, sums in (
+            (y, mixed_x @ mixed_w.T, size_x @ size_w.T, 24),
+            (x.grad, dy.double() @ mixed_w, size_dy @ size_w, 48),
+            (dw, dy.double().T @ mixed_x, size_dy.T @ size_x, 15),
+        ):
+            assert ((got.double() - wanted).abs() <= (sums + 12) * unit * size).all(), share
 
 
 def test_what_cannot_be_trained_on(
