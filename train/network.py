@@ -40,11 +40,10 @@ def build_network(
 def _backward_reads_masters(config: ModelConfig, settings: TrainConfig) -> bool:
     """Whether the backward pass of a block needs its matrices; quantised ones have kept their codes for it.
 
-    Float ones are read, also beside quantised ones while these come in, and so are all when a forward pass runs again.
+    Float ones are read, and all are when a forward pass runs again; while quantisers come in, mixtures have been kept.
     A compiler decides for itself what it keeps: on a CPU, inductor keeps the masters of o_proj and down_proj.
     """
-    eased = settings.ease > 0 or settings.float_share > 0
-    return config.linear == "plain" or settings.recompute or settings.compile or eased
+    return config.linear == "plain" or settings.recompute or settings.compile
 
 
 def write_first_weights(model: Transformer, settings: TrainConfig, initial: Initial | None = None) -> None:
