@@ -20,7 +20,7 @@ from bitnet.layers import BitLinear, project, set_ease
 from bitnet.model import Transformer
 from bitnet.packed import write_packed
 from bitnet.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from bitnet.train.command import run_training
+from bitnet.train.command import resolve, run_training
 from bitnet.train.config import default_config
 from bitnet.train.display import Display
 from bitnet.train.pretrain import Trainer, pretrain
@@ -157,7 +157,16 @@ def test_a_program_that_opens_no_models_refuses_one(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("linear", "ease"), [("plain", 0.8), ("ternary", 0.0), ("binary", 0.0)])
+def test_quantised_weights_are_not_eased_in_again(linear: str, ease: float, tmp_path: Path) -> None:
+    run, initial = Run(tmp_path / "new"), default_config().model.replace(linear=linear)
+    assert resolve(None, None, {}, [], run, initial).train.ease == ease
+    assert resolve(None, None, {}, ["train.ease=0.5"], run, initial).train.ease == 0.5
+
+
+def test_a_float_model_turns_ternary(
+    tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The recipe: a float LlamaForCausalLM, --linear ternary, the quantisers eased in over half of the steps."""
     model = made(tokenizer, seed, linear="plain", sub_norms=False, hidden_act="silu")
     start = export_hf(TrainedSource(model, tokenizer, {}), tmp_path / "float", packed=False)
@@ -183,10 +192,17 @@ def test_a_float_model_turns_ternary(tokenizer: SentencePieceTokenizer, seed: in
         with pytest.raises(Stop):
             train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8)
     assert [path.name for path in (tmp_path / "parts" / "saves").iterdir()] == ["step-00000002"]
+    packing = ["pack", str(tmp_path / "parts"), "-o", str(tmp_path / "m.safetensors")]
+    capsys.readouterr()
+    assert main(packing) == 0
+    assert "at step 2 of 8 the quantisers are 50% in" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitnet.train.pretrain.set_ease", note_share)
         assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8) == 0
     assert shares[:3] == [0.75, 1.0, 1.0]  # steps 3, 4, 5
+    capsys.readouterr()
+    assert main(packing) == 0
+    assert capsys.readouterr().err == ""
     a, b = Run(tmp_path / "whole").load()[0].state_dict(), Run(tmp_path / "parts").load()[0].state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
 

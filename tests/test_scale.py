@@ -375,8 +375,9 @@ def test_quantised_masters_travel_once(
     monkeypatch.setattr(network, "compile_blocks", lambda blocks: None)  # what is gathered does not depend on it
     shape = {key: int(value) for key, value in (setting.split("=") for setting in SHAPE.split())}
     config = ModelConfig(vocab_size=30, max_position_embeddings=16, linear=linear, **shape)
-    model, objective = network.build_network(config, TrainConfig(**settings), paper, sharded=True)
-    set_ease(model, quantised_share(TrainConfig(**settings), 0))
+    train = TrainConfig(**{"ease": 0.0, **settings})
+    model, objective = network.build_network(config, train, paper, sharded=True)
+    set_ease(model, quantised_share(train, 0))
     ids = torch.randint(30, (2, 16))
     rest = table_parameters(config) + norm_parameters(config)  # all of them cut evenly by two, so nothing is padded
     block = linear_parameters(config) // 2

@@ -87,7 +87,7 @@ linears = ["ternary", "plain"]
 [[runs]]
 name = "float first"
 linears = ["ternary"]
-train.float_share = 0.5"""
+train.float_share = 0.2"""
     plans = read_sweep(written(text, content))
     assert [(plan.point, plan.linear, plan.seed) for plan in plans] == [
         ("base", "ternary", 3),

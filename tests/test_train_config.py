@@ -282,7 +282,7 @@ MUST_STAY = {
         "schedule": "cosine", "warmup": 0.5, "decay": 0.5, "second_stage_lr": 0.5, "min_lr": 0.5, "weight_decay": 0.5,
         "momentum": 0.5, "beta1": 0.5, "beta2": 0.5, "clip": 0.5, "dtype": "bf16", "seed": 5,
         "int8_gradients": "all",
-        "init": "runs/other", "ease": 0.5, "float_share": 0.5, "zero_init": True, "z_loss": 0.5,
+        "init": "runs/other", "ease": 0.5, "float_share": 0.2, "zero_init": True, "z_loss": 0.5,
         "teacher": "runs/other", "distill": 0.25, "temperature": 2.0,
     },
     "model": {"hidden_size": 64, "linear": "plain", "num_hidden_layers": 1, "vocab_size": 300, "sub_norms": False},

@@ -10,7 +10,7 @@ import torch
 from bitnet import checkpoint, schema
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.train.config import RunConfig, TokenizerConfig, default_config, read_toml
+from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig, default_config, read_toml
 from bitnet.train.display import Display
 from bitnet.train.initial import Initial, Teacher
 from bitnet.train.overview import duration
@@ -82,7 +82,8 @@ def resolve(
     elif run.exists() or initial is None:
         base = run.config() if run.exists() else default_config()
     else:
-        base = RunConfig(model=initial)
+        ease = TrainConfig.ease if initial.linear == "plain" else 0.0  # quantised weights need no way in
+        base = RunConfig(model=initial, train=TrainConfig(ease=ease))
     # In one go: settings that fit together only as a whole may come from several places.
     return base.override(merge(values, _spoken(flags, assignments)))
 

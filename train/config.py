@@ -70,7 +70,9 @@ class TrainConfig:
     z_loss: float = 0.0  # weight of mean(logsumexp^2), which keeps logits near zero; PaLM's 1e-4
     zero_init: bool = False  # o_proj and down_proj begin at zero: every block begins as the identity
     float_share: float = 0.0  # share of the steps before the quantisers are switched on
-    ease: float = 0.0  # share of the steps over which the quantisers come in, for a float model that turns ternary
+    # Share of the steps over which the quantisers come in: less makes a worse model of the same tokens
+    # (benchmarks/ladders/7-ease.toml). A run that starts from quantised weights has 0 unless told otherwise.
+    ease: float = 0.8
     eval_every: int = 100  # 0: only at the end
     eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
     sample_every: int = 0  # 0: with the last step only
@@ -111,7 +113,7 @@ class TrainConfig:
         if self.ease + self.float_share > 1:
             raise BitNetError(
                 f"train.float_share: got {self.float_share} and train.ease {self.ease}, expected at most 1 together: "
-                "the quantisers have to be in before the end"
+                "the quantisers have to be in before the end; lower one of them"
             )
 
     def _check_used(self) -> None:

@@ -104,6 +104,8 @@ class Display:
             f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
             f"{self._speed:,.0f} tokens/s  lr {row['lr']:.1e}"
         )
+        if "quantised" in row:
+            text += f"  {row['quantised']:.0%} quantised"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=row["step"], description=f"{text}  {self._zeros}")
         elif row["step"] % self.every == 0 or row["step"] == self._total:

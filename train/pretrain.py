@@ -228,8 +228,8 @@ class Trainer:
         started = time.perf_counter()
         rate = self.optimizer.set_step(self.step)
         self.observer.forget()
-        if self.settings.ease or self.settings.float_share:
-            set_ease(self.model, quantised_share(self.settings, self.step))
+        share = quantised_share(self.settings, self.step) if self.model_config.linear != "plain" else 1.0
+        set_ease(self.model, share)
         loss = self._gradients()
         norm = clip_gradients(list(self.model.parameters()), self.settings.clip)
         # The step's one wait for the device; several processes wait once more, to hear of each other's signals.
@@ -250,6 +250,7 @@ class Trainer:
             "grad_norm": norm_value,
             "tokens": self.tokens,
             "tokens_per_second": self.sequences * self.config.context / seconds,
+            **({"quantised": share} if share < 1 else {}),
         }
 
     def _gradients(self) -> Tensor:

@@ -42,7 +42,7 @@ def in_second_stage(config: TrainConfig, step: int) -> bool:
 
 
 def quantised_share(config: TrainConfig, step: int) -> float:
-    """How much of a layer's output is quantised at a step: none for `float_share` of the run, all after `ease` more."""
+    """The quantised share of a layer's operands at a step: 0 for `float_share` of the run, 1 after `ease` more."""
     into = step - round(config.float_share * config.steps)
     if into < 0:
         return 0.0

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, Quiet, open_model, read_stdin
+from bitnet.cli.options import Debug, Json, Quiet, note_easing, open_model, read_stdin
 from bitnet.cli.terminal import print_json, print_tables
 from bitnet.errors import BitNetError
 from bitnet.shipped import BOOKS
@@ -25,6 +25,7 @@ def pack(
 
     folder = Run(run)
     model, save = folder.load()
+    note_easing(folder, save.step)
     validation = [row for row in folder.metrics() if "val_loss" in row and row["step"] == save.step]
     info = {"steps": save.step, "tokens": save.state["tokens"], "seed": folder.config().train.seed}
     if validation:

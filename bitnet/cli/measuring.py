@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from bitnet.cli.options import Debug, Device, Json, Quiet, Threads, pick_device, set_threads
-from bitnet.cli.terminal import print_json
+from bitnet.cli.terminal import print_json, print_tables
 
 
 def bench(
@@ -150,11 +150,7 @@ def compare(
     if as_json:
         print_json(report)
     else:
-        from rich.console import Console
+        from bitnet.train.compare.table import comparison_tables
 
-        from bitnet.train.compare.table import WIDTH, comparison_tables
-
-        console = Console()
-        console = console if console.is_terminal else Console(width=WIDTH)
-        console.print(*comparison_tables(report), sep="\n")
+        print_tables(*comparison_tables(report))
     raise typer.Exit(1 if any(row["status"] == "failed" for row in report["results"]) else 0)

@@ -69,7 +69,22 @@ def open_model(name: str) -> Any:
     if not run.exists():
         return open_source(name)
     model, save = run.load()
+    note_easing(run, save.step)
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
+
+
+def note_easing(run: Any, step: int) -> None:
+    """Say on stderr that the save behind `step` steps is of a model that was not yet trained with its codes alone."""
+    from bitnet.train.schedule import quantised_share
+
+    config = run.config()
+    share = quantised_share(config.train, step - 1)
+    if config.model.linear != "plain" and share < 1:
+        typer.echo(
+            f"note: {run.path}: at step {step} of {config.train.steps} the quantisers are {share:.0%} in; what a model "
+            "loses by them until then, it gains back by the end of its run",
+            err=True,
+        )
 
 
 def open_teacher(name: str) -> Any:

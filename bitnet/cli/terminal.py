@@ -1,10 +1,13 @@
 """How the verbs print: text as it is written, one JSON document, tables."""
 
 import json
+import os
 import sys
 from typing import Any
 
 import typer
+
+_WIDTH = 400  # characters, where the output is no terminal: nothing is folded away in a log
 
 
 def write_now(text: str) -> None:
@@ -19,7 +22,10 @@ def print_json(report: dict[str, Any]) -> None:
 
 
 def print_tables(*tables: Any) -> None:
-    """Tables of rich, one below the other, as wide as the terminal."""
+    """Tables of rich, one below the other, as wide as the terminal, or as COLUMNS says where there is none."""
     from rich.console import Console
 
-    Console().print(*tables, sep="\n")
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=_WIDTH)
+    console.print(*tables, sep="\n")

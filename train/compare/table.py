@@ -15,9 +15,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-WIDTH = 240  # characters, where the output is no terminal: nothing is folded away in a log
-
-
 def comparison_tables(report: dict[str, Any]) -> list[RenderableType]:
     """The head, the measured rows, and what could not run."""
     rows = report["results"]
