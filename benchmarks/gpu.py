@@ -273,9 +273,11 @@ TRAINED = {
 
 
 def train() -> Result:
-    """A training step under torch.compile in bf16: ternary (and with int8 gradients) against the float twin."""
+    """A training step under torch.compile in bf16: ternary (and with int8 gradients, and half-way eased in) against the
+    float twin."""
     from bitnet import quant
     from bitnet.config import ModelConfig
+    from bitnet.layers import set_ease
     from bitnet.model import Transformer, flops_per_token, parameters
     from bitnet.train.config import TrainConfig
     from bitnet.train.objective import Objective
@@ -283,11 +285,12 @@ def train() -> Result:
     rows = []
     for name, (changes, batch) in TRAINED.items():
         steps: dict[str, Callable[[], Any]] = {}
-        for kind in ("plain", "ternary", "ternary-int8-dx", "ternary-int8-dx-dw"):
+        for kind in ("plain", "ternary", "ternary-int8-dx", "ternary-int8-dx-dw", "ternary-eased"):
             config = ModelConfig(**changes).replace(linear="plain" if kind == "plain" else "ternary")
             model = Transformer(config)
             model.init_weights(0)
             model.cuda()
+            set_ease(model, 0.5 if kind == "ternary-eased" else 1.0)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
             network = torch.compile(Objective(model, TrainConfig()))
             tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")

@@ -11,17 +11,18 @@ micro-batches and r = (n-1)/n (rings: Patarasuk and Yuan 2009; FSDP: Zhao et al.
                  tables and gains                     r 4 T k      they stay for the backward pass
                  gradients                            r 4 P k      after every micro-batch: train/sharding.py
                  Muon's rows, there and back in bf16  2 r 2 M / n  train/muon.py
-    fsdp-twice   fsdp, and masters for the backward   r 4 M k      float, recomputed, eased or compiled blocks; until
+    fsdp-twice   fsdp, and masters for the backward   r 4 M k      float, recomputed or compiled blocks; until
                  pass as well                                      2026-11-26 all of them
     fsdp-int8    fsdp with codes in place of masters  r M k        not built; tables and gains stay in fp32
     fsdp-2bit    the same, packed                     r M k / 4    not built
 
 Bytes that each GPU holds, without activations and logits:
 
-    ddp          masters and gradients 4 + 4 a parameter, Muon 4 a weight, AdamW 8 for the rest, codes of this step 1
-    fsdp         an n-th of that; codes of all blocks, which the backward pass waits for (of one, if recomputed); tables
-                 and gains whole, their gradients, and these once more as they are sent; two blocks on their way, each
-                 gathered and copied out, or a gradient and what is sent of it (and both at once if gathered twice)
+    ddp          masters and gradients 4 + 4 a parameter, Muon 4 a weight, AdamW 8 for the rest, and what the backward
+                 pass reads: mixtures of weights in bf16, 2, while the quantisers come in (codes, 1, behind that)
+    fsdp         an n-th of that, but the mixtures of all blocks (of one, if recomputed); tables and gains whole, their
+                 gradients, and these once more as they are sent; two blocks on their way, each gathered and copied
+                 out, or a gradient and what is sent of it (and both at once if gathered twice)
 
 Arithmetic: 6 operations a parameter and token, and attention (Kaplan et al. 2020; bitnet.model.flops_per_token); with
 recomputed blocks a third more. And a step: Muon's five iterations of Newton and Schulz, 4 n^2 m + 2 n^3 for a matrix
@@ -92,11 +93,11 @@ def bytes_held(config: ModelConfig, gpus: int, way: str, recompute: bool) -> flo
     T, block = P - M, M / config.num_hidden_layers
     state = 4 * P + 4 * P + 4 * M + 8 * T
     if way == "ddp":
-        return state + M
-    codes = block if recompute else M
+        return state + 2 * M
+    mixtures = 2 * (block if recompute else M)
     masters_in_backward = way == "fsdp-twice" or recompute
     on_their_way = 2 * (4 + 4) * block * (2 if masters_in_backward else 1)
-    return state / gpus + codes + 3 * 4 * T + on_their_way
+    return state / gpus + mixtures + 3 * 4 * T + on_their_way
 
 
 def estimate(config: ModelConfig, options: argparse.Namespace, gpus: int, way: str, used: float) -> dict[str, Any]:

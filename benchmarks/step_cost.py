@@ -2,9 +2,10 @@
 
     python benchmarks/step_cost.py [--preset nano] [--batch-size 16] [--repeats 15] [--threads 2]
 
-Both twins have the same shape, data, optimiser and dtype; a round times one step of each, in alternating order, so
-that a change of the machine's load meets both. Reported: medians and quartiles of the step, of its parts, and of the
-ratio within each round. The last line is one JSON document.
+All have the same shape, data, optimiser and dtype: the ternary model with its quantisers all in, the same one half-way
+there ("eased"), and its float twin ("plain"). A round times one step of each, in alternating order, so that a change of
+the machine's load meets all. Reported: medians and quartiles of the step, of its parts, and of the ratio to the twin
+within each round. The last line is one JSON document.
 """
 
 import argparse
@@ -23,22 +24,25 @@ import itertools
 
 from bitnet.bench import machine, table
 from bitnet.config import PRESETS, preset
+from bitnet.layers import set_ease
 from bitnet.model import Transformer, parameters
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
 from bitnet.train.optim import Optimizer
 
 PARTS = ("forward", "backward", "optimiser")
+KINDS = ("ternary", "eased", "plain")
 
 
 class Twin:
-    """One contender: a model with its optimiser, and the times of its steps."""
+    """One contender: a model with its optimiser."""
 
-    def __init__(self, name: str, linear: str, batch_size: int, optimizer: str) -> None:
-        config = preset(name).replace(linear=linear)
-        self.linear, self.times = linear, []
+    def __init__(self, name: str, kind: str, batch_size: int, optimizer: str) -> None:
+        config = preset(name).replace(linear="plain" if kind == "plain" else "ternary")
+        self.kind = kind
         self.model = Transformer(config)
         self.model.init_weights(0)
+        set_ease(self.model, 0.5 if kind == "eased" else 1.0)
         self.objective = Objective(self.model, TrainConfig())
         self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
         generator = torch.Generator().manual_seed(0)
@@ -61,23 +65,22 @@ class Twin:
 
 
 def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int) -> dict[str, Any]:
-    """Time both twins for `repeats` rounds after three to warm up."""
-    twins = [Twin(name, linear, batch_size, optimizer) for linear in ("ternary", "plain")]
+    """Time all contenders for `repeats` rounds after three to warm up."""
+    twins = [Twin(name, kind, batch_size, optimizer) for kind in KINDS]
     rounds: list[dict[str, list[float]]] = []
     for i in range(repeats + 3):
         order = twins if i % 2 else twins[::-1]
-        rounds.append({twin.linear: twin.step(dtype) for twin in order})
+        rounds.append({twin.kind: twin.step(dtype) for twin in order})
     rounds = rounds[3:]
-    ratios = [sum(r["ternary"]) / sum(r["plain"]) for r in rounds]
-    low, middle, high = statistics.quantiles(ratios, n=4)
     row: dict[str, Any] = {"preset": name, "dtype": dtype, "optimizer": optimizer, "batch_size": batch_size}
-    row |= {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
-    for linear in ("ternary", "plain"):
-        columns = list(zip(*(r[linear] for r in rounds), strict=True))
+    for kind in KINDS:
+        low, middle, high = statistics.quantiles([sum(r[kind]) / sum(r["plain"]) for r in rounds], n=4)
+        row |= {f"{kind}_ratio": round(middle, 3), f"{kind}_ratio_quartiles": [round(low, 3), round(high, 3)]}
+        columns = list(zip(*(r[kind] for r in rounds), strict=True))
         for part, values in zip(PARTS, columns, strict=True):
-            row[f"{linear}_{part}_ms"] = round(1e3 * statistics.median(values), 1)
-        row[f"{linear}_ms"] = round(1e3 * statistics.median([sum(r[linear]) for r in rounds]), 1)
-    row["tokens_per_second"] = round(batch_size * preset(name).context / row["ternary_ms"] * 1e3)
+            row[f"{kind}_{part}_ms"] = round(1e3 * statistics.median(values), 1)
+        row[f"{kind}_ms"] = round(1e3 * statistics.median([sum(r[kind]) for r in rounds]), 1)
+        row[f"{kind}_tokens_per_second"] = round(batch_size * preset(name).context / row[f"{kind}_ms"] * 1e3)
     return row
 
 
@@ -95,18 +98,19 @@ def main() -> None:
     print(table.machine_line(before))
     count = parameters(preset(options.preset)) / 1e6
     print(f"{options.preset}: {count:.1f}M parameters, {options.batch_size} sequences, {options.optimizer}\n")
-    print("| dtype | ternary ms | plain ms | ratio (quartiles) | forward | backward | optimiser | tokens/s |")
+    print("| dtype | | step ms | to plain (quartiles) | forward | backward | optimiser | tokens/s |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for dtype in ("fp32", "bf16"):
         row = measure(options.preset, options.batch_size, dtype, options.optimizer, options.repeats)
         rows.append(row)
-        parts = " | ".join(f"{row[f'ternary_{p}_ms']} / {row[f'plain_{p}_ms']}" for p in PARTS)
-        low, high = row["ratio_quartiles"]
-        print(
-            f"| {dtype} | {row['ternary_ms']} | {row['plain_ms']} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {parts} | {row['tokens_per_second']:,} |"
-        )
+        for kind in KINDS:
+            parts = " | ".join(f"{row[f'{kind}_{part}_ms']}" for part in PARTS)
+            low, high = row[f"{kind}_ratio_quartiles"]
+            print(
+                f"| {dtype} | {kind} | {row[f'{kind}_ms']} | {row[f'{kind}_ratio']:.2f} ({low:.2f} to {high:.2f}) "
+                f"| {parts} | {row[f'{kind}_tokens_per_second']:,} |"
+            )
     print(json.dumps({"benchmark": "step_cost", "machine": before, "results": rows}))
 
 

@@ -1,6 +1,7 @@
 """Training with quantised weights and activations: exact integer forward, straight-through backward.
 
-The formulas live in `bitnet.kernels.reference`; this module puts a gradient on them. For a linear layer
+The formulas live in `bitnet.kernels.reference`; this module puts a gradient on them. For a linear layer whose
+quantisers are all in (those that come in by and by are at the end of this text)
 
     forward     y  = acc * (s_w / inv_x),  acc = sum_k codes * q            the integers every engine computes
     backward    dx = dy @ (codes * s_w)                                      straight-through estimator: identity,
@@ -11,6 +12,14 @@ float product of fake-quantised operands has three gains: the forward sum is exa
 it runs as int8 products (four times the rate of fp32 on a CPU with VNNI), and the input is kept for the
 backward pass at one byte an element. Linears that share an input (q/k/v, gate/up) share its quantisation and
 one product.
+
+A run begins with float operands x, W and moves them to the quantised ones in the first part of its steps; with
+x' = q / inv_x, W' = codes * s_w and a share e from 0 to 1
+
+    forward     y  = (x + e (x' - x)) @ (W + e (W' - W))^T          one float product (`eased_linear`)
+    backward    through that product to the mixed operands, and from them to x and W as if e were 0
+
+What it learns so far is no packed file's; evaluation, and the steps behind that part, run the integers.
 
 Dimensions: M rows (tokens), N out-features, K in-features.
 """
@@ -95,8 +104,8 @@ def eased_linear(
 ) -> tuple[Tensor, ...]:
     """Apply linears whose operands are part quantised, part float: one float product each, that of the mixture.
 
-    At a share of 0 a float layer, at 1 `bit_linear` up to float rounding; gradients are those of a float layer at
-    both (straight-through estimator).
+    At a share of 0 a float layer, at 1 `bit_linear` up to float rounding; gradients are those of a float layer with
+    the mixed operands (straight-through estimator).
 
     x: [..., K] float; weights, codes: as of `bit_linear`; share: [] fp32, of the quantised operands.
     Returns [..., N_i] in the autocast dtype if autocast is on, else in x's dtype.

@@ -18,7 +18,7 @@ from bitnet.engine import Part, TorchEngine
 from bitnet.errors import BitNetError
 from bitnet.kernels import ops, packing, reference
 from bitnet.kernels.gpu import device as gpu
-from bitnet.layers import BitLinear
+from bitnet.layers import BitLinear, RMSNorm, project, set_ease
 from bitnet.model import Transformer
 from bitnet.packed import build, load, read_packed, write_packed
 from bitnet.sampling import GREEDY
@@ -678,3 +678,21 @@ def test_a_training_step_under_inductor(monkeypatch: pytest.MonkeyPatch) -> None
     got.float().square().sum().backward()
     assert torch.isfinite(x.grad).all()
     assert torch.isfinite(layer.weight.grad).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_eased_operands_on_a_device(share: float) -> None:
+    """A float product behind the device's own quantisers, against float64; the norm before it is not fused then."""
+    layer, norm = BitLinear(40, 24, bias=False, device=DEVICE), RMSNorm(40, 1e-5).to(DEVICE)
+    set_ease(layer, share)
+    x = torch.randn(5, 40, device=DEVICE)
+    (y,) = project(x, layer, norm=norm)
+    normed, weight, codes = norm(x).detach(), layer.weight.detach(), layer.quantized_weight()
+    q, inv_scale = reference.quantize_activations(normed)
+    mixed_x = normed.double().lerp(q.double() / inv_scale, share)
+    mixed_w = weight.double().lerp(codes.codes.double() * codes.scale, share)
+    size = torch.maximum(normed.abs(), q.float().abs() / inv_scale) @ torch.maximum(weight.abs(), codes.scale).T
+    bound = (40 + 12) * U * size  # a sum of 40 products of operands that are rounded a few times
+    assert ((y.double() - mixed_x @ mixed_w.T).abs() <= bound).all()
+    y.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, mixed_x.sum(0).float().expand(24, 40), rtol=1e-4, atol=1e-4)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bitnet.cli import main
 from bitnet.config import ModelConfig
-from bitnet.layers import BitLinear
+from bitnet.layers import BitLinear, set_ease
 from bitnet.model import Transformer
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective, distillation
 from bitnet.train.run import Run
-from bitnet.train.schedule import quantised_share
+from bitnet.train.schedule import quantised_share, whole_from
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -93,9 +93,10 @@ def test_the_teacher_is_nobodys_parameter(seed: int) -> None:
     assert {id(p) for p in objective.parameters()} == {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("linear", ["ternary", "plain"])
-def test_recomputed_blocks_have_the_same_gradients(linear: str, seed: int, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(("linear", "share"), [("ternary", 1.0), ("ternary", 0.5), ("plain", 1.0)])
+def test_recomputed_blocks_have_the_same_gradients(linear: str, share: float, seed: int, rng: torch.Generator) -> None:
     model = made(seed, linear=linear, num_hidden_layers=2)
+    set_ease(model, share)
     ids = torch.randint(0, 37, (2, 9), generator=rng)
     wanted = gradients(model, next_token_loss(model, ids))
     for block in model.blocks():
@@ -105,10 +106,16 @@ def test_recomputed_blocks_have_the_same_gradients(linear: str, seed: int, rng: 
 
 
 def test_how_much_is_quantised() -> None:
-    settings = TrainConfig(steps=10, float_share=0.3, ease=0.2)
+    settings = TrainConfig(steps=10, float_share=0.3, ease=0.3)
     assert [quantised_share(settings, step) for step in range(7)] == [0, 0, 0, 0.5, 1, 1, 1]
     assert [quantised_share(TrainConfig(steps=4, float_share=0.5, ease=0.0), step) for step in range(4)] == [0, 0, 1, 1]
     assert [quantised_share(TrainConfig(steps=4, ease=0.5), step) for step in range(4)] == [0.5, 1, 1, 1]
+    for steps, float_share, ease in ((7, 0.05, 0.95), (7, 0.2, 1.0), (100, 0.45, 1.0), (100, 0.0, 0.55), (1, 0.0, 0.8)):
+        settings = TrainConfig(steps=steps, float_share=float_share, ease=ease)
+        shares = [quantised_share(settings, step) for step in range(steps)]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1.0  # whatever the parts round to
+        assert shares.index(1.0) + 1 == whole_from(settings)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------

@@ -215,8 +215,18 @@ def test_more_steps_go_on_where_the_run_ended(corpus: Path, tmp_path: Path) -> N
     rows = [row for row in Run(tmp_path / "run").metrics() if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert rows[:5] == first
+    # Over 80 % of five steps; of nine it would have been less, but the run had its quantisers in.
+    assert [row.get("quantised", 1.0) for row in rows] == [0.25, 0.5, 0.75, *[1.0] * 6]
     assert outcome.step == 9
     assert Run(tmp_path / "run").config().train.steps == 9
+
+
+def test_fewer_steps_do_not_make_a_model_ternary(corpus: Path, tmp_path: Path) -> None:
+    """A save knows how far its quantisers were, whatever the configuration says since."""
+    train(configured(corpus, steps=10), tmp_path / "run", Stopping(4, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert train(configured(corpus, steps=4), tmp_path / "run").step == 4
+    _, save = Run(tmp_path / "run").load()
+    assert save.state["quantised"] == 0.5
 
 
 def test_a_finished_run_trains_no_further(corpus: Path, tmp_path: Path) -> None:

@@ -92,14 +92,15 @@ def test_bytes_sent_with_the_whole_model_everywhere() -> None:
 @pytest.mark.parametrize(
     ("way", "recompute", "wanted"),
     [
-        # Masters and gradients of 1,168, momentum of 960, two moments of 208: 9,344 + 3,840 + 1,664; codes of 960.
-        ("ddp", False, 9_344 + 3_840 + 1_664 + 960),
-        # (9,344 + 3,840 + 1,664) / 4 = 3,712; codes 960; 208 masters, gradients and what is sent of them: 2,496; two
-        # blocks of 480, each twice in fp32: 7,680.
-        ("fsdp", False, 3_712 + 960 + 2_496 + 7_680),
-        ("fsdp-2bit", False, 3_712 + 960 + 2_496 + 7_680),
-        ("fsdp-twice", False, 3_712 + 960 + 2_496 + 2 * 7_680),
-        ("fsdp", True, 3_712 + 480 + 2_496 + 2 * 7_680),
+        # Masters and gradients of 1,168, momentum of 960, two moments of 208: 9,344 + 3,840 + 1,664; mixtures of
+        # 960 in bf16: 1,920.
+        ("ddp", False, 9_344 + 3_840 + 1_664 + 1_920),
+        # (9,344 + 3,840 + 1,664) / 4 = 3,712; mixtures 1,920; 208 masters, gradients and what is sent of them: 2,496;
+        # two blocks of 480, each twice in fp32: 7,680.
+        ("fsdp", False, 3_712 + 1_920 + 2_496 + 7_680),
+        ("fsdp-2bit", False, 3_712 + 1_920 + 2_496 + 7_680),
+        ("fsdp-twice", False, 3_712 + 1_920 + 2_496 + 2 * 7_680),
+        ("fsdp", True, 3_712 + 960 + 2_496 + 2 * 7_680),
     ],
 )
 def test_bytes_held(way: str, recompute: bool, wanted: int) -> None:

@@ -40,7 +40,7 @@ from bitnet.train.preparing import prepare_data
 from bitnet.train.resuming import RunState
 from bitnet.train.run import Run
 from bitnet.train.saving import Saver
-from bitnet.train.schedule import quantised_share
+from bitnet.train.schedule import quantised_share, whole_from
 from bitnet.train.sharding import clip_gradients
 from bitnet.train.signals import stop_signals
 from bitnet.train.trackers import Tracker, make_trackers
@@ -151,6 +151,7 @@ class Trainer:
         }
         self.state = RunState(run, processes, self.model, self.optimizer, facts, self.sharded)
         self.step, self.tokens, self.skipped, self.seconds = 0, 0, 0, 0.0
+        self.quantised = 0.0  # share of the operands in the step before
         self.resumed = self._resume()
         if not self.resumed:
             write_first_weights(self.model, self.settings, initial)
@@ -168,10 +169,12 @@ class Trainer:
             return False
         self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
         self.seconds = float(save.state["seconds"])
+        self.quantised = float(save.state.get("quantised", 1.0))
         return True
 
     def _save(self, seconds: float) -> None:
         counts = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "seconds": seconds}
+        counts["quantised"] = self.quantised
         tensors, first_rows = self.state.tensors()
         self.saver.save(self.step, tensors, {**counts, **self.state.facts}, first_rows)
 
@@ -180,9 +183,13 @@ class Trainer:
     def train(self) -> Outcome:
         """Run all steps that are left, then validate on the whole split, sample, plot and save."""
         settings, display = self.settings, self.display
+        subjects = overview(self.config, self.model_config, self.dataset, self.processes, self.dtype, self.sequences)
+        estimate = self._estimate()  # the first look at what of the operands is quantised
+        if self.quantised < 1:
+            subjects["training"] += f", all of it {self.model_config.linear} from step {whole_from(settings)} on"
         display.announce(
-            overview(self.config, self.model_config, self.dataset, self.processes, self.dtype, self.sequences)
-            | {"estimate": self._estimate()}
+            subjects
+            | {"estimate": estimate}
             | {"run": str(self.run.path) + (f", resumed at step {self.step}" if self.resumed else "")},
             self.config.to_toml(),
         )
@@ -228,8 +235,7 @@ class Trainer:
         started = time.perf_counter()
         rate = self.optimizer.set_step(self.step)
         self.observer.forget()
-        share = quantised_share(self.settings, self.step) if self.model_config.linear != "plain" else 1.0
-        set_ease(self.model, share)
+        self._ease()
         loss = self._gradients()
         norm = clip_gradients(list(self.model.parameters()), self.settings.clip)
         # The step's one wait for the device; several processes wait once more, to hear of each other's signals.
@@ -250,8 +256,14 @@ class Trainer:
             "grad_norm": norm_value,
             "tokens": self.tokens,
             "tokens_per_second": self.sequences * self.config.context / seconds,
-            **({"quantised": share} if share < 1 else {}),
+            **({"quantised": self.quantised} if self.quantised < 1 else {}),
         }
+
+    def _ease(self) -> None:
+        """Set how much of the operands is quantised. It never falls, also where more steps than planned follow."""
+        share = 1.0 if self.model_config.linear == "plain" else quantised_share(self.settings, self.step)
+        self.quantised = max(self.quantised, share)
+        set_ease(self.model, self.quantised)
 
     def _gradients(self) -> Tensor:
         """Accumulate the gradients of this step's global batch. Returns the mean loss [] over all processes.
@@ -314,6 +326,7 @@ class Trainer:
         left = self.settings.steps - self.step
         if left <= 0:
             return "all steps are done"
+        self._ease()
         rng = torch.get_rng_state()
         counts = micro_batches(self.sequences, self.processes.size, self.settings.batch_size)
         inputs, targets = self.sampler.windows(0, counts[0])

@@ -42,8 +42,12 @@ def in_second_stage(config: TrainConfig, step: int) -> bool:
 
 
 def quantised_share(config: TrainConfig, step: int) -> float:
-    """The quantised share of a layer's operands at a step: 0 for `float_share` of the run, 1 after `ease` more."""
-    into = step - round(config.float_share * config.steps)
-    if into < 0:
-        return 0.0
-    return min(1.0, (into + 1) / (config.ease * config.steps)) if config.ease else 1.0
+    """The quantised share of all operands at a step: 0 for `float_share` of the run, 1 after `ease` of the rest."""
+    floats = round(config.float_share * config.steps)
+    return 0.0 if step < floats else min(1.0, (step + 1 - floats) / max(1, whole_from(config) - floats))
+
+
+def whole_from(config: TrainConfig) -> int:
+    """The first step, counted from 1, whose operands are all quantised; one more than all steps if none is."""
+    floats = round(config.float_share * config.steps)
+    return floats + max(1, round(config.ease * (config.steps - floats)))

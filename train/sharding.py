@@ -6,7 +6,8 @@ until the backward pass has ended. Gradients are summed and scattered as they ap
 
 A backward pass through float matrices gathers them once more. One through quantised ones does not: their codes were
 kept (bitnet/quant.py), and no master is read, so a third of the traffic falls away. Gains are read, which is why they
-travel with the tables.
+travel with the tables. While quantisers come in, mixtures are kept instead, of all blocks: two bytes a weight in bf16,
+four in fp32, on every process. `train.recompute` keeps those of one block and gathers masters twice.
 
 Masters travel in fp32. Gathered as bf16 they would be half as many bytes, and quantise to other codes than those of
 the packed file: a weight on the edge of a code falls on the other side. Matrix products run in the run's dtype all

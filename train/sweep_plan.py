@@ -18,9 +18,9 @@
     train.zero_init = true
 
     [[runs]]
-    name = "eased in"
+    name = "ternary at once"
     linears = ["ternary"]                 # instead of those above: for what the others do not have
-    train.ease = 0.3
+    train.ease = 0.0
 
     [[runs]]
     preset = "mini"                       # instead of that above, with its vocabulary, context and block, but for what

@@ -1,5 +1,7 @@
 """What the verbs share: options, and what the words given with them stand for."""
 
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,21 +71,16 @@ def open_model(name: str) -> Any:
     if not run.exists():
         return open_source(name)
     model, save = run.load()
-    note_easing(run, save.step)
+    note_easing(run, save)
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
 
 
-def note_easing(run: Any, step: int) -> None:
-    """Say on stderr that the save behind `step` steps is of a model that was not yet trained with its codes alone."""
-    from bitnet.train.schedule import quantised_share
-
-    config = run.config()
-    share = quantised_share(config.train, step - 1)
-    if config.model.linear != "plain" and share < 1:
-        typer.echo(
-            f"note: {run.path}: at step {step} of {config.train.steps} the quantisers are {share:.0%} in; what a model "
-            "loses by them until then, it gains back by the end of its run",
-            err=True,
+def note_easing(run: Any, save: Any) -> None:
+    """Say that a save is of a model which was not yet trained with its codes alone."""
+    share = save.state.get("quantised", 1.0)
+    if share < 1 and os.environ.get("RANK", "0") == "0":
+        logging.getLogger("bitnet").info(
+            f"{run.path}: at step {save.step} its quantisers are {share:.0%} in; at its end it loses less by them"
         )
 
 

@@ -74,8 +74,13 @@ def _facts(path: Path, linear: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"compare: got a run with {model.config.linear} linears at '{path}', expected {linear} ones; "
             f"train it with --linear {linear}"
         )
+    if save.state.get("quantised", 1.0) < 1:
+        raise BitNetError(
+            f"compare: got the run '{path}' with its quantisers {save.state['quantised']:.0%} in at step {save.step}, "
+            "expected all of them; train it to its end"
+        )
     settings = run.config().train
-    names = ("optimizer", "lr", "table_lr", "schedule", "seed", "dtype")
+    names = ("optimizer", "lr", "table_lr", "schedule", "float_share", "ease", "seed", "dtype")
     training = {name: getattr(settings, name) for name in names} | {"seconds": round(float(save.state["seconds"]))}
     facts = {
         "tokenizer": manifest.tokenizer_sha256,
