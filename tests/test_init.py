@@ -157,10 +157,11 @@ def test_a_program_that_opens_no_models_refuses_one(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("linear", "ease"), [("plain", 0.8), ("ternary", 0.0), ("binary", 0.0)])
-def test_quantised_weights_are_not_eased_in_again(linear: str, ease: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("linear", ["plain", "ternary", "binary"])
+def test_a_trained_model_is_not_eased_in_unless_asked_for(linear: str, tmp_path: Path) -> None:
     run, initial = Run(tmp_path / "new"), default_config().model.replace(linear=linear)
-    assert resolve(None, None, {}, [], run, initial).train.ease == ease
+    assert resolve(None, None, {}, [], run).train.ease == 0.8
+    assert resolve(None, None, {}, [], run, initial).train.ease == 0.0
     assert resolve(None, None, {}, ["train.ease=0.5"], run, initial).train.ease == 0.5
 
 

@@ -70,7 +70,7 @@ class TrainConfig:
     zero_init: bool = False  # o_proj and down_proj begin at zero: every block begins as the identity
     float_share: float = 0.0  # share of the steps before the quantisers are switched on
     # Share of the steps behind those over which the quantisers come in: less makes a worse model of the same tokens
-    # (benchmarks/ladders/7-ease.toml). A run that starts from quantised weights has 0 unless told otherwise.
+    # (benchmarks/ladders/7-ease.toml). A run that starts from another model has 0 unless told otherwise.
     ease: float = 0.8
     eval_every: int = 100  # 0: only at the end
     eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
