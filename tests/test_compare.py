@@ -243,6 +243,9 @@ def test_twins_that_are_none(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyP
     assert find_twin(pair.run) == pair.twin.resolve()
     longer = train(runs, "longer", "--linear", "plain", "--steps", 2)
     other = train(runs, "other", "--linear", "plain", "--set", "data.val_fraction=0.3")
+    early = train(runs, "early", "--linear", "ternary", "--set", "train.float_share=1")
+    with pytest.raises(BitNetError, match="its quantisers 0% in at step 1"):
+        Pair(early, pair.twin).check()
     for twin, part in ((pair.run, "--linear plain"), (longer, "steps trained 2, expected 1")):
         with pytest.raises(BitNetError, match=part):
             Pair(pair.run, twin).check()
