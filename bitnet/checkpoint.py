@@ -51,6 +51,11 @@ class Save:
     step: int
     state: dict[str, Any]
 
+    @property
+    def quantised(self) -> float:
+        """Share of the operands that were quantised in the last step; where a save does not say, all were."""
+        return float(self.state.get("quantised", 1.0))
+
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of one group ("model", "optimizer"), on the CPU, whole."""
         if (self.path / f"{group}.safetensors").exists():

@@ -169,14 +169,13 @@ class Trainer:
             return False
         self.step, self.tokens, self.skipped = save.step, int(save.state["tokens"]), int(save.state["skipped"])
         self.seconds = float(save.state["seconds"])
-        self.quantised = float(save.state.get("quantised", 1.0))
+        self.quantised = save.quantised
         return True
 
     def _save(self, seconds: float) -> None:
-        counts = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "seconds": seconds}
-        counts["quantised"] = self.quantised
+        counts = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "quantised": self.quantised}
         tensors, first_rows = self.state.tensors()
-        self.saver.save(self.step, tensors, {**counts, **self.state.facts}, first_rows)
+        self.saver.save(self.step, tensors, {**counts, "seconds": seconds, **self.state.facts}, first_rows)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -184,12 +183,12 @@ class Trainer:
         """Run all steps that are left, then validate on the whole split, sample, plot and save."""
         settings, display = self.settings, self.display
         subjects = overview(self.config, self.model_config, self.dataset, self.processes, self.dtype, self.sequences)
-        estimate = self._estimate()  # the first look at what of the operands is quantised
+        self._ease()  # the estimate is of the steps that come first
         if self.quantised < 1:
             subjects["training"] += f", all of it {self.model_config.linear} from step {whole_from(settings)} on"
         display.announce(
             subjects
-            | {"estimate": estimate}
+            | {"estimate": self._estimate()}
             | {"run": str(self.run.path) + (f", resumed at step {self.step}" if self.resumed else "")},
             self.config.to_toml(),
         )
@@ -326,7 +325,6 @@ class Trainer:
         left = self.settings.steps - self.step
         if left <= 0:
             return "all steps are done"
-        self._ease()
         rng = torch.get_rng_state()
         counts = micro_batches(self.sequences, self.processes.size, self.settings.batch_size)
         inputs, targets = self.sampler.windows(0, counts[0])

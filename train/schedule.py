@@ -44,7 +44,7 @@ def in_second_stage(config: TrainConfig, step: int) -> bool:
 def quantised_share(config: TrainConfig, step: int) -> float:
     """The quantised share of all operands at a step: 0 for `float_share` of the run, 1 after `ease` of the rest."""
     floats = round(config.float_share * config.steps)
-    return 0.0 if step < floats else min(1.0, (step + 1 - floats) / max(1, whole_from(config) - floats))
+    return 0.0 if step < floats else min(1.0, (step + 1 - floats) / (whole_from(config) - floats))
 
 
 def whole_from(config: TrainConfig) -> int:

@@ -28,8 +28,8 @@ def pack(
     note_easing(folder, save)
     validation = [row for row in folder.metrics() if "val_loss" in row and row["step"] == save.step]
     info = {"steps": save.step, "tokens": save.state["tokens"], "seed": folder.config().train.seed}
-    if save.state.get("quantised", 1.0) < 1:
-        info["quantised"] = save.state["quantised"]
+    if save.quantised < 1:
+        info["quantised"] = save.quantised
     if validation:
         info["val_bits_per_byte"] = validation[-1]["val_bits_per_byte"]
     write_packed(output, model, folder.tokenizer(), embedding=embedding, info=info)

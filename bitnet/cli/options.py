@@ -77,10 +77,10 @@ def open_model(name: str) -> Any:
 
 def note_easing(run: Any, save: Any) -> None:
     """Say that a save is of a model which was not yet trained with its codes alone."""
-    share = save.state.get("quantised", 1.0)
-    if share < 1 and os.environ.get("RANK", "0") == "0":
+    if save.quantised < 1 and os.environ.get("RANK", "0") == "0":
         logging.getLogger("bitnet").info(
-            f"{run.path}: at step {save.step} its quantisers are {share:.0%} in; at its end it loses less by them"
+            f"{run.path}: at step {save.step} its quantisers are {save.quantised:.0%} in; "
+            "at its end it loses less by them"
         )
 
 

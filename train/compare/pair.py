@@ -74,9 +74,9 @@ def _facts(path: Path, linear: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"compare: got a run with {model.config.linear} linears at '{path}', expected {linear} ones; "
             f"train it with --linear {linear}"
         )
-    if save.state.get("quantised", 1.0) < 1:
+    if save.quantised < 1:
         raise BitNetError(
-            f"compare: got the run '{path}' with its quantisers {save.state['quantised']:.0%} in at step {save.step}, "
+            f"compare: got the run '{path}' with its quantisers {save.quantised:.0%} in at step {save.step}, "
             "expected all of them; train it to its end"
         )
     settings = run.config().train
