@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import bitnet
-from bitnet.bench import command, contenders, dense, limits, machine, measure, ours, plan, process, table, worker
+from bitnet.bench import command, contenders, dense, limits, measure, ours, plan, process, table, worker
 from bitnet.bench.limits import Weights
 from bitnet.bench.plan import Choice, Test
 from bitnet.bench.process import Worker
@@ -372,13 +372,6 @@ def test_too_big_is_said_before_loading(model: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(command, "write_random", refuse)
     line = error(capsys, "bench", "--preset", "2b4t", "--backend", "torch", "--against", "torch-bf16", "-p", 8, "-n", 8)
     assert all(part in line for part in ("2b4t needs about", "torch-bf16", "1.0 GB that are available"))
-
-
-def test_available_memory_is_below_all_of_it() -> None:
-    available = machine.available_memory()
-    if available is None:
-        pytest.skip("this system does not say")
-    assert 0 < available < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ---- refusals

@@ -25,6 +25,7 @@ from bitnet.bench.random_model import write_random
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine_cpu import CACHES, HEADS
 from bitnet.errors import BitNetError
+from bitnet.machine import stolen
 from bitnet.model import linear_parameters, packed_bytes, table_parameters
 from bitnet.packed import read_config
 from bitnet.shipped import BOOKS
@@ -120,7 +121,7 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     lined_up = contenders.line_up(settings.wanted)
     work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
     check_cores(settings.threads)
-    before = machine.stolen()
+    before = stolen()
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -213,7 +214,7 @@ def _document(
     notes: list[str],
     before: tuple[int, int],
 ) -> dict[str, Any]:
-    after = machine.stolen()
+    after = stolen()
     described = machine.describe(bandwidth=False)
     spread = bandwidth_spread(reports)
     for row in rows:

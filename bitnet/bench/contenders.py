@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from bitnet.bench.machine import MEMORY, available_memory
+from bitnet.bench.machine import MEMORY
 from bitnet.bench.plan import Test
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.kernels import native, ops
+from bitnet.machine import available_memory
 from bitnet.model import kv_cache_bytes, linear_parameters, packed_bytes, table_parameters
 
 BACKENDS = ("auto", "cpu", "torch", "triton")

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bitnet.errors import BitNetError
+from bitnet.machine import affinity
 
 _WORKER = Path(__file__).with_name("worker.py")
 # Read by OpenMP, MKL and OpenBLAS before they have ideas of their own.
@@ -107,9 +108,7 @@ def pin(process: int, threads: int) -> None:
 
 def cores_first() -> Sequence[int]:
     """The CPUs we may use, one of each core before any second hyperthread; empty where the system cannot tell."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    return sorted(os.sched_getaffinity(0), key=lambda cpu: (_place(cpu), cpu))
+    return sorted(affinity(), key=lambda cpu: (_place(cpu), cpu))
 
 
 def _place(cpu: int) -> int:
