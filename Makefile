@@ -15,7 +15,7 @@ help:  ## this list
 	@awk -F ':|## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$NF }' Makefile
 
 demo: $(STAMP)  ## train a small ternary model, pack it, generate with it
-	@$(BIN)/python -m bitnet.train.demo
+	@$(BIN)/python -m bitnet.cli.demo
 
 test: $(STAMP) lint types pytest  ## formatting, lint, types and every test
 
@@ -34,10 +34,11 @@ lint: $(STAMP)  ## check format and lint, change nothing
 # installed shape, and sed turns the paths in its messages back into those of the checkout.
 types: $(STAMP)  ## check types
 	@echo "checking types"
-	@rm -rf build/types && mkdir -p build/types/bitnet
+	@rm -rf build/types && mkdir -p build/types/bitnet/benchmarks
 	@cd build/types/bitnet && ln -s ../../../bitnet/* ../../../kernels ../../../train .
+	@cd build/types/bitnet/benchmarks && ln -s ../../../../benchmarks/*/ . && rm -f results ladders
 	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
-	  --no-error-summary -p bitnet | sed -E 's,^bitnet/(kernels|train)/,\1/,'
+	  --no-error-summary -p bitnet | sed -E 's,^bitnet/(kernels|train|benchmarks)/,\1/,'
 
 pytest: $(STAMP)
 	@echo "running the tests"

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bitnet.bench import machine, table
+from bitnet.benchmarks.bench import machine, table
+from bitnet.engine.sampling import Sampling
+from bitnet.files.packed import write_packed
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
-from bitnet.packed import write_packed
-from bitnet.sampling import Sampling
 from bitnet.train.command import run_training
-from bitnet.train.run import Run
+from bitnet.train.runs.run import Run
 from bitnet.train.scoring import score_text
 
 PROMPT = "It was"

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bitnet.bench import machine, table
-from bitnet.bench.random_model import random_codes
+from bitnet.benchmarks.bench import machine, table
+from bitnet.benchmarks.bench.random_model import random_codes
 from bitnet.kernels import native, packing
 
 N, K = 2560, 6912  # down_proj of 2B4T, the largest in-features there are

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.errors import BitNetError
-from bitnet.formats import gguf_file, safetensors_file
-from bitnet.formats.sentencepiece_model import read_pieces
+from bitnet.files import safetensors_file
+from bitnet.files.gguf import file as gguf_file
+from bitnet.files.sentencepiece_model import read_pieces
 
 BOUND = 64 << 20
 SIZES = (1 << 20, 8 << 20, 20 << 20)

@@ -14,25 +14,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitnet.checkpoint import read_save, write_save
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.formats import gguf_file, hf_config, safetensors_file, ternary
-from bitnet.formats.gguf import BLOCKS, GgufSource
-from bitnet.formats.gguf_export import TYPES, export_gguf
-from bitnet.formats.gguf_file import Float32, write_gguf
-from bitnet.formats.hf import HfSource
-from bitnet.formats.hf_export import export_hf
-from bitnet.formats.packing import import_model
-from bitnet.formats.safetensors_file import INDEX, TensorFiles, TensorWriter
-from bitnet.formats.sentencepiece_model import Pieces, read_pieces, write_pieces
-from bitnet.formats.source import TrainedSource
-from bitnet.formats.tokenizer_json import byte_level_json, sentencepiece_json
-from bitnet.json_tokenizer import JsonTokenizer, Settings, byte_alphabet, load_json_tokenizer
+from bitnet.files import safetensors_file, ternary
+from bitnet.files.checkpoint import read_save, write_save
+from bitnet.files.gguf import file as gguf_file
+from bitnet.files.gguf.export import TYPES, export_gguf
+from bitnet.files.gguf.file import Float32, write_gguf
+from bitnet.files.gguf.read import BLOCKS, GgufSource
+from bitnet.files.hf import config as hf_config
+from bitnet.files.hf.export import export_hf
+from bitnet.files.hf.read import HfSource
+from bitnet.files.hf.tokenizer_json import byte_level_json, sentencepiece_json
+from bitnet.files.importing import import_model
+from bitnet.files.packed import content_digest, read_packed, write_packed
+from bitnet.files.safetensors_file import INDEX, TensorFiles, TensorWriter
+from bitnet.files.sentencepiece_model import Pieces, read_pieces, write_pieces
+from bitnet.files.source import TrainedSource
 from bitnet.kernels.reference import WeightCodes
 from bitnet.model import Transformer
-from bitnet.packed import content_digest, read_packed, write_packed
-from bitnet.tokenizer import SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from bitnet.text.json_tokenizer import JsonTokenizer, Settings, byte_alphabet, load_json_tokenizer
+from bitnet.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from bitnet.text.tokenizer import Tokenizer
 
 Random = random.Random
 

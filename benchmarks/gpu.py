@@ -190,8 +190,8 @@ def gemm() -> Result:
 
 def random_model(config: Any, embedding: str) -> Any:
     """A packed model of random trits, made on the GPU."""
+    from bitnet.files.packed import PackedModel, expected_tensors
     from bitnet.kernels import packing
-    from bitnet.packed import PackedModel, expected_tensors
 
     tensors = {}
     for name, (shape, kinds) in expected_tensors(config).items():
@@ -214,9 +214,9 @@ def random_model(config: Any, embedding: str) -> Any:
 def decode() -> Result:
     """Tokens a second of the 2B4T shape, end to end: ids in, logits, greedy choice on the device, ids in again."""
     from bitnet.config import preset
-    from bitnet.engine import stream
-    from bitnet.engine_gpu import TritonEngine
-    from bitnet.sampling import GREEDY
+    from bitnet.engine.gpu import TritonEngine
+    from bitnet.engine.sampling import GREEDY
+    from bitnet.engine.stream import stream
 
     config, rows = preset("2b4t"), []
     for embedding in ("int8", "bf16"):
@@ -277,7 +277,7 @@ def train() -> Result:
     float twin."""
     from bitnet import quant
     from bitnet.config import ModelConfig
-    from bitnet.layers import set_ease
+    from bitnet.layers import set_quant_warmup
     from bitnet.model import Transformer, flops_per_token, parameters
     from bitnet.train.config import TrainConfig
     from bitnet.train.objective import Objective
@@ -285,12 +285,12 @@ def train() -> Result:
     rows = []
     for name, (changes, batch) in TRAINED.items():
         steps: dict[str, Callable[[], Any]] = {}
-        for kind in ("plain", "ternary", "ternary-int8-dx", "ternary-int8-dx-dw", "ternary-eased"):
-            config = ModelConfig(**changes).replace(linear="plain" if kind == "plain" else "ternary")
+        for kind in ("float", "ternary", "ternary-int8-dx", "ternary-int8-dx-dw", "ternary-warmup"):
+            config = ModelConfig(**changes).replace(linear="float" if kind == "float" else "ternary")
             model = Transformer(config)
             model.init_weights(0)
             model.cuda()
-            set_ease(model, 0.5 if kind == "ternary-eased" else 1.0)
+            set_quant_warmup(model, 0.5 if kind == "ternary-warmup" else 1.0)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
             network = torch.compile(Objective(model, TrainConfig()))
             tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
@@ -319,7 +319,7 @@ def train() -> Result:
             rows.append({
                 "model": name, "parameters": parameters(config), "kind": kind, "ms": seconds * 1e3,
                 "tokens_per_second": count / seconds, "mfu_of_989_tflops": flops * count / seconds / 989e12,
-                "ratio_to_plain": seconds / times["plain"],
+                "ratio_to_plain": seconds / times["float"],
             })  # fmt: skip
         print(json.dumps({"rows": rows}), flush=True)  # what is known so far, should the next model take too long
     return {"rows": rows, "published": {"tokens_per_second": 714_000, "what": "73.7M ternary, one H100 of eight"}}

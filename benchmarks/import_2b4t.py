@@ -24,11 +24,11 @@ import torch
 
 from bitnet.config import PRESETS
 from bitnet.doctor import examine
-from bitnet.formats.safetensors_file import TensorFiles, TensorWriter
-from bitnet.formats.source import dense_shapes, projection_shape, projections
-from bitnet.formats.tokenizer_json import byte_level_json
-from bitnet.json_tokenizer import byte_alphabet
+from bitnet.files.hf.tokenizer_json import byte_level_json
+from bitnet.files.safetensors_file import TensorFiles, TensorWriter
+from bitnet.files.tensors import dense_shapes, projection_shape, projections
 from bitnet.kernels import packing
+from bitnet.text.json_tokenizer import byte_alphabet
 
 CONFIG = PRESETS["2b4t"]
 BOS, EOS, EOT = 128_000, 128_001, 128_009

@@ -32,12 +32,13 @@ import transformers
 from torch import Tensor
 
 from bitnet.doctor import examine
-from bitnet.formats.gguf_export import export_gguf
-from bitnet.formats.hf_export import export_hf
-from bitnet.formats.source import TrainedSource, projections
+from bitnet.files.gguf.export import export_gguf
+from bitnet.files.hf.export import export_hf
+from bitnet.files.source import TrainedSource
+from bitnet.files.tensors import projections
 from bitnet.model import Transformer
-from bitnet.tokenizer import Tokenizer
-from bitnet.train.run import Run
+from bitnet.text.tokenizer import Tokenizer
+from bitnet.train.runs.run import Run
 
 WINDOW = 125  # positions, BOS among them
 
@@ -101,7 +102,7 @@ def pick(path: Path, count: int) -> list[str]:
 
 def as_float(model: Transformer) -> Transformer:
     """The same ternary weights without int8 activations."""
-    twin = Transformer(model.config.replace(linear="plain"))
+    twin = Transformer(model.config.replace(linear="float"))
     state, source = model.state_dict(), TrainedSource(model, None, {})
     for name in projections(model.config):
         codes, scale = source.codes(name)

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bitnet.bench import machine
-from bitnet.engine import TorchEngine
+from bitnet.benchmarks.bench import machine
+from bitnet.engine.load import load
+from bitnet.engine.torch import TorchEngine
+from bitnet.files.packed import write_packed
 from bitnet.kernels import ops
-from bitnet.packed import load, write_packed
-from bitnet.train.data import eval_windows, tokenize
-from bitnet.train.run import Run
+from bitnet.train.data.prepare import tokenize
+from bitnet.train.data.windows import eval_windows
+from bitnet.train.runs.run import Run
 
 BLOCK_BOUND, KL_BOUND = 1e-6, 1e-5
 

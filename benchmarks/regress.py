@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet.bench.table import digits, markdown, stored
+from bitnet.benchmarks.bench.table import digits, markdown, stored
 from bitnet.errors import BitNetError
 
 FLOOR = 0.05

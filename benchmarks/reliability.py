@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bitnet.bench.machine import describe
+from bitnet.benchmarks.bench.machine import describe
 
 INTERVAL, STEPS = 3, 90
 SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_heads=2 num_key_value_heads=1"
@@ -118,7 +118,7 @@ class Trainer:
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    from bitnet.train.run import Run
+    from bitnet.train.runs.run import Run
 
     return [(row["step"], row["loss"], row["grad_norm"]) for row in Run(out).metrics() if "loss" in row]
 
@@ -148,8 +148,8 @@ def failures(parts: dict[str, Counter[str]], kills: int) -> list[str]:
 
 def check_saves(out: Path, counts: Counter[str]) -> int:
     """Verify every finished save. Returns the newest one's step."""
-    from bitnet.checkpoint import folders, read_save
     from bitnet.errors import BitNetError
+    from bitnet.files.checkpoint import folders, read_save
 
     newest = 0
     for folder in folders(out / "saves"):
@@ -210,7 +210,7 @@ def same(a: Path, b: Path) -> bool:
     """Whether losses, weights and optimiser are equal to the last bit."""
     import torch
 
-    from bitnet.checkpoint import latest_save
+    from bitnet.files.checkpoint import latest_save
 
     saves = [latest_save(run / "saves") for run in (a, b)]
     assert saves[0] is not None

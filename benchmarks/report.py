@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet.bench import plot, table
+from bitnet.benchmarks.bench import plot, table
+from bitnet.benchmarks.compare import table as comparison
+from bitnet.benchmarks.sweep.summary import summarized_anew
+from bitnet.benchmarks.sweep.table import sweep_cells, tuned_gaps
 from bitnet.errors import BitNetError
-from bitnet.tables import sweep_cells, tuned_gaps
-from bitnet.train.compare import table as comparison
-from bitnet.train.sweep_summary import summarized_anew
 
 RESULTS = Path(__file__).with_name("results")
 _LONG = 60  # characters of a cell, past which a value is cut: the file has it whole
@@ -132,7 +132,7 @@ def _compare(document: dict[str, Any]) -> Iterator[Part]:
 
 
 def _sweep(document: dict[str, Any]) -> Iterator[Part]:
-    comments = [line.removeprefix("#").strip() for line in document["ladder"].splitlines() if line.startswith("#")]
+    comments = [line.removeprefix("#").strip() for line in document["spec"].splitlines() if line.startswith("#")]
     yield from (Line(comment, code=comment.startswith("bitnet ")) for comment in comments)
     report = summarized_anew(document)
     yield Grid(*sweep_cells(report))

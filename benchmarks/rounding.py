@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet.formats.source import Source, dense_shapes, projections
+from bitnet.files.source import Source
+from bitnet.files.tensors import dense_shapes, projections
 
 BLOCK = 256  # activations that share a scale in llama.cpp (Q8_K)
 

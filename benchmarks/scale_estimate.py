@@ -7,9 +7,9 @@ Bytes that each GPU sends in a step, with M weights in matrices of blocks, T = t
 micro-batches and r = (n-1)/n (rings: Patarasuk and Yuan 2009; FSDP: Zhao et al. 2023, arXiv 2304.11277):
 
     ddp          gradients, once a step               2 r 4 P
-    fsdp         masters for the forward pass         r 4 M k      train/sharding.py says why in fp32
+    fsdp         masters for the forward pass         r 4 M k      train/parallel/sharding.py says why in fp32
                  tables and gains                     r 4 T k      they stay for the backward pass
-                 gradients                            r 4 P k      after every micro-batch: train/sharding.py
+                 gradients                            r 4 P k      after every micro-batch: train/parallel/sharding.py
                  Muon's rows, there and back in bf16  2 r 2 M / n  train/muon.py
     fsdp-twice   fsdp, and masters for the backward   r 4 M k      float, recomputed or compiled blocks; until
                  pass as well                                      2026-11-26 all of them
@@ -48,7 +48,7 @@ REACHED = 0.8  # share of that which collectives reach: an assumption; measure w
 UTILISATION = (0.33, 0.50)  # of the peak: parameter-golf's ternary record, nanochat d24 (both 8 x H100, published)
 NODE = 8
 
-# Bytes a weight that are gathered for the forward and for the backward pass; the first is what train/sharding.py does.
+# Bytes a weight that are gathered for the forward and for the backward pass; the first is what train/parallel/sharding.py does.
 GATHERS = {"fsdp": (4.0, 0.0), "fsdp-twice": (4.0, 4.0), "fsdp-int8": (1.0, 0.0), "fsdp-2bit": (0.25, 0.0)}
 DECISION = (
     "Decision: codes in the gather are not built. They pay where gathers are not hidden, which a run on several nodes "

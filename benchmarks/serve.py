@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from bitnet.bench.machine import describe, line
+from bitnet.benchmarks.bench.machine import describe, line
 
 CLIENTS = (1, 4, 16)
 JSON = {"Content-Type": "application/json"}

@@ -6,7 +6,7 @@ For `bitnet bench -m FILE`; presets need no file: `bitnet bench --preset NAME`.
 import argparse
 from pathlib import Path
 
-from bitnet.bench.random_model import write_random
+from bitnet.benchmarks.bench.random_model import write_random
 from bitnet.config import preset
 
 # The shape of the anchors' 110M model: GPT-2 small's width and depth, LLaMA's block.

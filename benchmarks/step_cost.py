@@ -3,7 +3,7 @@
     python benchmarks/step_cost.py [--preset nano] [--batch-size 16] [--repeats 15] [--threads 2]
 
 All have the same shape, data, optimiser and dtype: the ternary model with its quantisers all in, the same one half-way
-there ("eased"), and its float twin ("plain"). A round times one step of each, in alternating order, so that a change of
+there ("eased"), and its float twin ("float"). A round times one step of each, in alternating order, so that a change of
 the machine's load meets all. Reported: medians and quartiles of the step, of its parts, and of the ratio to the twin
 within each round. The last line is one JSON document.
 """
@@ -22,27 +22,27 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import itertools
 
-from bitnet.bench import machine, table
+from bitnet.benchmarks.bench import machine, table
 from bitnet.config import PRESETS, preset
-from bitnet.layers import set_ease
+from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer, parameters
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
 from bitnet.train.optim import Optimizer
 
 PARTS = ("forward", "backward", "optimiser")
-KINDS = ("ternary", "eased", "plain")
+KINDS = ("ternary", "eased", "float")
 
 
 class Twin:
     """One contender: a model with its optimiser."""
 
     def __init__(self, name: str, kind: str, batch_size: int, optimizer: str) -> None:
-        config = preset(name).replace(linear="plain" if kind == "plain" else "ternary")
+        config = preset(name).replace(linear="float" if kind == "float" else "ternary")
         self.kind = kind
         self.model = Transformer(config)
         self.model.init_weights(0)
-        set_ease(self.model, 0.5 if kind == "eased" else 1.0)
+        set_quant_warmup(self.model, 0.5 if kind == "eased" else 1.0)
         self.objective = Objective(self.model, TrainConfig())
         self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
         generator = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int
     rounds = rounds[3:]
     row: dict[str, Any] = {"preset": name, "dtype": dtype, "optimizer": optimizer, "batch_size": batch_size}
     for kind in KINDS:
-        low, middle, high = statistics.quantiles([sum(r[kind]) / sum(r["plain"]) for r in rounds], n=4)
+        low, middle, high = statistics.quantiles([sum(r[kind]) / sum(r["float"]) for r in rounds], n=4)
         row |= {f"{kind}_ratio": round(middle, 3), f"{kind}_ratio_quartiles": [round(low, 3), round(high, 3)]}
         columns = list(zip(*(r[kind] for r in rounds), strict=True))
         for part, values in zip(PARTS, columns, strict=True):

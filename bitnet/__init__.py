@@ -16,10 +16,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bitnet.config import PRESETS, ModelConfig
     from bitnet.conversion import convert
+    from bitnet.engine.load import load
     from bitnet.errors import BitNetError
     from bitnet.layers import BitLinear
     from bitnet.model import Transformer
-    from bitnet.packed import load
 
 __all__ = ["PRESETS", "BitLinear", "BitNetError", "ModelConfig", "Transformer", "convert", "load"]
 
@@ -31,7 +31,7 @@ _HOMES = {
     "BitNetError": "errors",
     "BitLinear": "layers",
     "Transformer": "model",
-    "load": "packed",
+    "load": "engine.load",
 }
 
 

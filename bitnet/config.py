@@ -6,7 +6,7 @@ from typing import Any
 from bitnet import schema
 from bitnet.errors import BitNetError
 
-LINEARS = ("ternary", "binary", "plain")
+LINEARS = ("ternary", "binary", "float")
 ACTIVATIONS = ("relu2", "silu")
 
 
@@ -15,7 +15,7 @@ class ModelConfig:
     """Shape and variant of a transformer; field names follow transformers' BitNetConfig where one exists.
 
     `linear` picks the seven projections of every block: "ternary" (b1.58, weights in {-1, 0, +1}), "binary"
-    (1-bit BitNet, {-1, +1}) or "plain" (nn.Linear: the float twin). Embedding and head are never quantised to
+    (1-bit BitNet, {-1, +1}) or "float" (nn.Linear: the float twin). Embedding and head are never quantised to
     ternary; their values are rounded to bf16 in every forward pass, so that a packed file holds them exactly.
     Raises BitNetError for a combination that cannot be built.
     """

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bitnet.engine import Engine, stream
+from bitnet.engine.base import Engine
+from bitnet.engine.load import load
+from bitnet.engine.sampling import Sampling
+from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
-from bitnet.json_tokenizer import JsonTokenizer
-from bitnet.packed import load
-from bitnet.sampling import Sampling
-from bitnet.tokenizer import Tokenizer
+from bitnet.text.json_tokenizer import JsonTokenizer
+from bitnet.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("bitnet")
 

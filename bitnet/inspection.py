@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet.files.packed import PackedModel, read_packed
 from bitnet.kernels import packing
 from bitnet.model import float16_bytes, in_features, kv_cache_bytes, linear_parameters, parameters
-from bitnet.packed import PackedModel, read_packed
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.linear = linear
         self._kept_codes: WeightCodes | None = None  # set inside `keep_codes` only
-        self.ease: Tensor | None = None  # share [] of the quantised operands, while `set_ease` brings the quantisers in
+        self.quant_warmup: Tensor | None = (
+            None  # share [] of the quantised operands, while `set_quant_warmup` brings the quantisers in
+        )
 
     def quantized_weight(self) -> WeightCodes:
         """The codes [N, K] int8 and scale [] fp32 this layer multiplies by."""
@@ -54,7 +56,7 @@ class BitLinear(nn.Linear):
         return f"{super().extra_repr()}, linear={self.linear}"
 
 
-def set_ease(model: nn.Module, share: float) -> None:
+def set_quant_warmup(model: nn.Module, share: float) -> None:
     """Let every BitLinear of `model` multiply operands of which `share` is quantised and the rest float.
 
     1 is the ternary layer; evaluation and packing know no other. What coming in slowly gains is in
@@ -65,12 +67,12 @@ def set_ease(model: nn.Module, share: float) -> None:
         if isinstance(module, BitLinear):
             if share < 1 and ease is None:
                 ease = torch.full((), share, device=module.weight.device)  # a number would be compiled anew every step
-            module.ease = ease
+            module.quant_warmup = ease
 
 
 def _apply(x: Tensor, layers: Sequence[BitLinear], norm: quant.Norm | None = None) -> tuple[Tensor, ...]:
     weights, codes = [layer.weight for layer in layers], [layer.quantized_weight() for layer in layers]
-    if (ease := layers[0].ease) is not None:  # `set_ease` goes over whole models: one share for all
+    if (ease := layers[0].quant_warmup) is not None:  # `set_quant_warmup` goes over whole models: one share for all
         return quant.eased_linear(x, weights, codes, ease)
     return quant.bit_linear(x, weights, codes, norm)
 
@@ -152,7 +154,7 @@ def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tup
     norm: applied to x first; one with the quantiser where the kernels can.
     """
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
-    fuses = len(bit_layers) == len(layers) and all(layer.ease is None for layer in bit_layers)
+    fuses = len(bit_layers) == len(layers) and all(layer.quant_warmup is None for layer in bit_layers)
     if norm is not None and not (fuses and ops.trains_fused(x.device)):
         x, norm = norm(x), None
     if len(bit_layers) == len(layers):
@@ -165,12 +167,12 @@ def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tup
 
 def make_linear(config: ModelConfig, in_features: int, out_features: int) -> nn.Linear:
     """The projection that `config.linear` asks for, without bias."""
-    if config.linear == "plain":
+    if config.linear == "float":
         return nn.Linear(in_features, out_features, bias=False)
     return BitLinear(in_features, out_features, bias=False, linear=config.linear)
 
 
-class Table(nn.Module):
+class Embedding(nn.Module):
     """Embedding or head: a matrix `weight` [V, D] that is used at the values a packed file can hold.
 
     Training keeps fp32 masters and rounds them to bf16 in every forward pass, so that packing loses nothing.

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitnet.config import ModelConfig
 from bitnet.kernels import packing
-from bitnet.layers import Attention, FeedForward, LayerCache, RMSNorm, Table, rotary_table
+from bitnet.layers import Attention, Embedding, FeedForward, LayerCache, RMSNorm, rotary_table
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = Table(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else Table(config.vocab_size, config.hidden_size)
+        self.lm_head = None if config.tie_word_embeddings else Embedding(config.vocab_size, config.hidden_size)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> list[Block]:
@@ -130,7 +130,7 @@ def linear_parameters(config: ModelConfig) -> int:
     return config.num_hidden_layers * (2 * d * d + 2 * d * kv + 3 * d * f)
 
 
-def table_parameters(config: ModelConfig) -> int:
+def embedding_parameters(config: ModelConfig) -> int:
     """Weights in the embedding and, if it is not tied, the head."""
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
@@ -144,7 +144,7 @@ def norm_parameters(config: ModelConfig) -> int:
 
 def parameters(config: ModelConfig) -> int:
     """All trained parameters."""
-    return linear_parameters(config) + table_parameters(config) + norm_parameters(config)
+    return linear_parameters(config) + embedding_parameters(config) + norm_parameters(config)
 
 
 def packed_bytes(config: ModelConfig) -> int:
@@ -153,9 +153,9 @@ def packed_bytes(config: ModelConfig) -> int:
     rows = (2 * d + 2 * kv + 2 * f) * packing.packed_width(d) + d * packing.packed_width(f)
     # q and o [d, d], k and v [kv, d], gate and up [f, d]; down is [d, f]; seven scales a block.
     blocks = config.num_hidden_layers * (rows + 7 * 4)
-    if config.linear == "plain":
+    if config.linear == "float":
         blocks = 2 * linear_parameters(config)
-    return blocks + 2 * table_parameters(config) + 4 * norm_parameters(config)
+    return blocks + 2 * embedding_parameters(config) + 4 * norm_parameters(config)
 
 
 def float16_bytes(config: ModelConfig) -> int:

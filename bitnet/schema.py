@@ -1,6 +1,7 @@
 """Checks shared by every config dataclass: types, allowed values, unknown keys; all errors are BitNetError."""
 
 import difflib
+import logging
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_origin
@@ -8,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from bitnet.errors import BitNetError
 
 T = TypeVar("T")
+_log = logging.getLogger("bitnet")
 _FLOAT_LIMIT = 2**1023  # whole numbers below it are floats too; float() of a larger one overflows
 
 
@@ -38,10 +40,32 @@ def check_choice(config: Any, section: str, name: str, allowed: Iterable[str]) -
         raise BitNetError(f"{section}.{name}: got '{value}', expected one of {', '.join(allowed)}")
 
 
+# Names that earlier versions wrote into files, and what they are called now.
+_OLD_KEYS = {("train", "ease"): "quant_warmup", ("train", "table_lr"): "embedding_lr"}
+_OLD_VALUES = {("model", "linear", "plain"): "float"}
+
+
+def current(values: dict[str, Any], section: str) -> dict[str, Any]:
+    """Settings under the names of today; an old name is read, and one line says what it is called now.
+
+    Raises BitNetError for a setting that is given under both of its names.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = _OLD_KEYS.get((section, name), name)
+        if key in found or (key != name and key in values):
+            raise BitNetError(f"{section}.{key}: got it as '{name}' too, its old name; give it once")
+        if key != name:
+            _log.info("%s.%s is called %s.%s now", section, name, section, key)
+        found[key] = _OLD_VALUES.get((section, key, value), value) if isinstance(value, str) else value
+    return found
+
+
 def from_values(cls: type[T], values: dict[str, Any], section: str) -> T:
     """Build a config dataclass from parsed TOML or JSON. Raises BitNetError for unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise BitNetError(f"{section}: got {type(values).__name__}, expected a table of settings")
+    values = current(values, section)
     known = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from bitnet import checkpoint, schema
+from bitnet import schema
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
+from bitnet.files import checkpoint
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig, default_config, read_toml
-from bitnet.train.display import Display
 from bitnet.train.initial import Initial, Teacher
-from bitnet.train.overview import duration
 from bitnet.train.pretrain import Outcome, pretrain
-from bitnet.train.run import Run
+from bitnet.train.report.display import Display
+from bitnet.train.report.overview import duration
+from bitnet.train.runs.run import Run
 
 Values = dict[str, dict[str, Any]]
 
@@ -82,8 +83,8 @@ def resolve(
     elif run.exists() or initial is None:
         base = run.config() if run.exists() else default_config()
     else:
-        # Trained on at a low rate, a model has no time for a long way in: benchmarks/ladders/9-convert.toml.
-        base = RunConfig(model=initial, train=TrainConfig(ease=0.0))
+        # Trained on at a low rate, a model has no time for a long way in: benchmarks/specs/9-convert.toml.
+        base = RunConfig(model=initial, train=TrainConfig(quant_warmup=0.0))
     # In one go: settings that fit together only as a whole may come from several places.
     return base.override(merge(values, _spoken(flags, assignments)))
 

@@ -9,7 +9,7 @@ from typing import Any
 from bitnet import schema
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.errors import BitNetError
-from bitnet.train.data import DataConfig
+from bitnet.train.data.corpus import DataConfig
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("linear", "cosine", "wsd", "two-stage")
@@ -46,7 +46,7 @@ class TrainConfig:
     context: int = 0  # tokens a sequence; 0 is the model's context
     optimizer: str = "muon"  # for the matrices of the blocks; "adamw" for everything
     lr: float = 0.006  # of the matrices; with "adamw" 3e-3 is a good start
-    table_lr: float = 0.006  # of embedding, head and gains
+    embedding_lr: float = 0.006  # of embedding, head and gains
     schedule: str = "linear"
     warmup: float = 0.05  # share of the steps
     decay: float = 0.2  # share of the steps of the final descent ("wsd")
@@ -70,8 +70,8 @@ class TrainConfig:
     zero_init: bool = False  # o_proj and down_proj begin at zero: every block begins as the identity
     float_share: float = 0.0  # share of the steps before the quantisers are switched on
     # Share of the steps behind those over which the quantisers come in: less makes a worse model of the same tokens
-    # (benchmarks/ladders/7-ease.toml). A run that starts from another model has 0 unless told otherwise.
-    ease: float = 0.8
+    # (benchmarks/specs/7-quant-warmup.toml). A run that starts from another model has 0 unless told otherwise.
+    quant_warmup: float = 0.8
     eval_every: int = 100  # 0: only at the end
     eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
     sample_every: int = 0  # 0: with the last step only
@@ -96,11 +96,15 @@ class TrainConfig:
         check(self, "train", ("seed",), 0, 2**63 - 1)  # what torch's generators take
         check(self, "train", ("eval_tokens", "keep"), 2)
         check(
-            self, "train", ("warmup", "decay", "second_stage_lr", "min_lr", "ease", "float_share", "distill"), 0.0, 1.0
+            self,
+            "train",
+            ("warmup", "decay", "second_stage_lr", "min_lr", "quant_warmup", "float_share", "distill"),
+            0.0,
+            1.0,
         )
         check(self, "train", ("temperature",), 1e-3, 1e3)
         check(self, "train", ("z_loss",), 0.0, 1e3)
-        check(self, "train", ("lr", "table_lr", "clip"), 1e-12, 1e6)
+        check(self, "train", ("lr", "embedding_lr", "clip"), 1e-12, 1e6)
         check(self, "train", ("weight_decay",), 0.0, 100.0)
         check(self, "train", ("momentum", "beta1", "beta2"), 0.0, 0.999999)
         if self.global_batch and self.accumulate > 1:
@@ -156,7 +160,9 @@ class RunConfig:
                 raise BitNetError(f"config: got unknown section [{name}], expected {', '.join(_SECTIONS)}")
         changed = {}
         for name, cls in _SECTIONS.items():
-            changed[name] = schema.from_values(cls, {**asdict(getattr(self, name)), **values.get(name, {})}, name)
+            changed[name] = schema.from_values(
+                cls, {**asdict(getattr(self, name)), **schema.current(values.get(name, {}), name)}, name
+            )
         return replace(self, **changed)
 
     def differences(self, other: "RunConfig") -> list[tuple[str, Any, Any]]:

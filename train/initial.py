@@ -12,12 +12,12 @@ from torch import Tensor
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.model import Transformer
-from bitnet.tokenizer import Tokenizer
+from bitnet.text.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, TokenizerConfig
 
 
 class Initial(Protocol):
-    """A model to start from instead of random weights, read tensor by tensor (bitnet/formats/source.py)."""
+    """A model to start from instead of random weights, read tensor by tensor (bitnet/files/source.py)."""
 
     config: ModelConfig
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bitnet.train.sharding import local
+from bitnet.train.parallel.sharding import local
 
 
 class ShardedMuon(torch.optim.Optimizer):

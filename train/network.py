@@ -7,10 +7,10 @@ from bitnet.config import ModelConfig
 from bitnet.model import Transformer
 from bitnet.train.compiling import compile_blocks, compiled
 from bitnet.train.config import TrainConfig
-from bitnet.train.distributed import Processes
 from bitnet.train.initial import Initial, initial_weights
 from bitnet.train.objective import Objective
-from bitnet.train.sharding import assign, shard
+from bitnet.train.parallel.distributed import Processes
+from bitnet.train.parallel.sharding import assign, shard
 
 
 def build_network(
@@ -43,7 +43,7 @@ def _backward_reads_masters(config: ModelConfig, settings: TrainConfig) -> bool:
     Float ones are read, and all are when a forward pass runs again; while quantisers come in, mixtures have been kept.
     A compiler decides for itself what it keeps: on a CPU, inductor keeps the masters of o_proj and down_proj.
     """
-    return config.linear == "plain" or settings.recompute or settings.compile
+    return config.linear == "float" or settings.recompute or settings.compile
 
 
 def write_first_weights(model: Transformer, settings: TrainConfig, initial: Initial | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bitnet.layers import Table
+from bitnet.layers import Embedding
 from bitnet.train.config import TrainConfig
 from bitnet.train.muon import ShardedMuon
 from bitnet.train.schedule import learning_rate, weight_decay
@@ -21,17 +21,19 @@ class Optimizer:
     """One optimiser over the whole model, with the schedule of its configuration.
 
     Two kinds of parameters: the matrices of the blocks (learning rate `lr`, weight decay) and the rest, which are
-    embedding, head and gains (`table_lr`, no decay).
+    embedding, head and gains (`embedding_lr`, no decay).
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, Table)}
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
         named = dict(model.named_parameters())
         matrices = [p for p in named.values() if p.dim() == 2 and id(p) not in tables]
         rest = [p for p in named.values() if p.dim() != 2 or id(p) in tables]
         self._config, self._names = config, {id(p): name for name, p in named.items()}
         betas = (config.beta1, config.beta2)
-        adamw = torch.optim.AdamW([{"params": rest, "peak": config.table_lr, "decays": False}], betas=betas, fused=True)
+        adamw = torch.optim.AdamW(
+            [{"params": rest, "peak": config.embedding_lr, "decays": False}], betas=betas, fused=True
+        )
         matrix_group = {"params": matrices, "peak": config.lr, "decays": True}
         self._optimizers: list[torch.optim.Optimizer] = [adamw]
         if config.optimizer == "muon" and any(isinstance(p, DTensor) for p in matrices):

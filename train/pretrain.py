@@ -17,33 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet import checkpoint
 from bitnet.errors import BitNetError
-from bitnet.layers import keep_codes, set_ease
+from bitnet.files import checkpoint
+from bitnet.layers import keep_codes, set_quant_warmup
 from bitnet.model import Transformer, parameters
 from bitnet.quant import use_int8_gradients
-from bitnet.train.batches import micro_batches, sequences_a_step, share
 from bitnet.train.compiling import check_compiler, missing_compiler
 from bitnet.train.config import RunConfig, TrainConfig
-from bitnet.train.data import Sampler, TokenDataset, open_dataset
-from bitnet.train.display import Display
-from bitnet.train.distributed import Processes, lost_processes
+from bitnet.train.data.preparing import prepare_data
+from bitnet.train.data.shards import TokenDataset, open_dataset
+from bitnet.train.data.windows import Sampler
 from bitnet.train.evaluate import Evaluation
 from bitnet.train.initial import Initial, Teacher, check_initial, check_teacher, teacher_digest
 from bitnet.train.network import build_network, write_first_weights
-from bitnet.train.observer import Observer
 from bitnet.train.optim import Optimizer
-from bitnet.train.overview import duration, overview
-from bitnet.train.plot import plot_run
+from bitnet.train.parallel.batches import micro_batches, sequences_a_step, share
+from bitnet.train.parallel.distributed import Processes, lost_processes
+from bitnet.train.parallel.sharding import clip_gradients
 from bitnet.train.precision import resolve_dtype
-from bitnet.train.preparing import prepare_data
-from bitnet.train.resuming import RunState
-from bitnet.train.run import Run
-from bitnet.train.saving import Saver
+from bitnet.train.report.display import Display
+from bitnet.train.report.observer import Observer
+from bitnet.train.report.overview import duration, overview
+from bitnet.train.report.plot import plot_run
+from bitnet.train.report.trackers import Tracker, make_trackers
+from bitnet.train.runs.resuming import RunState
+from bitnet.train.runs.run import Run
+from bitnet.train.runs.saving import Saver
 from bitnet.train.schedule import quantised_share, whole_from
-from bitnet.train.sharding import clip_gradients
 from bitnet.train.signals import stop_signals
-from bitnet.train.trackers import Tracker, make_trackers
 
 _WORTH_COMPILING = 600.0  # seconds of steps; torch.compile takes half a minute to two, and halves a step on a CPU
 
@@ -183,7 +184,7 @@ class Trainer:
         """Run all steps that are left, then validate on the whole split, sample, plot and save."""
         settings, display = self.settings, self.display
         subjects = overview(self.config, self.model_config, self.dataset, self.processes, self.dtype, self.sequences)
-        self._ease()  # the estimate is of the steps that come first
+        self._set_quant_warmup()  # the estimate is of the steps that come first
         if self.quantised < 1:
             subjects["training"] += f", all of it {self.model_config.linear} from step {whole_from(settings)} on"
         display.announce(
@@ -234,7 +235,7 @@ class Trainer:
         started = time.perf_counter()
         rate = self.optimizer.set_step(self.step)
         self.observer.forget()
-        self._ease()
+        self._set_quant_warmup()
         loss = self._gradients()
         norm = clip_gradients(list(self.model.parameters()), self.settings.clip)
         # The step's one wait for the device; several processes wait once more, to hear of each other's signals.
@@ -258,11 +259,11 @@ class Trainer:
             **({"quantised": self.quantised} if self.quantised < 1 else {}),
         }
 
-    def _ease(self) -> None:
+    def _set_quant_warmup(self) -> None:
         """Set how much of the operands is quantised. It never falls, also where more steps than planned follow."""
-        share = 1.0 if self.model_config.linear == "plain" else quantised_share(self.settings, self.step)
+        share = 1.0 if self.model_config.linear == "float" else quantised_share(self.settings, self.step)
         self.quantised = max(self.quantised, share)
-        set_ease(self.model, self.quantised)
+        set_quant_warmup(self.model, self.quantised)
 
     def _gradients(self) -> Tensor:
         """Accumulate the gradients of this step's global batch. Returns the mean loss [] over all processes.

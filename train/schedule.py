@@ -50,4 +50,4 @@ def quantised_share(config: TrainConfig, step: int) -> float:
 def whole_from(config: TrainConfig) -> int:
     """The first step, counted from 1, whose operands are all quantised; one more than all steps if none is."""
     floats = round(config.float_share * config.steps)
-    return floats + max(1, round(config.ease * (config.steps - floats)))
+    return floats + max(1, round(config.quant_warmup * (config.steps - floats)))

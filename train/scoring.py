@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bitnet.generation import load_for_text
-from bitnet.train.data import batch_for, eval_windows, spread_windows, tokenize
+from bitnet.train.data.prepare import tokenize
+from bitnet.train.data.windows import batch_for, eval_windows, spread_windows
 from bitnet.train.evaluate import evaluate
-from bitnet.train.run import Run
+from bitnet.train.runs.run import Run
 
 
 def score_text(

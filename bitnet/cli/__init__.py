@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from bitnet.cli import doctor, files, measuring, running, training
+from bitnet.cli import bench, compare, doctor, eval, export, generate, import_, inspect, pack, serve, sweep, train
 from bitnet.cli.options import Debug, state
 from bitnet.errors import BitNetError
 
@@ -91,17 +91,17 @@ def _top(
 
 
 VERBS: dict[str, Callable[..., None]] = {  # in the order a newcomer meets them
-    "train": training.train,
-    "sweep": training.sweep,
-    "pack": files.pack,
-    "generate": running.generate,
-    "serve": running.serve,
-    "eval": training.evaluate,
-    "bench": measuring.bench,
-    "compare": measuring.compare,
-    "inspect": files.inspect,
-    "export": files.export,
-    "import": files.import_,
+    "train": train.train,
+    "sweep": sweep.sweep,
+    "pack": pack.pack,
+    "generate": generate.generate,
+    "serve": serve.serve,
+    "eval": eval.evaluate,
+    "bench": bench.bench,
+    "compare": compare.compare,
+    "inspect": inspect.inspect,
+    "export": export.export,
+    "import": import_.import_,
     "doctor": doctor.doctor,
 }
 for _name, _function in VERBS.items():

@@ -14,7 +14,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     if as_json:
         print_json(report)
     else:
-        from bitnet.tables import doctor_tables
+        from bitnet.cli.tables import doctor_tables
 
         print_tables(*doctor_tables(report))
     raise typer.Exit(0 if report["healthy"] else 1)

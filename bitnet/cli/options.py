@@ -63,19 +63,19 @@ def set_threads(count: int) -> None:
 
 def open_model(name: str) -> Any:
     """The source behind a path: the newest save of a run, or any model the formats know."""
-    from bitnet.formats.opening import open_source
-    from bitnet.formats.source import TrainedSource
-    from bitnet.train.run import Run
+    from bitnet.files.opening import open_source
+    from bitnet.files.source import TrainedSource
+    from bitnet.train.runs.run import Run
 
     run = Run(Path(name))
     if not run.exists():
         return open_source(name)
     model, save = run.load()
-    note_easing(run, save)
+    note_quant_warmup(run, save)
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
 
 
-def note_easing(run: Any, save: Any) -> None:
+def note_quant_warmup(run: Any, save: Any) -> None:
     """Say that a save is of a model which was not yet trained with its codes alone."""
     if save.quantised < 1 and os.environ.get("RANK", "0") == "0":
         logging.getLogger("bitnet").info(
@@ -86,7 +86,7 @@ def note_easing(run: Any, save: Any) -> None:
 
 def open_teacher(name: str) -> Any:
     """The model behind a path with its tokenizer, to learn from."""
-    from bitnet.formats.source import as_model
+    from bitnet.files.source import as_model
     from bitnet.train.initial import Teacher
 
     source = open_model(name)

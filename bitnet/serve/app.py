@@ -19,12 +19,11 @@ from starlette.routing import Route
 
 from bitnet.errors import BitNetError
 from bitnet.generation import prompt_ids, stop_ids
-from bitnet.json_tokenizer import JsonTokenizer
 from bitnet.serve import metrics as telemetry
 from bitnet.serve.guard import App, ClientGoneError, Guard, Receive, Send, read_body
 from bitnet.serve.protocol import (
     RequestError,
-    Wishes,
+    RequestParams,
     flag,
     parse_chat,
     parse_completion,
@@ -55,7 +54,8 @@ from bitnet.serve.scheduler import (
     usable,
 )
 from bitnet.serve.text import Speller
-from bitnet.tokenizer import Tokenizer
+from bitnet.text.json_tokenizer import JsonTokenizer
+from bitnet.text.tokenizer import Tokenizer
 
 SEND_SECONDS = 60.0  # a client that takes nothing for so long is gone
 WAITING_SECONDS = 10.0  # between signs of life while a request waits
@@ -189,9 +189,9 @@ async def _completions(request: Request) -> Response:
     service = _service(request)
     values = parse_json(await read_body(request.receive, request.headers))
     asked = parse_completion(values)
-    loaded, wishes = service.loaded, asked.wishes
-    service.check_model(wishes.model)
-    _check_count(len(asked.prompts) * wishes.n, loaded.scheduler.most)
+    loaded, params = service.loaded, asked.params
+    service.check_model(params.model)
+    _check_count(len(asked.prompts) * params.n, loaded.scheduler.most)
     jobs, prompt_tokens = [], 0
     for prompt in asked.prompts:
         if isinstance(prompt, str):
@@ -203,17 +203,17 @@ async def _completions(request: Request) -> Response:
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else loaded.tokenizer.decode(ids)
         prompt_tokens += len(ids)
-        jobs += [_job(loaded, ids, wishes, i, echo) for i in range(wishes.n)]
-    reply = CompletionReply(loaded.name, Speller(loaded.tokenizer), wishes.top, wishes.include_usage)
-    return await _run(request, jobs, reply, wishes, Usage(prompt_tokens, wishes.n))
+        jobs += [_job(loaded, ids, params, i, echo) for i in range(params.n)]
+    reply = CompletionReply(loaded.name, Speller(loaded.tokenizer), params.top, params.include_usage)
+    return await _run(request, jobs, reply, params, Usage(prompt_tokens, params.n))
 
 
 async def _chat(request: Request) -> Response:
     service = _service(request)
     values = parse_json(await read_body(request.receive, request.headers))
     asked = parse_chat(values)
-    loaded, wishes = service.loaded, asked.wishes
-    service.check_model(wishes.model)
+    loaded, params = service.loaded, asked.params
+    service.check_model(params.model)
     tokenizer = loaded.tokenizer
     if not isinstance(tokenizer, JsonTokenizer) or tokenizer.settings.chat_template is None:
         raise RequestError(
@@ -222,10 +222,10 @@ async def _chat(request: Request) -> Response:
     said = "".join(message["content"] for message in asked.messages)
     ids = await service.encode(lambda: tokenizer.encode_chat(asked.messages), said)
     service.check_ids(ids)
-    _check_count(wishes.n, loaded.scheduler.most)
-    jobs = [_job(loaded, ids, wishes, i, None) for i in range(wishes.n)]
-    reply = ChatReply(loaded.name, Speller(tokenizer), wishes.top, wishes.include_usage)
-    return await _run(request, jobs, reply, wishes, Usage(len(ids), wishes.n))
+    _check_count(params.n, loaded.scheduler.most)
+    jobs = [_job(loaded, ids, params, i, None) for i in range(params.n)]
+    reply = ChatReply(loaded.name, Speller(tokenizer), params.top, params.include_usage)
+    return await _run(request, jobs, reply, params, Usage(len(ids), params.n))
 
 
 def _check_count(count: int, most: int) -> None:
@@ -236,16 +236,16 @@ def _check_count(count: int, most: int) -> None:
         )  # fmt: skip
 
 
-def _job(loaded: Loaded, ids: Sequence[int], wishes: Wishes, choice: int, echo: str | None) -> Job:
+def _job(loaded: Loaded, ids: Sequence[int], params: RequestParams, choice: int, echo: str | None) -> Job:
     room = loaded.limit - len(ids) + 1  # the last token is written, never read
-    sampling = wishes.sampling
+    sampling = params.sampling
     return Job(
         ids=ids,
-        max_tokens=room if wishes.max_tokens is None else min(wishes.max_tokens, room),
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         sampling=type(sampling)(**{**vars(sampling), "seed": (sampling.seed + choice) % 2**63}),
-        stop=wishes.stop,
-        ends=frozenset() if wishes.ignore_eos else frozenset(stop_ids(loaded.tokenizer)),
-        top=wishes.top,
+        stop=params.stop,
+        ends=frozenset() if params.ignore_eos else frozenset(stop_ids(loaded.tokenizer)),
+        top=params.top,
         echo=echo,
     )
 
@@ -271,7 +271,7 @@ class _Box(asyncio.Queue[Any]):
             job.cancelled = True
 
 
-async def _run(request: Request, jobs: list[Job], reply: Reply, wishes: Wishes, usage: Usage) -> Response:
+async def _run(request: Request, jobs: list[Job], reply: Reply, params: RequestParams, usage: Usage) -> Response:
     """Queue the jobs of a request and answer with what comes of them."""
     box = _Box(jobs)
     for index, job in enumerate(jobs):
@@ -282,8 +282,8 @@ async def _run(request: Request, jobs: list[Job], reply: Reply, wishes: Wishes, 
         raise RequestError(429, f"too many requests: {error}", code="queue_full", retry=error.retry) from None
     except ClosedError:
         raise RequestError(503, "the server is shutting down", code="shutting_down") from None
-    if wishes.stream:
-        return EventStream(jobs, box, reply, usage, wishes.include_usage)
+    if params.stream:
+        return EventStream(jobs, box, reply, usage, params.include_usage)
     return await _whole(request, jobs, box, reply, usage)
 
 

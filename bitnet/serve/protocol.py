@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from bitnet.engine.sampling import Sampling
 from bitnet.errors import BitNetError
-from bitnet.sampling import Sampling
 
 MAX_CHOICES = 16  # of one prompt (n)
 MAX_STOPS = 16  # OpenAI takes 4
@@ -79,7 +79,7 @@ def _outline(value: Any, depth: int = 4) -> Any:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RequestParams:
     """What both kinds of request say about the text to write. max_tokens None: up to the context."""
 
     sampling: Sampling
@@ -97,7 +97,7 @@ class Wishes:
 class CompletionRequest:
     """A text, or token ids, to continue; several at once."""
 
-    wishes: Wishes
+    params: RequestParams
     prompts: Sequence[str | list[int]]
     echo: bool
 
@@ -106,7 +106,7 @@ class CompletionRequest:
 class ChatRequest:
     """A conversation to answer: {"role", "content"} each, content as one text."""
 
-    wishes: Wishes
+    params: RequestParams
     messages: Sequence[dict[str, str]]
 
 
@@ -128,8 +128,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def parse_completion(values: Mapping[str, Any]) -> CompletionRequest:
     """A request to /v1/completions. Raises RequestError (400)."""
     top = whole(values, "logprobs", None, 0, MAX_TOP["completion"])
-    wishes = _wishes(values, top, whole(values, "max_tokens", 16, 0, _INT))
-    return CompletionRequest(wishes, _prompts(values.get("prompt")), flag(values, "echo"))
+    params = _params(values, top, whole(values, "max_tokens", 16, 0, _INT))
+    return CompletionRequest(params, _prompts(values.get("prompt")), flag(values, "echo"))
 
 
 def parse_chat(values: Mapping[str, Any]) -> ChatRequest:
@@ -143,10 +143,10 @@ def parse_chat(values: Mapping[str, Any]) -> ChatRequest:
         top = top or 0
     newer = whole(values, "max_completion_tokens", None, 1, _INT)
     limit = newer if newer is not None else whole(values, "max_tokens", None, 1, _INT)
-    return ChatRequest(_wishes(values, top, limit), _messages(values.get("messages")))
+    return ChatRequest(_params(values, top, limit), _messages(values.get("messages")))
 
 
-def _wishes(values: Mapping[str, Any], top: int | None, max_tokens: int | None) -> Wishes:
+def _params(values: Mapping[str, Any], top: int | None, max_tokens: int | None) -> RequestParams:
     for name, harmless in _UNSUPPORTED.items():
         value = values.get(name)
         if value is not None and not any(type(value) is type(h) and value == h for h in _as_numbers(harmless)):
@@ -170,7 +170,7 @@ def _wishes(values: Mapping[str, Any], top: int | None, max_tokens: int | None) 
     model = values.get("model")
     if model is not None and not isinstance(model, str):
         raise refuse("model", model, "a string")
-    return Wishes(
+    return RequestParams(
         sampling=sampling,
         max_tokens=max_tokens,
         stop=_stops(values.get("stop")),

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.engine import Part, Slots, common_length
-from bitnet.sampling import Sampler, Sampling
+from bitnet.engine.base import BatchEntry, SequenceBatch, common_length
+from bitnet.engine.sampling import Sampler, Sampling
 from bitnet.serve.metrics import Metrics
 from bitnet.serve.text import StopWriter
-from bitnet.tokenizer import Tokenizer
+from bitnet.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("bitnet")
 
@@ -131,7 +131,7 @@ class Scheduler:
 
     def __init__(
         self,
-        slots: Slots,
+        slots: SequenceBatch,
         tokenizer: Tokenizer,
         metrics: Metrics,
         post: Callable[[Sequence[tuple[Job, Event]]], None],
@@ -277,9 +277,9 @@ class Scheduler:
         slot = max(free, key=lambda slot: (worth[slot], -self._used[slot]))
         return slot, common[slot]
 
-    def _plan(self) -> list[tuple[_Running, Part]]:
+    def _plan(self) -> list[tuple[_Running, BatchEntry]]:
         """The parts of one pass: a token of each writing text, then prompts until CHUNK tokens are reached in all."""
-        work = [(r, Part(r.slot, r.new[-1:])) for r in self._running.values() if r.new]
+        work = [(r, BatchEntry(r.slot, r.new[-1:])) for r in self._running.values() if r.new]
         left = max(1, CHUNK - len(work))  # a prompt is never stopped either
         for running in self._running.values():
             if running.new or left == 0:
@@ -288,11 +288,11 @@ class Scheduler:
             if running.scored:
                 size = min(size, max(1, _SCORE_BYTES // (4 * self._tokenizer.vocab_size)))
             ids = running.job.ids[running.read : running.read + size]
-            work.append((running, Part(running.slot, ids, every=running.scored)))
+            work.append((running, BatchEntry(running.slot, ids, every=running.scored)))
             left -= size
         return work
 
-    def _advance(self, running: _Running, part: Part, logits: Tensor) -> None:
+    def _advance(self, running: _Running, part: BatchEntry, logits: Tensor) -> None:
         """Take the result of a pass. logits: [V], or [T, V] of a scored prompt."""
         if not running.new:
             if running.scored:

@@ -22,11 +22,10 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bitnet.engine import Engine, Slots
+from bitnet.engine.base import Engine, SequenceBatch
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text
 from bitnet.inspection import inspect_packed
-from bitnet.json_tokenizer import JsonTokenizer
 from bitnet.kernels import ops
 from bitnet.serve.app import Loaded, Service, build_app, deliver
 from bitnet.serve.guard import allowed_hosts, is_loopback
@@ -34,6 +33,7 @@ from bitnet.serve.metrics import Metrics
 from bitnet.serve.protocol import RequestError
 from bitnet.serve.replies import json_bytes
 from bitnet.serve.scheduler import Scheduler
+from bitnet.text.json_tokenizer import JsonTokenizer
 
 _log = logging.getLogger("bitnet")
 
@@ -286,7 +286,9 @@ class _Run:
 class Facts:
     """What /info tells. The inside of the file is counted once, in a thread that starts with the first question."""
 
-    def __init__(self, model: Path, engine: Engine, slots: Slots, tokenizer: object, options: dict[str, str]) -> None:
+    def __init__(
+        self, model: Path, engine: Engine, slots: SequenceBatch, tokenizer: object, options: dict[str, str]
+    ) -> None:
         self._model, self._lock = model, threading.Lock()
         self._inside: Future[dict[str, Any]] | None = None
         template = isinstance(tokenizer, JsonTokenizer) and tokenizer.settings.chat_template is not None

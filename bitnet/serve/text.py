@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bitnet.tokenizer import Tokenizer
+from bitnet.text.tokenizer import Tokenizer
 
 
 class StopWriter:

@@ -195,22 +195,22 @@ void Session::normed(Team& team, const std::vector<float>& gain) {
     const int64_t n = engine_.shape.width;
     float* row = scratch_[team.thread].row.as<float>();
     if (team.thread == 0) activations_.shape(rows(), n);
-    team.meet();
+    team.barrier();
     for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
         isa.rms_norm(x_.as<float>() + m * n, gain.data(), n, engine_.shape.eps, row);
         activations_.inv_scale()[m] = isa.quantize(row, n, activations_.row(m));
         activations_.clear_tail(m);
     }
-    team.meet();
+    team.barrier();
 }
 
 void Session::multiply(Team& team, const Matrix& matrix, const std::vector<float>& scale, float* y, int64_t stride,
                        bool add) {
     activations_.ready(team);
-    team.meet();
+    team.barrier();
     scratch_[team.thread].product.run(team, matrix, activations_,
                                       {.y = y, .stride = stride, .row_scale = scale.data(), .add = add});
-    team.meet();
+    team.barrier();
 }
 
 void Session::block(Team& team, int64_t index) {
@@ -222,11 +222,11 @@ void Session::block(Team& team, int64_t index) {
     normed(team, layer.input_norm);
     multiply(team, layer.qkv, layer.qkv_scale, y_.as<float>(), layer.qkv.n, false);
     rotate(team, layer, index);
-    team.meet();
+    team.barrier();
     attention(team, index);
 
     if (team.thread == 0) activations_.shape(rows(), shape.width);
-    team.meet();
+    team.barrier();
     for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
         const float* from = mixed_.as<float>() + m * shape.width;
         if (!layer.sub_norm.empty()) {
@@ -236,14 +236,14 @@ void Session::block(Team& team, int64_t index) {
         activations_.inv_scale()[m] = isa.quantize(from, shape.width, activations_.row(m));
         activations_.clear_tail(m);
     }
-    team.meet();
+    team.barrier();
     multiply(team, layer.output, layer.output_scale, x_.as<float>(), shape.width, true);
 
     normed(team, layer.post_norm);
     multiply(team, layer.gate_up, layer.gate_up_scale, y_.as<float>(), 2 * shape.ffn, false);
 
     if (team.thread == 0) activations_.shape(rows(), shape.ffn);
-    team.meet();
+    team.barrier();
     for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
         const float* gate = y_.as<float>() + m * 2 * shape.ffn;
         isa.gate(gate, gate + shape.ffn, shape.ffn, shape.squared_relu, row);
@@ -251,7 +251,7 @@ void Session::block(Team& team, int64_t index) {
         activations_.inv_scale()[m] = isa.quantize(row, shape.ffn, activations_.row(m));
         activations_.clear_tail(m);
     }
-    team.meet();
+    team.barrier();
     multiply(team, layer.down, layer.down_scale, x_.as<float>(), shape.width, true);
 }
 
@@ -398,7 +398,7 @@ void Session::attention(Team& team, int64_t index) {
             const Task& task = pass_.tasks[(size_t)i];
             compute(pass_.items[(size_t)task.item], task.span, i);
         }
-        team.meet();
+        team.barrier();
         for (int64_t i = team.begin(items); i < team.end(items); i++)
             collect(pass_.items[(size_t)i], pass_.items[(size_t)i].slot);
     } else {
@@ -409,7 +409,7 @@ void Session::attention(Team& team, int64_t index) {
             collect(item, 0);
         }
     }
-    team.meet();
+    team.barrier();
 }
 
 void Session::logits(Team& team) {
@@ -420,7 +420,7 @@ void Session::logits(Team& team) {
     for (int64_t i = team.begin(tokens); i < team.end(tokens); i++)
         isa.rms_norm(x_.as<float>() + pass_.wanted[(size_t)i] * n, engine_.final_norm.data(), n, shape.eps,
                      states + i * stride);
-    team.meet();
+    team.barrier();
     // 64 rows of the table stay in the second cache while every token passes.
     constexpr int64_t kStep = 64;
     const int64_t bytes = row_bytes(engine_.head.store, n);
@@ -431,7 +431,7 @@ void Session::logits(Team& team) {
             isa.dots(engine_.head.data + v * bytes, engine_.head.store, scales, count, n, states + t * stride, stride,
                      (int)std::min<int64_t>(4, tokens - t), pass_.logits + t * shape.vocab + v, shape.vocab);
     }
-    team.meet();
+    team.barrier();
 }
 
 }  // namespace bitnet

@@ -188,9 +188,9 @@ void matmul(const std::string& isa, const Array<const uint8_t, 1>& prepared, int
                 w.activations.clear_tail(i);
                 w.activations.inv_scale()[i] = 1;
             }
-            team.meet();
+            team.barrier();
             w.activations.ready(team);
-            team.meet();
+            team.barrier();
             w.products[team.thread].run(team, matrix, w.activations, {.sums = to + start * n, .stride = n});
         });
     }

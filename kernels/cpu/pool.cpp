@@ -69,7 +69,7 @@ void Pool::serve(int thread, uint32_t seen) {
         if (stop_.load()) return;
         Team team(*this, thread, threads_);
         (*work_)(team);
-        team.meet();
+        team.barrier();
     }
 }
 
@@ -87,10 +87,10 @@ void Pool::run(const std::function<void(Team&)>& work) {
         job_.notify_all();
     }
     work(team);
-    team.meet();
+    team.barrier();
 }
 
-void Team::meet() {
+void Team::barrier() {
     if (threads == 1) return;
     pool_.arrive(pool_.phase_, pool_.count_);
 }

@@ -23,7 +23,7 @@ class Team {
     Team(Pool& pool, int thread, int threads) : thread(thread), threads(threads), pool_(pool) {}
 
     // Every thread of the team has to pass here before any goes on.
-    void meet();
+    void barrier();
 
     // This thread's part [begin, end) of n items.
     int64_t begin(int64_t n) const { return n * thread / threads; }

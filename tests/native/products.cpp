@@ -59,7 +59,7 @@ bool check(const Isa& isa, Pool& pool, const Case& c) {
     for (auto& product : products) product.reserve(isa, c.m);
     pool.run([&](Team& team) {
         x.ready(team);
-        team.meet();
+        team.barrier();
         products[team.thread].run(team, matrix, x, {.sums = got.data(), .stride = c.n});
         products[team.thread].run(
             team, matrix, x, {.y = scaled.data(), .stride = c.n, .row_scale = row_scale.data(), .add = true});

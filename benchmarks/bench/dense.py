@@ -1,0 +1,237 @@
+"""Dense torch as a contender: the whole forward pass of the same model, in bf16 or int8; run by worker.py.
+
+What a good eager implementation does: q/k/v and gate/up as one matrix each, fused attention over a preallocated cache,
+logits of the last position only. Linears in one of two ways:
+
+    bf16    bf16 weights
+    int8    weights int8 a tensor (ternary codes are: nothing is lost), activations int8 a token, rounded as they come.
+            The head has a scale a row.
+
+Both are oneDNN's products on weights brought into its own layout at load, which is what torch.compile makes of a
+frozen model: up to three times as fast as F.linear and torch._int_mm, which stand in without oneDNN.
+
+Norms, rotary positions, attention and the residual stream are bf16 in both. Its logits are the model's up to that
+rounding, which tests/test_bench.py checks.
+
+Dimensions: B batch, T time, D model, V vocabulary, H heads, G key/value heads, E width of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet.config import ModelConfig
+from bitnet.files.packed import PackedModel, read_packed
+from bitnet.kernels import packing, reference
+from bitnet.layers import attend, rotary_table
+from bitnet.model import in_features, kv_cache_bytes
+
+_LEAST_ROWS = (
+    16  # with fewer, oneDNN 3.12 takes a path a thousand times slower for some shapes: rows of zeros are cheaper
+)
+_ROWS = 8192  # of a table at a time
+Linear = Callable[[Tensor], Tensor]  # [B, T, K] bf16 -> [B, T, N] bf16
+
+
+@dataclass(frozen=True)
+class _Block:
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+    input_gain: Tensor
+    post_gain: Tensor
+    q_gain: Tensor | None
+    k_gain: Tensor | None
+    sub_gain: Tensor | None
+    ffn_gain: Tensor | None
+
+
+class Contender:
+    """A packed file made dense. dtype: bf16 or int8."""
+
+    def __init__(self, path: str, dtype: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        packed = read_packed(path)
+        self.config = packed.config
+        self._weight_bytes = 0
+        self._make = self._bf16 if dtype == "bf16" else self._int8
+        self._load(packed)
+        cos, sin = rotary_table(self.config, self.config.context, torch.device("cpu"))
+        self._rotary = cos.bfloat16(), sin.bfloat16()
+        self._cache = torch.empty(0)
+        self._ids = torch.empty(0)
+        self._position = 0
+        version = torch.__version__.partition("+")[0]
+        how = {
+            "bf16": "bf16",
+            "int8": "int8 weights (a scale a tensor; head: a row), int8 activations (a scale a token)",
+        }
+        self.facts: dict[str, Any] = {
+            "what": f"torch {version} eager, dense, prepacked for oneDNN: {how[dtype]}; bf16 attention",
+            "backend": f"torch-{dtype}",
+            "weight_bytes": self._weight_bytes,
+            "kv_bytes": kv_cache_bytes(self.config, 1, 2),
+            "peak": f"torch {dtype}",
+        }
+
+    def _load(self, packed: PackedModel) -> None:
+        config, tensors = packed.config, packed.tensors
+
+        def gain(name: str) -> Tensor | None:
+            value = tensors.pop(f"{name}.weight", None)
+            return None if value is None else value.bfloat16()
+
+        def need(name: str) -> Tensor:
+            return tensors.pop(f"{name}.weight").bfloat16()
+
+        def linear(prefix: str, *names: str) -> Linear:
+            weights = [_codes(tensors, f"{prefix}.{name}_proj", config) for name in names]
+            return self._make(torch.cat([w for w, _ in weights]), torch.cat([s for _, s in weights]))
+
+        self._embedding = _table(tensors, "model.embed_tokens")
+        self._blocks = []
+        for i in range(config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            at, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+            self._blocks.append(
+                _Block(
+                    qkv=linear(at, "q", "k", "v"),
+                    o=linear(at, "o"),
+                    gate_up=linear(mlp, "gate", "up"),
+                    down=linear(mlp, "down"),
+                    input_gain=need(f"{layer}.input_layernorm"),
+                    post_gain=need(f"{layer}.post_attention_layernorm"),
+                    q_gain=gain(f"{at}.q_norm"),
+                    k_gain=gain(f"{at}.k_norm"),
+                    sub_gain=gain(f"{at}.attn_sub_norm"),
+                    ffn_gain=gain(f"{mlp}.ffn_sub_norm"),
+                )
+            )
+        self._gain = need("model.norm")
+        head = self._embedding if config.tie_word_embeddings else _table(tensors, "lm_head")
+        scale = torch.ones(head.shape[0])
+        if self._make == self._int8:
+            # So many rows at a time: of the whole in fp32, twice, a table of 2B4T would take 2.6 GB.
+            parts = [reference.quantize_activations(rows) for rows in head.split(_ROWS)]
+            head = torch.cat([codes for codes, _ in parts])
+            scale = torch.cat([inv_scale for _, inv_scale in parts]).reciprocal()[:, 0]
+        self._head = self._make(head, scale)
+
+    def _bf16(self, weight: Tensor, scale: Tensor) -> Linear:
+        """weight: [N, K] codes, or the values of a table; scale: [N] fp32."""
+        values = weight if weight.dtype == torch.bfloat16 else (weight * scale[:, None]).bfloat16()
+        self._weight_bytes += values.nbytes
+        return bf16_product(values)
+
+    def _int8(self, weight: Tensor, scale: Tensor) -> Linear:
+        """weight: [N, K] int8, scale: [N] fp32."""
+        self._weight_bytes += weight.nbytes + scale.nbytes
+        if not torch.backends.mkldnn.is_available():
+            return lambda x: _rounded(x, lambda q: torch._int_mm(q, weight.T), scale)
+        product = int8_product(weight)
+        return lambda x: _rounded(x, product, scale)
+
+    def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
+        return F.rms_norm(x, gain.shape, gain, self.config.rms_norm_eps)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """x: [B, heads, T, E] at the current positions."""
+        end = self._position + x.shape[2]
+        cos, sin = (table[self._position : end] for table in self._rotary)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    def _attention(self, index: int, block: _Block, x: Tensor) -> Tensor:
+        config, (B, T, _) = self.config, x.shape
+        E, H, G = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        q, k, v = block.qkv(x).view(B, T, -1, E).transpose(1, 2).split((H, G, G), dim=1)
+        if block.q_gain is not None and block.k_gain is not None:
+            q, k = self._norm(q, block.q_gain), self._norm(k, block.k_gain)
+        end = self._position + T
+        keys, values = self._cache[index]
+        keys[:, :, self._position : end], values[:, :, self._position : end] = self._rotate(k), v
+        y = attend(self._rotate(q), keys[:, :, :end], values[:, :, :end]).transpose(1, 2).reshape(B, T, -1)
+        return block.o(y if block.sub_gain is None else self._norm(y, block.sub_gain))
+
+    def _ffn(self, block: _Block, x: Tensor) -> Tensor:
+        gate, up = block.gate_up(x).chunk(2, dim=-1)
+        h = (F.relu(gate).square() if self.config.hidden_act == "relu2" else F.silu(gate)) * up
+        return block.down(h if block.ffn_gain is None else self._norm(h, block.ffn_gain))
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T]. Returns the logits of the last position, [B, V]."""
+        x = F.embedding(ids, self._embedding)
+        for index, block in enumerate(self._blocks):
+            x = x + self._attention(index, block, self._norm(x, block.input_gain))
+            x = x + self._ffn(block, self._norm(x, block.post_gain))
+        self._position += ids.shape[1]
+        return self._head(self._norm(x[:, -1], self._gain))
+
+    def start(self, batch: int, depth: int, room: int) -> None:
+        """A cache for `batch` sequences of `room` tokens, `depth` of them read."""
+        config = self.config
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, room, config.head_dim)
+        self._cache = torch.empty(0)
+        self._cache = torch.empty(shape, dtype=torch.bfloat16)
+        self._ids = torch.randint(0, config.vocab_size, (batch, room))
+        self._position = 0
+        if depth:
+            self.prefill(depth)
+
+    def prefill(self, tokens: int) -> None:
+        """Read `tokens` random ids a sequence."""
+        self.forward(self._ids[:, self._position : self._position + tokens])
+
+    def decode(self, tokens: int) -> None:
+        """Read `tokens` random ids a sequence, one at a time."""
+        for at in range(self._position, self._position + tokens):
+            self.forward(self._ids[:, at : at + 1])
+
+
+def bf16_product(weight: Tensor) -> Linear:
+    """oneDNN's product with a weight [N, K] bf16, brought into its layout; F.linear where there is no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight)
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
+
+
+def int8_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """oneDNN's product with a weight [N, K] int8, brought into its layout: q [M, K] int8 -> [M, N] fp32, sums only."""
+    ordered = torch.ops.onednn.qlinear_prepack(weight, None)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+
+    def product(q: Tensor) -> Tensor:
+        rows = q if q.shape[0] >= _LEAST_ROWS else F.pad(q, (0, 0, 0, _LEAST_ROWS - q.shape[0]))
+        y = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, 0, ordered, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y[: q.shape[0]]
+
+    return product
+
+
+def _rounded(x: Tensor, product: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+    """x: [..., K] bf16, rounded to int8 a token for `product`; scale: [N] of the weights. Returns [..., N] bf16."""
+    rows = x.reshape(-1, x.shape[-1])
+    inv_scale = reference.Q_MAX / rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=reference.EPS)
+    q = (rows * inv_scale).round_().to(torch.int8)
+    return (product(q) * (scale / inv_scale)).bfloat16().view(*x.shape[:-1], -1)
+
+
+def _codes(tensors: dict[str, Tensor], name: str, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """A projection's codes [N, K] int8 and its scale, N times."""
+    codes = packing.unpack(tensors.pop(f"{name}.weight"), in_features(config, name))
+    return codes, tensors.pop(f"{name}.weight_scale").expand(codes.shape[0])
+
+
+def _table(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Embedding or head [V, D] bf16."""
+    weight, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.scale", None)
+    return weight if scale is None else (weight * scale).bfloat16()

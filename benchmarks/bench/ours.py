@@ -1,0 +1,134 @@
+"""Our engines as a contender; run by worker.py."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.config import ModelConfig
+from bitnet.engine.base import Session
+from bitnet.engine.cpu import CpuEngine
+from bitnet.engine.load import load
+from bitnet.engine.torch import TorchEngine
+from bitnet.errors import BitNetError
+from bitnet.kernels import native, ops
+from bitnet.model import kv_cache_bytes, norm_parameters
+
+
+def prepare(engine: str, device: str, threads: int, **_options: Any) -> None:
+    """Test the kernels. Raises BitNetError where their sums are wrong: such an engine gets no figures."""
+    torch.set_num_threads(threads)
+    if engine == "cpu":
+        check_kernel(ops.CPU, torch.device("cpu"))
+    elif engine == "triton":
+        check_kernel(ops.TRITON, torch.device(device))
+    else:
+        check_kernel(ops.select(torch.device(device)), torch.device(device))
+
+
+class Contender:
+    """A packed file in one of our engines. engine, head, cache: as `bitnet.load` takes them.
+
+    Raises BitNetError for an engine that cannot run it.
+    """
+
+    def __init__(self, path: str, engine: str, head: str, cache: str, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self.engine = load(path, device, engine=engine, head=head, cache=cache)
+        backend = ops.CPU if self.engine.name == "cpu" else ops.select(torch.device(device))
+        config = self.engine.config
+        self._cuda = device.startswith("cuda")
+        self._session: Session | None = None
+        self._next = torch.empty(0)
+        self.facts: dict[str, Any] = {
+            "what": self._what(backend, head, cache),
+            "backend": self.engine.name,
+            "weight_bytes": self._weight_bytes(),
+            "kv_bytes": self._kv_bytes(config, cache),
+            "gpu": str(torch.cuda.get_device_properties(torch.device(device)).uuid) if self._cuda else None,
+            "peak": self._peak(backend),
+        }
+
+    def _what(self, backend: ops.Backend, head: str, cache: str) -> str:
+        if isinstance(self.engine, CpuEngine):
+            return f"our C++ engine, {self.engine.instruction_set} kernels, head {head}, cache {cache}"
+        if self.engine.name == "triton":
+            return "our Triton engine"
+        set_ = f" ({native.select()})" if backend is ops.CPU else ""
+        return f"our torch engine, {backend.name}{set_} products, fp32 head and cache"
+
+    def _peak(self, backend: ops.Backend) -> str | None:
+        """The kind of product it uses, as meter.py names them."""
+        if self.engine.config.linear == "float":
+            return "torch fp32"
+        return (
+            native.select()
+            if backend is ops.CPU
+            else {"triton": "torch int8", "onednn": "torch int8"}.get(backend.name, "torch fp32")
+        )
+
+    def _weight_bytes(self) -> int:
+        """Bytes of projections, head and gains: what a decoded token reads of the model."""
+        if isinstance(self.engine, CpuEngine):
+            return self.engine.weight_bytes + self.engine.head_bytes + 4 * norm_parameters(self.engine.config)
+        if isinstance(self.engine, TorchEngine):
+            return torch_bytes(self.engine)
+        return self.engine.weight_bytes()
+
+    def _kv_bytes(self, config: ModelConfig, cache: str) -> float:
+        """Bytes of keys and values a token of context; int8 has an fp32 scale for each head's vector."""
+        width = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / config.head_dim}[cache]
+        return kv_cache_bytes(config, 1, 1) * width
+
+    def start(self, batch: int, depth: int, room: int) -> None:
+        """A session of `batch` sequences that has read `depth` tokens."""
+        self._session = None  # lets go of the last one's cache first
+        self._session = self.engine.session(batch, room)
+        self._next = torch.randint(0, self.engine.config.vocab_size, (batch, room))
+        if depth:
+            self.prefill(depth)
+
+    def prefill(self, tokens: int) -> None:
+        """Read `tokens` random ids a sequence."""
+        assert self._session
+        at = self._session.position
+        self._check(self._session.prefill(self._next[:, at : at + tokens]))
+
+    def decode(self, tokens: int) -> None:
+        """Read `tokens` random ids a sequence, one at a time."""
+        assert self._session
+        for at in range(self._session.position, self._session.position + tokens):
+            logits = self._session.decode(self._next[:, at])
+        self._check(logits)
+
+    def _check(self, logits: Tensor) -> None:
+        if not bool(torch.isfinite(logits).all()):  # on a GPU this also waits for the result
+            raise BitNetError("got logits that are not finite, expected numbers; run bitnet doctor")
+
+    def gpu_bytes(self) -> int:
+        """Most memory held on the GPU."""
+        return torch.cuda.max_memory_allocated()
+
+
+def check_kernel(backend: ops.Backend, device: torch.device) -> None:
+    """Raise BitNetError for a backend whose sums differ from the reference's."""
+    wrong = ops.self_test(backend, device)
+    if wrong:
+        raise BitNetError(
+            f"the self-test of the '{backend.name}' kernels failed ({wrong}): a fast wrong sum is no result; "
+            "see bitnet doctor"
+        )
+
+
+def torch_bytes(engine: TorchEngine) -> int:
+    """Bytes of all weights of the torch engine but an embedding that is no head."""
+    model = engine.model
+    total = sum(p.nbytes for p in model.parameters())
+    if model.lm_head is not None:
+        total -= model.model.embed_tokens.weight.nbytes
+    for layer in model.modules():
+        prepared = getattr(layer, "_prepared", None)
+        if prepared is not None:
+            parts = prepared.data if isinstance(prepared.data, tuple) else (prepared.data,)
+            total += sum(part.nbytes for part in parts if isinstance(part, Tensor))
+    return total

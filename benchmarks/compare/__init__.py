@@ -1,0 +1,1 @@
+"""`bitnet compare`: every way to shrink a model, on one trained pair."""

@@ -1,0 +1,52 @@
+"""What a way to shrink a model is: why it cannot run here, or how it makes a file."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitnet.benchmarks.compare.artifact import Artifact
+from bitnet.benchmarks.compare.pair import Pair
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods are asked to do."""
+
+    threads: int
+    qat_steps: int = 100
+    calibration: int = 64  # windows of training text
+    llama: str = ""  # a Python with llama-cpp-python; "": the wheel that is installed here
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row. why_not: the reason it cannot run here on these models, None where it can."""
+
+    name: str
+    family: str
+    title: str
+    why_not: Callable[[Pair, Settings], str | None]
+    make: Callable[[Pair, Path, Settings], Artifact] = field(repr=False)  # into a folder of its own
+
+
+def always(pair: Pair, settings: Settings) -> str | None:
+    """For methods that need nothing that is not here."""
+    return None
+
+
+def needs(module: str, install: str) -> Callable[[Pair, Settings], str | None]:
+    """why_not of a method that needs one package."""
+
+    def why_not(pair: Pair, settings: Settings) -> str | None:
+        if importlib.util.find_spec(module) is not None:
+            return None
+        return f"{module} is not installed; {install}"
+
+    return why_not
+
+
+def version(distribution: str) -> str:
+    """A library with its version, for the table."""
+    return f"{distribution} {importlib.metadata.version(distribution)}"

@@ -1,0 +1,36 @@
+"""`bitnet export`: a model in another tool's format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitnet.cli.options import Debug, Json, open_model
+from bitnet.cli.terminal import print_json
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, packed file, or anything import reads.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Folder or file to write.")],
+    to: Annotated[
+        str, typer.Option(help="hf (masters, to train on), hf-packed (two bits, to run) or gguf (llama.cpp).")
+    ],
+    type_: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help="Of a GGUF's projections: tq2_0 (default), tq1_0, f16, f32, q2_0 (new llama.cpp only)."
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for transformers or llama.cpp; what a target cannot hold is refused with the way out."""
+    from bitnet.files.exporting import export_model
+
+    report = export_model(open_model(model), output, to, type_)
+    if as_json:
+        print_json(report)
+        return
+    typer.echo(f"{output}: {report['bytes'] / 1e6:.2f} MB, {report['format']}")
+    for tool, runs, why in report["readers"]:
+        typer.echo(f"  {'runs in' if runs else 'not in '} {tool}: {why}")

@@ -1,0 +1,40 @@
+"""`bitnet import`: another tool's model as a packed file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitnet.cli.options import Debug, Json, Quiet
+from bitnet.cli.terminal import print_json
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, GGUF file, or hub name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Packed model to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Take the tokenizer from here; none: leave it out.")
+    ] = None,
+    weight_scale: Annotated[
+        str | None, typer.Option(help="multiply or divide, where config.json says the wrong one.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn another tool's model into a packed file, tensor by tensor."""
+    from bitnet.files.importing import import_model
+    from bitnet.files.opening import choose_tokenizer, open_source
+    from bitnet.tables import progress
+
+    found = open_source(source, weight_scale)
+    with progress(f"importing {found.kind}", quiet=quiet) as report:
+        notes = import_model(found, output, choose_tokenizer(found, tokenizer), report)
+    result = {"file": str(output), "bytes": output.stat().st_size, "source": found.kind, "notes": notes}
+    result["config"] = found.config.to_dict()
+    if as_json:
+        print_json(result)
+        return
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.2f} MB, from {found.kind}")
+    for note in notes:
+        typer.echo(f"  {note}")

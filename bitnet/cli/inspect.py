@@ -1,0 +1,69 @@
+"""`bitnet inspect`: what a packed file holds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitnet.cli.options import Debug, Json, read_stdin
+from bitnet.cli.terminal import print_json, print_tables
+from bitnet.errors import BitNetError
+from bitnet.included import BOOKS
+
+
+def inspect(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Packed model, or with --plot the folder of a run. Default: the model that comes along.",
+        ),
+    ] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", metavar="FILE", help="The same, by option.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw weights, zeros and activations: .png or .svg.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="Text for the activations of --plot; - reads stdin.")
+    ] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a packed model holds: shape, size, bits per weight, zeros per layer."""
+    from bitnet.inspection import inspect_packed
+
+    if path and model:
+        raise BitNetError(f"inspect: got '{path}' and -m '{model}', expected one of them; leave one away")
+    chosen = path or model or BOOKS
+    if prompt and not plot:
+        raise BitNetError("inspect: got a text (-p) without --plot, expected both; add --plot FILE")
+    if as_json and plot and chosen.is_dir():
+        raise BitNetError(f"inspect: got --json for the folder '{chosen}', expected a packed model; leave --json away")
+    if plot:
+        _draw_model(chosen, plot, read_stdin() if prompt == "-" else prompt)
+        if chosen.is_dir():  # the report is of packed files
+            return
+    report = inspect_packed(chosen)
+    if as_json:
+        print_json(report)
+        return
+    from bitnet.cli.tables import inspection_tables
+
+    print_tables(*inspection_tables(report))
+
+
+def _draw_model(model: Path, plot: Path, text: str) -> None:
+    """The picture of a packed file, or of the newest save of a run, whose masters it shows too."""
+    from bitnet.cli.picture import draw
+    from bitnet.files.packed import build, read_packed
+    from bitnet.plotting import check_target
+    from bitnet.train.runs.run import Run
+
+    check_target(plot)
+    run = Run(model)
+    if run.exists():
+        draw(run.load()[0], run.tokenizer(), text, plot, model.name)
+    else:
+        packed = read_packed(model)
+        draw(build(packed), packed.tokenizer, text, plot, model.name)
+    typer.echo(f"bitnet: wrote {plot}", err=True)

@@ -1,0 +1,47 @@
+"""Without a GPU the kernels run in Triton's interpreter: tests/test_gpu.py in a process of its own, which must know so
+before the kernels are defined. On a machine with a GPU tests/test_gpu.py runs by itself, on the device."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_every_kernel_in_the_interpreter(seed: int) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_", "BITNET_"))
+    }
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"BITNET_TEST_SEED": str(seed)}
+    python = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(TESTS / "test_gpu.py")]
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout[-20_000:], done.stderr[-2000:])
+    assert done.returncode == 0
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    assert counts.get("passed", 0) > 80, "the tests of the kernels were not run"
+    assert set(counts) <= {"passed", "skipped"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_there_is_a_reason_and_no_silent_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitnet.kernels import ops
+
+    for device, reason in (("cpu", "not on cpu"), ("cuda", "torch sees no CUDA device")):
+        assert reason in str(ops.TRITON.why_not(torch.device(device)))
+        assert ops.select(torch.device(device)) is not ops.TRITON
+    monkeypatch.setenv(ops.ENVIRONMENT, "triton")
+    with pytest.raises(ValueError, match=r"BITNET_BACKEND=triton cannot be used: Triton kernels run on an NVIDIA GPU"):
+        ops.select(torch.device("cpu"))
+
+
+def test_the_command_line_does_not_pay_for_triton() -> None:
+    code = "import bitnet, bitnet.cli, bitnet.files.packed, sys; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,423 @@
+"""Continuous batching on a toy engine whose next token depends on every token before it: texts written together are
+the texts written alone, and nothing is read twice, left over or said after a stop string."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitnet.engine.base import BatchEntry
+from bitnet.engine.sampling import Sampler, Sampling
+from bitnet.serve import scheduler as scheduling
+from bitnet.serve.metrics import Metrics
+from bitnet.serve.scheduler import ClosedError, End, Event, Failure, Job, Piece, QueueFullError, Scheduler, Token
+from bitnet.serve.text import Speller, StopWriter
+from bitnet.text.characters import CharTokenizer
+from bitnet.text.sentencepiece import train_sentencepiece
+
+TOKENIZER = CharTokenizer("abcdefgh \né😀")
+V = TOKENIZER.vocab_size
+LIMIT = 64
+
+
+def toy_logits(held: Sequence[int]) -> Tensor:
+    """[V], from all tokens so far."""
+    return torch.randn(V, generator=torch.Generator().manual_seed(hash(tuple(held)) % 2**63)) * 3
+
+
+class ToySlots:
+    """SequenceBatch that note what they are asked; `gate` holds a pass back until it is open."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.limit = count, LIMIT
+        self.held: list[list[int]] = [[] for _ in range(count)]
+        self.passes: list[list[BatchEntry]] = []
+        self.gate = threading.Semaphore(10**5)
+        self.broken = False
+
+    def length(self, slot: int) -> int:
+        return len(self.held[slot])
+
+    def truncate(self, slot: int, length: int) -> None:
+        assert 0 <= length <= len(self.held[slot])
+        del self.held[slot][length:]
+
+    def forward(self, parts: Sequence[BatchEntry]) -> list[Tensor]:
+        self.gate.acquire()
+        if self.broken:
+            self.broken = False
+            raise RuntimeError("the toy is broken")
+        assert parts
+        assert len({part.slot for part in parts}) == len(parts)
+        self.passes.append(list(parts))
+        results = []
+        for part in parts:
+            assert part.ids
+            held = self.held[part.slot]
+            rows = [toy_logits([*held, *part.ids[: i + 1]]) for i in range(len(part.ids))]
+            held.extend(part.ids)
+            assert len(held) <= LIMIT
+            results.append(torch.stack(rows) if part.every else rows[-1])
+        return results
+
+
+class Bench:
+    """A scheduler in its thread, and what it sent."""
+
+    def __init__(self, count: int, queue: int = 100) -> None:
+        self.slots = ToySlots(count)
+        self.events: list[tuple[Job, Event]] = []
+        self.news = threading.Condition()
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(self.slots, TOKENIZER, self.metrics, self.post, queue=queue)
+        self.thread = threading.Thread(target=self.scheduler.run)
+        self.thread.start()
+
+    def post(self, events: Sequence[tuple[Job, Event]]) -> None:
+        with self.news:
+            self.events += events
+            self.news.notify_all()
+
+    def of(self, job: Job) -> list[Event]:
+        return [event for owner, event in self.events if owner is job]
+
+    def ended(self, job: Job) -> bool:
+        return any(not isinstance(event, Piece) for event in self.of(job))
+
+    def until(self, done: Callable[[], bool]) -> None:
+        with self.news:
+            assert self.news.wait_for(done, timeout=60)
+
+    def run(self, *jobs: Job) -> list[tuple[str, End, list[Token]]]:
+        self.scheduler.submit(jobs)
+        self.until(lambda: all(self.ended(job) for job in jobs))
+        return [self.result(job) for job in jobs]
+
+    def result(self, job: Job) -> tuple[str, End, list[Token]]:
+        *pieces, end = self.of(job)
+        assert isinstance(end, End), end
+        assert all(isinstance(piece, Piece) for piece in pieces)
+        return "".join(p.text for p in pieces), end, [token for p in pieces for token in p.tokens]
+
+
+@pytest.fixture
+def bench() -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(*args: int, **kwargs: int) -> Bench:
+        made.append(Bench(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.slots.gate.release(10**5)
+        one.scheduler.close(0.0)
+        one.thread.join(timeout=60)
+        assert not one.thread.is_alive()
+
+
+def some_ids(low: int = 1, high: int = 30) -> list[int]:
+    return [random.randrange(V) for _ in range(random.randint(low, high))]
+
+
+def alone(job: Job) -> list[int]:
+    """The ids of a job by the plain loop, without stop strings."""
+    held, sampler, new = list(job.ids), Sampler(job.sampling), []
+    while len(new) < job.max_tokens:
+        id = int(sampler.draw(toy_logits(held)[None]))
+        if id in job.ends:
+            break
+        new.append(id)
+        held.append(id)
+    return new
+
+
+def some_job(**changes: object) -> Job:
+    sampling = Sampling(temperature=random.choice([0.0, 0.7, 1.5]), seed=random.getrandbits(40))
+    values = {"ids": some_ids(), "max_tokens": random.randint(1, 30), "sampling": sampling}
+    return Job(**{**values, **changes})  # type: ignore[arg-type]
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_texts_written_together_are_those_written_alone(
+    count: int, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "CHUNK", random.choice([1, 5, 256]))
+    jobs = [some_job(ends=frozenset(some_ids(0, 2))) for _ in range(14)]
+    jobs += [some_job(ids=[*jobs[0].ids, *some_ids(1, 3)]), some_job(ids=jobs[1].ids)]  # something to reuse
+    made = bench(count)
+    for job, (text, end, tokens) in zip(jobs, made.run(*jobs), strict=True):
+        expected = alone(job)
+        assert (text, end.tokens) == (TOKENIZER.decode(expected), len(expected))
+        assert end.reason == ("length" if len(expected) == job.max_tokens else "stop")
+        assert [token.id for token in tokens] == expected
+        assert [token.start for token in tokens] == list(range(len(expected)))  # one character each
+        assert all(token.logprob is None for token in tokens)
+
+
+def test_a_pass_holds_every_running_text_and_a_bounded_part_of_prompts(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "CHUNK", 4)
+    made = bench(3)
+    made.slots.gate = threading.Semaphore(0)
+    jobs = [some_job(ids=some_ids(20, 30), max_tokens=30) for _ in range(3)]
+    made.scheduler.submit(jobs)
+    made.slots.gate.release(10**5)
+    made.until(lambda: all(made.ended(job) for job in jobs))
+    written = dict.fromkeys(range(3), 0)  # tokens of each slot that a pass has read after its prompt
+    for parts in made.slots.passes:
+        prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].ids)]
+        assert sum(len(part.ids) for part in parts) <= 4
+        assert all(len(part.ids) == 1 for part in parts if part not in prompts)
+        for part in parts:
+            written[part.slot] += len(part.ids)
+    # While the second and third prompt were read, the first text went on in the same passes.
+    assert any(len(parts) > 1 and max(len(part.ids) for part in parts) > 1 for parts in made.slots.passes)
+
+
+def test_what_a_slot_holds_is_not_read_again(bench: Callable[..., Bench]) -> None:
+    made = bench(2)
+    first = some_job(ids=some_ids(20, 25), max_tokens=5, sampling=Sampling(temperature=0.0))
+    other = some_job(ids=[(first.ids[0] + 1) % V, *some_ids(5, 9)], max_tokens=3)
+    made.run(first)
+    made.run(other)
+    said = alone(first)
+    again = [*first.ids, *said[:3], (said[3] + 1) % V, *some_ids(2, 2)]
+    for ids, kept in ((again, len(first.ids) + 3), (again, len(again) - 1), (first.ids, len(first.ids) - 1)):
+        job = some_job(ids=ids)
+        before = len(made.slots.passes)
+        text, end, _ = made.run(job)[0]
+        assert text == TOKENIZER.decode(alone(job))
+        assert end.reused == kept
+        assert list(made.slots.passes[before][0].ids) == list(ids[kept:])
+
+
+def test_the_slot_left_longest_ago_goes_first(bench: Callable[..., Bench]) -> None:
+    made = bench(3)
+    for start in range(3):
+        made.run(some_job(ids=[start, *some_ids()]))
+    made.run(some_job(ids=[4, 5]))
+    assert made.slots.held[0][:2] == [4, 5]
+    assert [held[0] for held in made.slots.held[1:]] == [1, 2]
+
+
+def test_a_shared_first_token_takes_no_slot_from_another_text(bench: Callable[..., Bench]) -> None:
+    made = bench(2)
+    first, second = ([0, start, *some_ids(8, 20)] for start in (1, 2))  # 0: as BOS begins every text
+    made.run(some_job(ids=first))
+    assert made.run(some_job(ids=second))[0][1].reused == 0  # in the empty slot
+    assert [held[:2] for held in made.slots.held] == [[0, 1], [0, 2]]
+    assert made.run(some_job(ids=[*first, 3]))[0][1].reused >= len(first)
+    third = made.run(some_job(ids=[0, 3, *some_ids(8, 20)]))[0][1]
+    assert third.reused == 1  # what the slot left longest ago happens to share
+    assert [held[:2] for held in made.slots.held] == [[0, 1], [0, 3]]
+
+
+def test_log_probabilities_are_the_models(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the prompt across chunk borders, and of what is written, before temperature and filters."""
+    monkeypatch.setattr(scheduling, "CHUNK", 7)
+    made = bench(2)
+    noise = some_job(max_tokens=30)
+    echo = TOKENIZER.decode(ids := some_ids(10, 30))
+    job = some_job(ids=ids, top=3, echo=echo, max_tokens=random.choice([0, 9]))
+    _, (text, end, tokens) = made.run(noise, job)
+    written = alone(job)
+    assert text == echo + TOKENIZER.decode(written)
+    assert end.reused == 0
+    whole = [*ids, *written]
+    assert [token.id for token in tokens] == whole
+    assert [token.start for token in tokens] == list(range(len(whole)))
+    assert (tokens[0].logprob, tokens[0].top) == (None, ())
+    for i, token in enumerate(tokens[1:], 1):
+        scores = toy_logits(whole[:i]).double().log_softmax(-1)
+        # fp32 log-softmax of numbers below 16: a few roundings of 2^-24 * 16.
+        assert token.logprob == pytest.approx(float(scores[token.id]), abs=1e-5)
+        best = scores.topk(3)
+        assert [id for id, _ in token.top] == best.indices.tolist()
+        assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_the_token_that_ends_a_scored_text_is_told(bench: Callable[..., Bench]) -> None:
+    """An evaluation harness writes one token and drops it: the prompt's last one must not be dropped in its place."""
+    made = bench(1)
+    ids = some_ids()
+    scores = toy_logits(ids).double().log_softmax(-1)
+    ends = frozenset([int(scores.argmax())])
+    fields = {"ids": ids, "ends": ends, "top": 1, "max_tokens": 1, "sampling": Sampling(temperature=0.0)}
+    text, end, tokens = made.run(some_job(echo=TOKENIZER.decode(ids), **fields))[0]
+    assert (text, end.reason, end.tokens) == (TOKENIZER.decode(ids), "stop", 0)
+    assert [token.id for token in tokens] == [*ids, *ends]
+    assert tokens[-1].start == len(ids)
+    assert tokens[-1].logprob == pytest.approx(float(scores.max()), abs=1e-5)
+    assert made.run(some_job(**fields))[0][2] == []  # not scored: the end has no text and is no token of it
+
+
+def test_nothing_to_write(bench: Callable[..., Bench]) -> None:
+    made = bench(1)
+    text, end, tokens = made.run(some_job(max_tokens=0, echo="abc"))[0]
+    assert (text, end.reason, end.tokens, tokens, made.slots.passes) == ("abc", "length", 0, [], [])
+
+
+# ---- stop strings ------------------------------------------------------------------------------------------
+
+
+def cut(text: str, stops: Sequence[str]) -> str | None:
+    """The text before the stop string that is complete first; of those that end together, before the longest."""
+    for end in range(len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            return text[: end - max(lengths)]
+    return None
+
+
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 30), max_size=6),
+)
+def test_stop_strings_do_not_depend_on_where_pieces_end(text: str, stops: list[str], cuts: list[int]) -> None:
+    writer, shown = StopWriter(stops), ""
+    places = [0, *sorted(min(place, len(text)) for place in cuts), len(text)]
+    for start, end in pairwise(places):
+        shown += writer.push(text[start:end])
+        assert writer.shown == len(shown)
+        expected = cut(text[:end], stops)
+        if expected is not None:
+            assert (shown, writer.stopped) == (expected, True)
+        else:  # what may become a stop string is held back, and nothing else
+            held = text[len(shown) : end]
+            assert text.startswith(shown)
+            assert not held or any(stop.startswith(held) for stop in stops)
+            assert not writer.stopped
+    shown += writer.flush()
+    assert shown == (text if cut(text, stops) is None else cut(text, stops))
+
+
+def test_jobs_end_at_their_stop_strings(bench: Callable[..., Bench]) -> None:
+    made = bench(3)
+    jobs = []
+    for _ in range(20):
+        job = some_job(max_tokens=30)
+        text = TOKENIZER.decode(alone(job))
+        at = random.randrange(len(text))
+        job.stop = [text[at : at + random.randint(1, 4)], "zz"]
+        jobs.append(job)
+    for job, (text, end, tokens) in zip(jobs, made.run(*jobs), strict=True):
+        whole = TOKENIZER.decode(alone(job))
+        assert (text, end.reason) == (cut(whole, job.stop), "stop")
+        assert [token.id for token in tokens] == alone(job)[: len(text)]
+        assert end.tokens == len(text) + len(next(s for s in job.stop if whole.startswith(s, len(text))))
+
+
+def test_every_id_has_a_spelling() -> None:
+    tokenizer = train_sentencepiece(["some text and more text"], 300)
+    speller = Speller(tokenizer)
+    names = [speller.name(id) for id in range(tokenizer.vocab_size)]
+    assert names[:3] == ["<control 0>", "<bos>", "<eos>"]
+    assert names[3 + 0xE9] == "bytes:\\xe9"
+    assert all(names)
+    text = "text é 😀"
+    assert b"".join(map(speller.bytes, tokenizer.encode(text))) == text.encode()
+
+
+# ---- coming and going --------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_job_leaves_its_slot_and_says_nothing_more(bench: Callable[..., Bench]) -> None:
+    made = bench(1)
+    made.slots.gate = threading.Semaphore(3)
+    first, never, second = some_job(max_tokens=30), some_job(), some_job()
+    made.scheduler.submit([first, never, second])
+    made.until(lambda: len(made.of(first)) >= 1)
+    first.cancelled = never.cancelled = True
+    said = len(made.of(first))
+    made.slots.gate.release(10**5)
+    made.until(lambda: made.ended(second))
+    assert made.result(second)[0] == TOKENIZER.decode(alone(second))
+    assert len(made.of(first)) <= said + 1  # a pass may have been under way
+    assert not made.ended(first)
+    assert not made.of(never)
+
+
+def test_the_queue_is_bounded(bench: Callable[..., Bench]) -> None:
+    made = bench(2, queue=3)
+    made.slots.gate = threading.Semaphore(0)
+    jobs = [some_job() for _ in range(6)]
+    with pytest.raises(QueueFullError) as refused:
+        made.scheduler.submit(jobs)
+    assert 1 <= refused.value.retry <= 60
+    assert made.scheduler.most == 5
+    made.scheduler.submit(jobs[:5])
+    with pytest.raises(QueueFullError):
+        made.scheduler.submit(jobs[5:])
+    made.slots.gate.release(10**5)
+    made.until(lambda: all(made.ended(job) for job in jobs[:5]))
+    assert made.run(jobs[5])[0][0] == TOKENIZER.decode(alone(jobs[5]))
+
+
+def test_who_leaves_the_queue_makes_room(bench: Callable[..., Bench]) -> None:
+    made = bench(1, queue=2)
+    made.slots.gate = threading.Semaphore(1)
+    running, *waiting = some_job(ids=[1], max_tokens=20), some_job(), some_job()
+    made.scheduler.submit([running, *waiting])
+    made.until(lambda: bool(made.of(running)))  # in its slot, and stays there: the gate is closed
+    with pytest.raises(QueueFullError):
+        made.scheduler.submit([some_job()])
+    for job in waiting:
+        job.cancelled = True
+    later = [some_job(), some_job()]
+    made.scheduler.submit(later)
+    made.slots.gate.release(10**5)
+    made.until(lambda: all(made.ended(job) for job in later))
+    assert not any(made.of(job) for job in waiting)
+    assert b"bitnet_cancelled_total 2.0" in made.metrics.render()
+
+
+def test_closing_lets_running_texts_end_and_refuses_the_rest(bench: Callable[..., Bench]) -> None:
+    made = bench(1)
+    made.slots.gate = threading.Semaphore(1)
+    running, waiting = some_job(max_tokens=20), some_job()
+    made.scheduler.submit([running, waiting])
+    made.until(lambda: bool(made.of(running)))
+    made.scheduler.close(60.0)
+    with pytest.raises(ClosedError):
+        made.scheduler.submit([some_job()])
+    made.slots.gate.release(10**5)
+    made.thread.join(timeout=60)
+    assert made.result(running)[0] == TOKENIZER.decode(alone(running))
+    assert [(type(event), event.status) for event in made.of(waiting)] == [(Failure, 503)]
+
+
+def test_closing_does_not_wait_beyond_its_time(bench: Callable[..., Bench]) -> None:
+    made = bench(1)
+    made.slots.gate = threading.Semaphore(1)
+    job = some_job(ids=[1], max_tokens=60)
+    made.scheduler.submit([job])
+    made.until(lambda: bool(made.of(job)))
+    made.scheduler.close(0.0)
+    made.slots.gate.release(10**5)
+    made.thread.join(timeout=60)
+    assert isinstance(made.of(job)[-1], Failure)
+
+
+def test_a_failed_pass_fails_its_texts_and_no_others(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = bench(1)
+    made.slots.broken = True
+    broken, job = some_job(), some_job()
+    made.scheduler.submit([broken, job])
+    made.until(lambda: made.ended(job))
+    assert [(type(event), event.status) for event in made.of(broken)] == [(Failure, 500)]
+    assert made.result(job)[0] == TOKENIZER.decode(alone(job))
+    assert "the toy is broken" in caplog.text

@@ -1,0 +1,210 @@
+"""Two processes on one machine against one process with the same global batch."""
+
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import DistNetworkError, DistStoreError
+
+from bitnet.cli import main
+from bitnet.files.checkpoint import latest_save
+from bitnet.train.parallel.distributed import Processes, first_line, other_ended
+
+MODEL = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
+SETTINGS = [
+    *"--linear float --dtype fp32 --tokenizer char --steps 5 --optimizer adamw --lr 0.001 --json".split(),
+    *"--set train.embedding_lr=0.001 --set train.eval_every=2 --set data.val_fraction=0.1".split(),
+    *[part for key in MODEL.split() for part in ("--set", f"model.{key}")],
+    *"--set model.max_position_embeddings=16".split(),
+]
+
+
+def arguments(out: Path, *settings: str) -> list[str]:
+    return ["train", "--data", str(out.parent / "toy.txt"), "--out", str(out), *SETTINGS, *settings]
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
+    text = "".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(900))
+    (tmp_path / "toy.txt").write_text(text)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m bitnet.cli".split()
+    two = subprocess.run(
+        [sys.executable, *torchrun, *arguments(tmp_path / "two", "--batch-size", "2", "--set", "train.accumulate=2")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr
+    assert main(arguments(tmp_path / "one", "--batch-size", "8", "--threads", "1")) == 0
+
+    wanted, got = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert [row["step"] for row in got] == [row["step"] for row in wanted]
+    for a, b in zip(wanted, got, strict=True):
+        assert a.keys() == b.keys()
+        for key in {"loss", "grad_norm", "val_loss"} & a.keys():
+            # The same 128 losses and gradients added in another order: 128 * 2^-24 = 8e-6 a step. AdamW turns noise
+            # in a tiny gradient into part of a step of 1e-3, so that weights and norms drift a little further.
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if key != "grad_norm" else 1e-3), (a["step"], key)
+        for key in {"lr", "tokens", "val_tokens", "val_whole"} & a.keys():
+            assert a[key] == b[key]
+    assert all(math.isfinite(row["loss"]) for row in got if "loss" in row)
+
+    # One product on stdout and one file of everything: only the first process writes.
+    assert json.loads(two.stdout)["steps"] == 5
+    assert "2 processes" in two.stderr
+    assert two.stderr.count("estimate") == 1
+    assert (tmp_path / "two" / "samples.txt").read_text().count("--- step 5") == 1
+    save = latest_save(tmp_path / "two" / "saves")
+    assert save is not None
+    assert save.step == 5
+    assert not [name for name in save.tensors("model") if name.startswith("module.")]
+
+
+def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
+    """One line each and exit code 2, where the others could wait for ever."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "bitnet.cli", *arguments(tmp_path / "run"), "-q"]  # there is no toy.txt
+    started = [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**shared, "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    for process, part in zip(started, ("toy.txt", "first process"), strict=True):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2, err
+        (line,) = (line for line in err.splitlines() if line.startswith("bitnet: error:"))
+        assert part in line
+        assert "Traceback" not in err
+
+
+MEETING_RANKS = """
+import os, sys, time, torch
+from datetime import timedelta
+from bitnet.train import distributed
+from bitnet.train.parallel.distributed import Processes, lost_processes
+distributed.START_TIMEOUT = timedelta(seconds=2)
+rank = 0 if os.fork() else 1
+os.environ.update(RANK=str(rank))
+if rank and sys.argv[1] == "dead":
+    os._exit(0)
+with lost_processes(), Processes(torch.device("cpu")) as processes:
+    time.sleep(0 if rank else 4)
+    print(processes.largest(rank))
+"""
+
+
+# The network is still held when the processes part, as by the trainer of a run or by the frames of an error.
+PARTING_RANKS = """
+import os, sys, time, torch, torch._dynamo  # before there is a group: functions of it take "the group" as a default
+from pathlib import Path
+from bitnet.train.parallel.distributed import Processes
+os.environ.update(RANK=str(0 if os.fork() else 1))
+with Processes(torch.device("cpu")) as processes:
+    network = processes.wrap(torch.nn.Linear(2, 2))
+    network(torch.ones(2)).sum().backward()
+    processes.barrier()
+for _ in range(100):  # a thread that was waited for is listed for a moment longer
+    threads = [int(task.name) for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+    if not threads:
+        break
+    time.sleep(0.05)
+sys.exit(len(threads))
+"""
+
+
+def meeting(how: str, ranks: str = MEETING_RANKS) -> subprocess.CompletedProcess[str]:
+    port = str(random.randrange(20_000, 32_000))
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", ranks, how]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+
+
+def test_a_peer_that_never_came_is_not_waited_for() -> None:
+    found = meeting("dead")
+    assert found.returncode == 1
+    assert "BitNetError: train: another process of this run ended" in found.stderr
+    assert "Timed out" in found.stderr.splitlines()[-1]
+
+
+def test_one_that_works_is_waited_for_longer() -> None:
+    """Twice as long as for all to come."""
+    found = meeting("alive")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_nothing_of_a_group_is_left_when_processes_part() -> None:
+    """What ended it later would do so with Python's lock in hand: gloo's thread and this one waited for each other."""
+    assert meeting("parting", PARTING_RANKS).returncode == 0
+
+
+def test_gradients_lie_in_what_travels() -> None:
+    """With a copy of them beside it, a process would hold four bytes a parameter more."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    processes, model = Processes(torch.device("cpu")), torch.nn.Linear(2, 2)
+    processes.size = 2  # or it would wrap nothing
+    processes.wrap(model)(torch.ones(2)).sum().backward()
+    places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    processes.__exit__()
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"), True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:9] Read error [::1]:9: Connection reset by peer"), True),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), True),
+        (DistStoreError("Timed out after 4 seconds waiting for clients. 1/2 clients joined."), True),
+        (DistNetworkError("failed to listen: EADDRINUSE, message: address already in use"), False),
+        (RuntimeError("gloo: tensor sizes do not match"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_which_errors_are_those_of_a_lost_process(error: Exception, is_it: bool) -> None:
+    assert other_ended(error) is is_it
+    assert first_line(error) in str(error)
+    assert ".cc" not in first_line(error)
+
+
+def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    model = torch.nn.Linear(2, 2)
+    with Processes(torch.device("cpu")) as processes:
+        assert (processes.size, processes.rank, processes.first) == (1, 0, True)
+        assert processes.wrap(model) is model
+        assert float(processes.mean(torch.tensor(2.5))) == 2.5
+        assert processes.largest(15) == 15
+        processes.barrier()

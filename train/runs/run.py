@@ -1,0 +1,186 @@
+"""A run is a folder. This module knows what lies where in it and keeps two writers apart.
+
+RUN/config.toml      the resolved configuration       RUN/metrics.jsonl    one JSON object a line
+RUN/data/            token shards and tokenizer       RUN/loss.png, .svg   the curve
+RUN/saves/step-N/    weights, optimiser, state        RUN/samples.txt      what it wrote while learning
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bitnet.config import ModelConfig
+from bitnet.errors import BitNetError
+from bitnet.files.checkpoint import Save, latest_save, replacing, unfinished
+from bitnet.model import Transformer
+from bitnet.text.tokenizer import Tokenizer
+from bitnet.train.config import RunConfig, read_config
+from bitnet.train.data.shards import open_tokenizer
+
+# Settings that may change when a run goes on: they do not touch what has been learnt so far.
+_MAY_CHANGE = frozenset(
+    f"train.{name}"
+    for name in (
+        "steps eval_every eval_tokens sample_every sample_prompt save_every keep report_every skip_limit "
+        "tensorboard wandb compile parallel recompute loss_chunk async_save global_batch"
+    ).split()
+)
+# With a global batch, how it is cut is free; whether it is that of the newest save is checked where that is read.
+_FREE_WITH_GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulate"})
+
+
+# What a start that failed, or was killed before its first step, leaves behind.
+_BEFORE_CONFIG = frozenset({"lock", "data", "data.tmp", "tensorboard", "wandb"})
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.txt"
+        self.data = path / "data"
+        self.saves = path / "saves"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config_file.is_file()
+
+    def check(self, config: RunConfig) -> None:
+        """Raise BitNetError when the folder holds something else or a run with other settings. Writes nothing."""
+        if self.exists():
+            self._check_same(config)
+        elif self.path.is_dir():
+            if any(p.name not in _BEFORE_CONFIG for p in set(self.path.iterdir()) - set(unfinished(self.config_file))):
+                raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
+        elif self.path.exists():
+            raise BitNetError(f"train: got a file at '{self.path}', expected a folder or nothing; change --out")
+
+    def write_config(self, config: RunConfig) -> None:
+        """Make the folder a run, once all is ready to train: settings that led nowhere do not bind the next try."""
+        with replacing(self.config_file) as work:
+            work.write_text(config.to_toml(), encoding="utf-8")
+
+    def _check_same(self, config: RunConfig) -> None:
+        for key, new, old in config.differences(self.config()):
+            free = config.train.global_batch > 0 and key in _FREE_WITH_GLOBAL_BATCH
+            if key not in _MAY_CHANGE and not free:
+                raise BitNetError(
+                    f"train: '{self.path}' holds a run with {key} = {old!r}, got {new!r}; "
+                    "leave it as it was to go on, or choose another folder (--out)"
+                )
+
+    def lock(self) -> IO[str]:
+        """Hold the folder for this process until the returned file is closed. Raises BitNetError if it is held."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise BitNetError(
+                f"train: '{self.path}' is being written by process {owner}; wait or choose another folder (--out)"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for path in (self.config_file, self.metrics_file, self.samples_file):
+            for left in unfinished(path):
+                left.unlink()
+        return file
+
+    def config(self) -> RunConfig:
+        """The configuration the run was started with. Raises BitNetError when there is no run here."""
+        if not self.exists():
+            kind = (
+                "a file" if self.path.is_file() else "a folder without config.toml" if self.path.is_dir() else "nothing"
+            )
+            raise BitNetError(
+                f"run: got {kind} at '{self.path}', expected the folder of a run; make one with: "
+                f"bitnet train --out {self.path}"
+            )
+        return read_config(self.config_file)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run's data."""
+        return open_tokenizer(self.data)
+
+    def load(self) -> tuple[Transformer, Save]:
+        """The model of the newest whole save, in fp32. Raises BitNetError when there is none."""
+        self.config()  # is there a run at all?
+        save = latest_save(self.saves)
+        if save is None:
+            raise BitNetError(f"run: got no save in '{self.path}' yet, expected at least one; let it train on")
+        model = empty_model(ModelConfig.from_dict(save.state["model"]))
+        load_parameters(model, save)
+        return model, save
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics and samples of steps after a save: a resumed run writes them again."""
+        if self.metrics_file.exists():
+            rows = [row for row in self.metrics() if row["step"] <= step]
+            with replacing(self.metrics_file) as work:
+                work.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if self.samples_file.exists():
+            kept = [text for at, text in self.samples() if at <= step]
+            with replacing(self.samples_file) as work:
+                work.write_text("".join(kept), encoding="utf-8", newline="")
+
+    def samples(self) -> list[tuple[int, str]]:
+        """(step, text with its heading) of every sample written so far."""
+        with self.samples_file.open(encoding="utf-8", newline="") as file:
+            parts = re.split(r"^--- step (\d+)\n", file.read(), flags=re.MULTILINE)[1:]
+        return [(int(at), f"--- step {at}\n{text}") for at, text in zip(parts[::2], parts[1::2], strict=True)]
+
+    def append_sample(self, step: int, text: str) -> None:
+        """Add one sample under a heading of its own."""
+        with self.samples_file.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- step {step}\n{text}\n")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A model on the CPU whose weights are yet to be written: torch's own initialisation is skipped."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return model.to_empty(device="cpu")
+
+
+def load_parameters(model: Transformer, save: Save) -> None:
+    """Copy a save's weights into a model. Raises BitNetError when names or shapes differ."""
+    try:
+        model.load_state_dict(save.tensors("model"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BitNetError(f"{save.path}: the weights do not fit the run's configuration: {reason}") from error
