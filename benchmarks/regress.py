@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet.benchmarks.bench.table import digits, markdown, stored
+from bitnet.benchmarks.bench.table import digits, markdown, measured, stored
 from bitnet.errors import BitNetError
 
 FLOOR = 0.05
@@ -70,7 +70,7 @@ def read(path: Path) -> dict[str, Any]:
     """A bench document. Raises BitNetError for anything else."""
     try:
         document = stored(path.read_text(encoding="utf-8"))
-        rows = document["results"]
+        rows = document["results"] = measured(document["results"])  # what was left out compares with nothing
         if document["benchmark"] != "bench" or not rows:
             raise BitNetError(
                 f"{path}: got a result of '{document['benchmark']}', expected one of bitnet bench -o json"

@@ -26,7 +26,8 @@ from typing import Any
 
 import httpx
 
-from bitnet.benchmarks.bench.machine import describe, line
+from bitnet.benchmarks.bench.machine import describe
+from bitnet.benchmarks.bench.table import machine_line
 
 CLIENTS = (1, 4, 16)
 JSON = {"Content-Type": "application/json"}
@@ -349,7 +350,7 @@ def main() -> int:
     options = parser.parse_args()
     random.seed(options.seed)
     machine = describe()
-    print(line(machine))
+    print(machine_line(machine))
     server = Server(options)
     task = fuzz if options.fuzz else soak if options.minutes else speed
     try:

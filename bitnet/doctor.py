@@ -1,16 +1,24 @@
-"""Is everything in place? Versions, CPU features, devices, kernel backends with reasons, and a self-test."""
+"""Is everything in place? Versions, CPU features, devices, kernel backends with reasons, and a self-test.
+
+`surroundings` looks at what decides how fast this machine is: cores, memory, huge pages, other processes, and which
+kernels torch has for it. All of it takes seconds; no check may take longer than LIMIT.
+"""
 
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import platform
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import bitnet
+from bitnet import dense_products, machine
 from bitnet.kernels import native, ops
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "sentencepiece", "safetensors", "typer", "rich")
@@ -24,10 +32,16 @@ OPTIONAL = {
     "uvicorn": "serve",
     "prometheus-client": "serve",
 }
+LIMIT = 30.0  # seconds of one check, each of which takes a second at most on a machine at hand: past that it hangs
+_HUGE_BYTES = 32 * 2**20  # asked for to see whether huge pages are given: sixteen of them
 # The instruction sets that kernels for ternary weights care about.
 CPU_FEATURES = (
     "avx2 fma3 avx512_f avx512_bw avx512_vl avx512_vbmi avx512_vnni avx512_bf16 avx_vnni amx_int8 amx_bf16".split()
 )
+
+
+# As Linux writes those of them that it writes in another way.
+_LINUX = {"fma3": "fma"} | {f"avx512_{part}": f"avx512{part}" for part in ("f", "bw", "vl", "vbmi")}
 
 
 def examine() -> dict[str, Any]:
@@ -84,13 +98,112 @@ def _backend(backend: ops.Backend, device: torch.device) -> dict[str, Any]:
 def _tested(backend: ops.Backend, device: torch.device, reason: str | None) -> dict[str, str]:
     if reason:
         return {"status": "unavailable", "reason": reason}
-    try:
-        difference = ops.self_test(backend, device)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        difference = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    answers: list[str | None] = []
+
+    def test() -> None:
+        try:
+            answers.append(ops.self_test(backend, device))
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            answers.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+    difference = answers[0] if within(LIMIT, test) else f"no answer within {LIMIT:.0f} s"
     if difference:
         return {"status": "failed", "reason": difference}
     return {"status": "ok", "reason": "self-test: int32 sums equal the reference"}
+
+
+def within(limit: float, check: Callable[[], None]) -> bool:
+    """Whether a check ends in so many seconds. One that does not is left alone; it ends with the process."""
+    running = threading.Thread(target=check, daemon=True)
+    running.start()
+    running.join(limit)
+    return not running.is_alive()
+
+
+def surroundings(root: Path = machine.ROOT) -> dict[str, Any]:
+    """What decides how fast this machine is, as JSON values; `remarks` are the sentences a person should read."""
+    cpus = machine.affinity()
+    report: dict[str, Any] = {
+        "cpus": os.cpu_count(),
+        "physical_cores": machine.physical_cores(root),
+        "affinity": len(cpus) or None,
+        "quota": machine.cpu_quota(root),
+        "usable": machine.usable_cores(root),
+        "memory_available": machine.available_memory(root),
+        "huge_pages": {"rule": machine.huge_pages(root), "asked": _HUGE_BYTES, "given": huge_bytes_given()},
+        "busy_cpus": machine.busy(cpus, root),
+        "load_average": machine.load(root),
+        "products": dense_kernels(),
+    }
+    return report | {"remarks": remarks(report)}
+
+
+def dense_kernels() -> list[dict[str, Any]]:
+    """Torch's products on this CPU, the kernels that rivals run on: the fastest way, its rate, and what is missing.
+
+    Of each, a product of a million multiply-adds: enough to tell a kernel from reference code, no benchmark.
+    """
+    found: list[dict[str, Any]] = []
+
+    def look() -> None:
+        with torch.inference_mode():
+            timed = {dtype: dense_products.probe(dtype) for dtype in ("fp32", "bf16", "int8")}
+        features = _features()
+        for dtype, ways in timed.items():
+            best, missing = ways[0], dense_products.remark(ways)
+            if dtype == "bf16" and features and not {"avx512_bf16", "amx_bf16"} & {*features}:
+                missing = "; ".join(part for part in ("this CPU has neither AVX512-BF16 nor AMX", missing) if part)
+            rate = best.rate / 1e9 if best.rate else None
+            found.append({"type": dtype, "way": best.way.name, "gigamacs_per_second": rate, "missing": missing or None})
+
+    return list(found) if within(LIMIT, look) else [{"type": "all", "missing": f"no answer within {LIMIT:.0f} s"}]
+
+
+def huge_bytes_given(size: int = _HUGE_BYTES) -> int | None:
+    """Bytes that really lie on huge pages after asking for `size` on them; None where the system cannot tell.
+
+    A virtual machine may have the rule and give none.
+    """
+    advice, smaps = getattr(mmap, "MADV_HUGEPAGE", None), Path("/proc/self/smaps_rollup")
+    if advice is None or not smaps.exists():
+        return None
+
+    def counted() -> int:
+        lines = smaps.read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
+
+    before = counted()
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        try:
+            pages.madvise(advice)
+        except OSError:  # a kernel without them
+            return 0
+        for at in range(0, size, mmap.PAGESIZE):
+            pages[at] = 1
+        return max(0, counted() - before)
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What of `surroundings` makes this machine slower than it looks."""
+    found = []
+    cpus, quota, affinity = report["cpus"], report["quota"], report["affinity"]
+    if quota is not None and quota < cpus:
+        found.append(f"a container limits this process to {quota:.3g} of {cpus} CPUs")
+    if affinity is not None and affinity < cpus:
+        found.append(f"this process may run on {affinity} of {cpus} CPUs (affinity)")
+    busy, of = report["busy_cpus"], affinity or cpus
+    if busy is not None and busy > machine.BUSY * of:
+        found.append(f"a busy machine: other processes keep {busy:.1f} of {of} CPUs busy; measure later")
+    huge = report["huge_pages"]
+    if huge["rule"] == "never":
+        found.append("huge pages are switched off (transparent_hugepage: never): large models read memory slower")
+    elif huge["given"] is not None and huge["given"] < huge["asked"] // 2:
+        found.append(
+            f"huge pages: {huge['given'] >> 20} of {huge['asked'] >> 20} MiB given though the rule is "
+            f"'{huge['rule']}': large models read memory slower"
+        )
+    found += [f"torch {one['type']}: {one['missing']}" for one in report["products"] if one["missing"]]
+    return found
 
 
 def _version(package: str) -> str | None:
@@ -103,18 +216,27 @@ def _version(package: str) -> str | None:
 
 
 def _features() -> list[str]:
-    read = getattr(torch.cpu, "get_capabilities", None)  # torch before 2.12 cannot tell
-    capabilities = read() if read else {}
-    return [name for name in CPU_FEATURES if capabilities.get(name)]
+    read = getattr(torch.cpu, "get_capabilities", None)
+    if read:
+        capabilities = read()
+        return [name for name in CPU_FEATURES if capabilities.get(name)]
+    flags = _cpu_line("flags").split()  # torch before 2.12 cannot tell
+    return [name for name in CPU_FEATURES if _LINUX.get(name, name) in flags]
 
 
 def _cpu_name() -> str:
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_line(key: str) -> str:
+    """The first value of a key that Linux tells of its CPUs; empty elsewhere."""
     if sys.platform == "linux":
         with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                name, _, value = line.partition(":")
+                if name.strip() == key:
+                    return value.strip()
+    return ""
 
 
 def _device_name(device: str) -> str:

@@ -10,10 +10,12 @@ it as well. Inside a container the tree usually starts at the container's own gr
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
+BUSY = 0.10  # of the CPUs in use by others: figures then spread as far as they do from run to run on a quiet machine
 _NO_LIMIT = 2**60  # version 1 writes "no limit" as a number just below 2**63
 
 
@@ -66,6 +68,39 @@ def load(root: Path = ROOT) -> float | None:
     """Processes that ran or waited for a CPU over the last minute, on average; None where the system cannot tell."""
     fields = _read(root / "proc/loadavg").split()
     return float(fields[0]) if fields else None
+
+
+def busy(cpus: Sequence[int], root: Path = ROOT, wait: Callable[[], None] = lambda: time.sleep(0.5)) -> float | None:
+    """How many of these CPUs other processes kept busy while we waited; None where the system cannot tell.
+
+    A short sample of this moment: the load average looks back a minute and counts all CPUs of the host.
+    """
+    before = _cpu_ticks(root)
+    wait()
+    after = _cpu_ticks(root)
+    there = [cpu for cpu in cpus if cpu in before and cpu in after]
+    if not there:
+        return None
+    spans = [[late - early for early, late in zip(before[cpu], after[cpu], strict=True)] for cpu in there]
+    return sum(used / max(1, total) for used, total in spans)
+
+
+def _cpu_ticks(root: Path) -> dict[int, tuple[int, int]]:
+    """Clock ticks of each CPU: those that were not idle, and all."""
+    found = {}
+    for line in _read(root / "proc/stat").splitlines():
+        name, *fields = line.split()
+        ticks = [int(value) for value in fields[:8]]
+        if name.startswith("cpu") and name != "cpu" and len(ticks) == 8:
+            found[int(name[3:])] = (sum(ticks) - ticks[3] - ticks[4], sum(ticks))  # idle, and waiting for a disk
+    return found
+
+
+def physical_cores(root: Path = ROOT) -> int | None:
+    """Cores of the whole machine, hyperthreads not counted; None where the system cannot tell."""
+    folder = root / "sys/devices/system/cpu"
+    cores = {_read(path) for path in folder.glob("cpu[0-9]*/topology/thread_siblings_list")}
+    return len(cores - {""}) or None
 
 
 def huge_pages(root: Path = ROOT) -> str | None:

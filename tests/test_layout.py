@@ -77,7 +77,7 @@ VERBS = {
             "--kl-tokens",
             "--qat-steps",
         ),
-        *("--rounds", "--llama", "--keep", "-t", "--json"),
+        *("--rounds", "--llama", "--keep", "--budget", "-t", "--json"),
     },
     "bench": {
         *(
@@ -96,7 +96,7 @@ VERBS = {
             "--head",
             "--cache",
         ),
-        *("--against", "--llama", "--price", "--plot", "--device"),
+        *("--against", "--llama", "--price", "--plot", "--device", "--budget"),
     },
     "inspect": {"--json", "--plot", "-p"},
     "export": {"-o", "--to", "--type", "--json"},

@@ -121,6 +121,33 @@ def test_the_other_facts(tmp_path: Path) -> None:
     assert machine.stolen(root) == (10, 100)
 
 
+def stat(**ticks: tuple[int, int]) -> str:
+    """/proc/stat of CPUs that were so many ticks at work (user and system) and idle."""
+    return "\n".join(
+        ["cpu  1 2 3", *(f"{cpu} {used - 1} 0 1 {idle} 0 0 0 0 7 7" for cpu, (used, idle) in ticks.items())]
+    )
+
+
+def test_what_others_take_is_counted_on_these_cpus_and_at_this_moment(tmp_path: Path) -> None:
+    root = write(tmp_path, {"proc/stat": stat(cpu0=(1000, 9000), cpu1=(50, 50), cpu2=(1, 0))})
+
+    def wait() -> None:
+        write(tmp_path, {"proc/stat": stat(cpu0=(1010, 9030), cpu1=(90, 50), cpu2=(81, 20))})
+
+    assert machine.busy([0, 1], root, wait) == pytest.approx(0.25 + 1.0)
+    assert machine.busy([0, 1], root, lambda: None) == 0  # no time has passed
+    assert machine.busy([7], root, lambda: None) is None
+    assert machine.busy([0], tmp_path / "nowhere", lambda: None) is None
+
+
+def test_hyperthreads_share_a_core(tmp_path: Path) -> None:
+    folder = "sys/devices/system/cpu"
+    pairs = {cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)}
+    files = {f"{folder}/cpu{cpu}/topology/thread_siblings_list": pair for cpu, pair in pairs.items()}
+    assert machine.physical_cores(write(tmp_path, {**files, f"{folder}/cpufreq/x": 1})) == 4
+    assert machine.physical_cores(tmp_path / "nowhere") is None
+
+
 def test_this_machine() -> None:
     available = machine.available_memory()
     if available is None:

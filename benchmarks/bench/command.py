@@ -1,6 +1,7 @@
 """What `bitnet bench` does: check everything that can be wrong, then measure, then report."""
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -20,14 +21,15 @@ from bitnet.benchmarks.bench import contenders, machine, measure, plan, table
 from bitnet.benchmarks.bench.contenders import Contender, Files, Wanted
 from bitnet.benchmarks.bench.measure import Subject
 from bitnet.benchmarks.bench.plan import Choice, Test
-from bitnet.benchmarks.bench.process import cores_first
+from bitnet.benchmarks.bench.process import LOAD, cores_first
 from bitnet.benchmarks.bench.random_model import write_random
+from bitnet.benchmarks.bench.runner import Budget
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine.cpu import CACHES, HEADS
 from bitnet.errors import BitNetError
 from bitnet.files.packed import read_config
 from bitnet.included import BOOKS
-from bitnet.machine import stolen
+from bitnet.machine import BUSY, busy, load, stolen
 from bitnet.model import embedding_parameters, linear_parameters, packed_bytes
 
 STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median
@@ -56,6 +58,7 @@ class Flags:
     against: str
     llama: str
     price: float | None
+    budget: float
     output: str
     device: torch.device
 
@@ -71,6 +74,7 @@ class Settings:
     repetitions: int
     wanted: Wanted
     price: float | None  # a machine's, in dollars an hour
+    budget: Budget
     command: list[str]
 
 
@@ -101,6 +105,7 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
         repetitions=flags.repetitions,
         wanted=wanted,
         price=flags.price,
+        budget=Budget(row=flags.budget, load=max(LOAD, flags.budget)),
         command=["bitnet", *(without_folder(word) for word in arguments)],
     )
 
@@ -121,20 +126,39 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     lined_up = contenders.line_up(settings.wanted)
     work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
     check_cores(settings.threads)
+    others = load_of(cores_first()[: max(settings.threads)])
+    if others["busy"]:
+        logging.getLogger("bitnet").warning(table.load_line(others))
     before = stolen()
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     notes: list[str] = []
-    with terminated(), tempfile.TemporaryDirectory(prefix="bitnet-bench-") as folder, _progress(quiet) as say:
+    with terminated(), tempfile.TemporaryDirectory(prefix="bitnet-bench-") as folder, _progress(quiet) as (say, tell):
         for subject, path, tests in work:
             files = _files(subject, path, Path(folder), lined_up, write_gguf, say, notes)
             for threads in settings.threads:
-                found, seen = measure.group(subject, files, lined_up, tests, threads, settings.repetitions, say)
+                found, seen = measure.group(
+                    subject, files, lined_up, tests, threads, settings.repetitions, settings.budget, say, tell
+                )
                 rows += found
                 reports += seen
             for made in Path(folder).iterdir():
                 made.unlink()
-    return _document(settings, rows, reports, notes, before)
+    if not table.measured(rows):
+        reasons = dict.fromkeys(f"{row['backend']}, {row['test']}: {row['left_out']}" for row in rows)
+        raise BitNetError(f"bench: nothing could be measured ({' | '.join(reasons)}), expected at least one row")
+    return _document(settings, rows, reports, notes, before, others)
+
+
+def load_of(cpus: Sequence[int]) -> dict[str, Any]:
+    """What else runs on these CPUs now, as JSON values. `busy`: so much that it shows in figures."""
+    others = busy(cpus)
+    return {
+        "others": others,
+        "cpus": len(cpus),
+        "average": load(),
+        "busy": others is not None and others > BUSY * len(cpus),
+    }
 
 
 def check_cores(threads: list[int]) -> None:
@@ -213,18 +237,21 @@ def _document(
     reports: list[dict[str, Any]],
     notes: list[str],
     before: tuple[int, int],
+    others: dict[str, Any],
 ) -> dict[str, Any]:
     after = stolen()
     described = machine.describe(bandwidth=False)
     spread = bandwidth_spread(reports)
     for row in rows:
-        price = settings.price
-        row["dollars_per_million"] = None if price is None else price / 3600 / row["median_ts"] * 1e6
+        price, speed = settings.price, row["median_ts"]
+        row["dollars_per_million"] = None if price is None or speed is None else price / 3600 / speed * 1e6
     return {
         "benchmark": "bench",
         "command": settings.command,
         "machine": described,
         "repetitions": settings.repetitions,
+        "budget_seconds": settings.budget.row,
+        "load": others,
         "price_per_hour": settings.price,
         "steady": spread["memory"][0] <= STEADY,
         "steady_within": STEADY,
@@ -254,13 +281,18 @@ def _llama_notes(rows: list[dict[str, Any]], features: list[str]) -> list[str]:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[measure.Say]:
-    """One line on stderr that says what is being done; on a terminal only."""
+def _progress(quiet: bool) -> Iterator[tuple[measure.Say, measure.Say]]:
+    """Two ways to speak on stderr: a line that says what is being done, on a terminal only, and lines that stay."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda text: bar.update(task, description=text)
+
+        def tell(text: str) -> None:
+            if not quiet:
+                bar.console.print(f"bitnet: {text}", markup=False, highlight=False, soft_wrap=True)
+
+        yield lambda text: bar.update(task, description=text), tell
 
 
 @contextmanager

@@ -22,6 +22,7 @@ BACKENDS = ("auto", "cpu", "torch", "triton")
 OTHERS = ("torch-bf16", "torch-int8", "llama.cpp")
 _INTERPRETER = 250e6  # bytes of a process with torch in it
 LLAMA_INSTALL = "pip install --no-binary llama-cpp-python llama-cpp-python"  # compiles it for this very CPU
+_IMPORT = 60.0  # seconds for an import, which takes less than one
 _UBATCH = 512  # tokens llama.cpp computes at once, for each of which it keeps room for logits
 _SEQUENCES = 64  # that one llama.cpp context takes, and one session of the GPU engine
 
@@ -188,7 +189,14 @@ def _llama(python: str) -> Contender:
 def check_llama(python: str) -> None:
     """Raise BitNetError, with the way to install it, where this Python has no llama-cpp-python."""
     try:
-        found = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            [python, "-c", "import llama_cpp"], capture_output=True, text=True, check=False, timeout=_IMPORT
+        )
+    except subprocess.TimeoutExpired:
+        raise BitNetError(
+            f"bench: --llama: '{python}' has not imported llama_cpp within {_IMPORT:.0f} s, expected seconds; leave "
+            "llama.cpp out, or see what it waits for"
+        ) from None
     except OSError as error:
         raise BitNetError(
             f"bench: --llama: got '{python}', which cannot be run ({error.strerror}), expected a Python interpreter"

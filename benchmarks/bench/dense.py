@@ -7,8 +7,9 @@ logits of the last position only. Linears in one of two ways:
     int8    weights int8 a tensor (ternary codes are: nothing is lost), activations int8 a token, rounded as they come.
             The head has a scale a row.
 
-Both are oneDNN's products on weights brought into its own layout at load, which is what torch.compile makes of a
-frozen model: up to three times as fast as F.linear and torch._int_mm, which stand in without oneDNN.
+Torch has several ways to each product, and which is fast depends on the CPU (bitnet/dense_products.py). `prepare` times
+them on a product of this model, for a few rows and for many, and the faster one is taken for each; where those two
+differ, both layouts of the weights are kept if there is room.
 
 Norms, rotary positions, attention and the residual stream are bf16 in both. Its logits are the model's up to that
 rounding, which tests/test_bench.py checks.
@@ -18,22 +19,27 @@ Dimensions: B batch, T time, D model, V vocabulary, H heads, G key/value heads, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet import dense_products
 from bitnet.config import ModelConfig
-from bitnet.files.packed import PackedModel, read_packed
+from bitnet.dense_products import Product, Timed
+from bitnet.errors import BitNetError
+from bitnet.files.packed import PackedModel, read_config, read_packed
 from bitnet.kernels import packing, reference
 from bitnet.layers import attend, rotary_table
-from bitnet.model import in_features, kv_cache_bytes
+from bitnet.machine import available_memory
+from bitnet.model import in_features, kv_cache_bytes, linear_parameters
 
-_LEAST_ROWS = (
-    16  # with fewer, oneDNN 3.12 takes a path a thousand times slower for some shapes: rows of zeros are cheaper
-)
 _ROWS = 8192  # of a table at a time
+_MANY = 128  # rows of a prompt in the product that is timed
+_WORTH = 1.1  # how much faster a second layout must be: less is noise
+_ROOM = 0.25  # of the available memory, that a second layout may take
 Linear = Callable[[Tensor], Tensor]  # [B, T, K] bf16 -> [B, T, N] bf16
 
 
@@ -51,11 +57,48 @@ class _Block:
     ffn_gain: Tensor | None
 
 
-class Contender:
-    """A packed file made dense. dtype: bf16 or int8."""
+def prepare(path: str, dtype: str, threads: int) -> dict[str, Any]:
+    """Time the ways to a product. Returns the options `few`, `many` and `remark` of the contender."""
+    torch.set_num_threads(threads)
+    config = read_config(Path(path))
+    n, k = 2 * config.intermediate_size, config.hidden_size  # gate and up: the largest of a block
+    with torch.inference_mode():
+        few, many = (dense_products.compare(dtype, rows, n, k) for rows in (1, _MANY))
+    weights = (2 if dtype == "bf16" else 1) * (linear_parameters(config) + config.vocab_size * config.hidden_size)
+    free = available_memory()
+    names = choose(few, many, two=free is None or weights <= _ROOM * free)
+    return {"few": names[0], "many": names[1], "remark": dense_products.remark(many)}
 
-    def __init__(self, path: str, dtype: str, threads: int) -> None:
+
+def choose(few: list[Timed], many: list[Timed], two: bool) -> tuple[str, str]:
+    """The ways for a few rows and for many, from what was timed of each. two: whether they may differ.
+
+    Raises BitNetError where torch has no way at all.
+    """
+    rates = [{one.way.name: one.rate for one in dense_products.contending(timed) if one.rate} for timed in (few, many)]
+    if not all(rates):
+        reasons = "; ".join(f"{one.way.name} {one.why_not}" for one in many)
+        raise BitNetError(f"torch has no such product on this CPU: {reasons}")
+    best = [max(found, key=lambda name: found[name]) for found in rates]
+    if best[0] == best[1]:
+        return best[0], best[1]
+    # One layout for both is as good where the other gains little; the best of the two is what both gain together.
+    both = {name: rates[0][name] * rates[1][name] for name in rates[0].keys() & rates[1].keys()}
+    if not both:
+        return best[0], best[1]
+    one = max(both, key=lambda name: both[name])
+    gain = max(found[name] / found[one] for found, name in zip(rates, best, strict=True))
+    return (best[0], best[1]) if two and gain >= _WORTH else (one, one)
+
+
+class Contender:
+    """A packed file made dense. dtype: bf16 or int8; few, many: names of ways to a product, "" for the first one."""
+
+    def __init__(self, path: str, dtype: str, threads: int, few: str = "", many: str = "", remark: str = "") -> None:
         torch.set_num_threads(threads)
+        known = {way.name: way for way in dense_products.ways(dtype)}
+        first = next(iter(known))
+        self._few, self._many = known[few or first], known[many or first]
         packed = read_packed(path)
         self.config = packed.config
         self._weight_bytes = 0
@@ -72,12 +115,26 @@ class Contender:
             "int8": "int8 weights (a scale a tensor; head: a row), int8 activations (a scale a token)",
         }
         self.facts: dict[str, Any] = {
-            "what": f"torch {version} eager, dense, prepacked for oneDNN: {how[dtype]}; bf16 attention",
+            "what": f"torch {version} eager, dense, {self._named()}: {how[dtype]}; bf16 attention"
+            + f"; {remark}" * bool(remark),
+            "remark": remark,
             "backend": f"torch-{dtype}",
             "weight_bytes": self._weight_bytes,
             "kv_bytes": kv_cache_bytes(self.config, 1, 2),
             "peak": f"torch {dtype}",
         }
+
+    def _named(self) -> str:
+        """Which ways its products take."""
+        few, many = (f"torch.{way.name}" for way in (self._few, self._many))
+        return f"products {few}" if few == many else f"products {many} for prompts and {few} for answers"
+
+    def _product(self, weight: Tensor) -> Product:
+        few = self._few.make(weight)
+        if self._many == self._few:
+            return few
+        many = self._many.make(weight)
+        return lambda x: (few if x.shape[0] <= dense_products.FEW_ROWS else many)(x)
 
     def _load(self, packed: PackedModel) -> None:
         config, tensors = packed.config, packed.tensors
@@ -126,14 +183,13 @@ class Contender:
         """weight: [N, K] codes, or the values of a table; scale: [N] fp32."""
         values = weight if weight.dtype == torch.bfloat16 else (weight * scale[:, None]).bfloat16()
         self._weight_bytes += values.nbytes
-        return bf16_product(values)
+        product = self._product(values)
+        return lambda x: product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def _int8(self, weight: Tensor, scale: Tensor) -> Linear:
         """weight: [N, K] int8, scale: [N] fp32."""
         self._weight_bytes += weight.nbytes + scale.nbytes
-        if not torch.backends.mkldnn.is_available():
-            return lambda x: _rounded(x, lambda q: torch._int_mm(q, weight.T), scale)
-        product = int8_product(weight)
+        product = self._product(weight)
         return lambda x: _rounded(x, product, scale)
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
@@ -192,29 +248,6 @@ class Contender:
         """Read `tokens` random ids a sequence, one at a time."""
         for at in range(self._position, self._position + tokens):
             self.forward(self._ids[:, at : at + 1])
-
-
-def bf16_product(weight: Tensor) -> Linear:
-    """oneDNN's product with a weight [N, K] bf16, brought into its layout; F.linear where there is no oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return lambda x: F.linear(x, weight)
-    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
-
-
-def int8_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """oneDNN's product with a weight [N, K] int8, brought into its layout: q [M, K] int8 -> [M, N] fp32, sums only."""
-    ordered = torch.ops.onednn.qlinear_prepack(weight, None)
-    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-
-    def product(q: Tensor) -> Tensor:
-        rows = q if q.shape[0] >= _LEAST_ROWS else F.pad(q, (0, 0, 0, _LEAST_ROWS - q.shape[0]))
-        y = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, 0, ordered, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y[: q.shape[0]]
-
-    return product
 
 
 def _rounded(x: Tensor, product: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:

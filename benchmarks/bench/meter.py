@@ -3,7 +3,9 @@
     read      bytes a second at which the contender's threads (or the GPU) read a working set of a given size, over and
               over: a model that fits in a cache is held against the cache, not against the memory
     product   multiply-adds a second of one kind of product on matrices that stay in the caches: the best of a few
-              shapes, without norms, attention or scales around it
+              shapes and of torch's ways to compute it, without norms, attention or scales around it
+
+Both begin with a short call and do less where the machine is slow: neither takes much longer than its SECONDS.
 
 Kinds of products are named as contenders name them: an instruction set of our C++ kernels, "torch fp32", "torch bf16",
 "torch int8", and "int8 dot products", which are our comparison kernels that multiply (VNNI), where the CPU has it.
@@ -11,20 +13,24 @@ Kinds of products are named as contenders name them: an instruction set of our C
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from bitnet.benchmarks.bench.dense import bf16_product, int8_product
+from bitnet import dense_products
 from bitnet.benchmarks.bench.random_model import random_codes
 from bitnet.kernels import native, packing
 
 _PASSES = 7  # over a large working set; small ones are read until _ENOUGH bytes have been
 _ENOUGH = 64 * 2**20
-# Tokens, out-features, in-features: packed weights in a core's second cache up to ones that fill it.
-_SHAPES = ((64, 1024, 1024), (64, 2560, 2560), (256, 1024, 1024), (256, 2560, 6912))
+# Tokens, out-features, in-features, by rising cost: packed weights in a core's second cache up to ones that fill it.
+_SHAPES = ((64, 1024, 1024), (256, 1024, 1024), (64, 2560, 2560), (256, 2560, 6912))
 _ROUNDS = 5
+READ_SECONDS = 3.0  # of one working set: 512 MB eight times at 1.4 GB/s
+PRODUCT_SECONDS = 5.0  # of one kind and way: all shapes at 7 GMAC/s
+Make = Callable[[int, int, int], Callable[[], object]]  # tokens, out-features, in-features -> one product
 DOT_PRODUCTS = "int8 dot products"
 
 
@@ -39,62 +45,74 @@ class Contender:
     def read(self, size: int) -> dict[str, Any]:
         """Bytes a second of reading `size` bytes again and again."""
         passes = max(_PASSES, _ENOUGH // size)
-        if self.device.type == "cuda":
-            return {"rate": self._read_torch(size, passes), "how": "torch sum on the GPU"}
-        if native.why_not() is None:
-            return {"rate": native.read_bandwidth(size, passes), "how": "C++ loop"}
-        return {"rate": self._read_torch(size, passes), "how": "torch sum"}
+        compiled = self.device.type == "cpu" and native.why_not() is None
+        read = native.read_bandwidth if compiled else self._read_torch
+        once = size / read(size, 1)
+        rate = read(size, max(1, min(passes, int(READ_SECONDS / once))))
+        return {"rate": rate, "how": "C++ loop" if compiled else f"torch sum on the {self.device.type}"}
 
     def _read_torch(self, size: int, passes: int) -> float:
         values = torch.ones(max(1, size // 4), device=self.device)
-        return values.nbytes / self._seconds(values.sum, passes)
+        return values.nbytes / self._seconds(values.sum, passes, READ_SECONDS)
 
     def product(self, kind: str) -> dict[str, Any]:
-        """Multiply-adds a second of one kind of product; None where this machine has it not."""
-        make = self._product(kind)
-        if make is None:
-            return {"rate": None}
+        """Multiply-adds a second of one kind of product, and by which way; None where this machine has it not."""
         with torch.inference_mode():
+            makes = self._makes(kind)
+            if not makes:
+                return {"rate": None, "how": None}
             shapes = ((8192, 8192, 8192),) if self.device.type == "cuda" else _SHAPES
-            return {"rate": max(m * n * k / self._seconds(make(m, n, k), _ROUNDS) for m, n, k in shapes)}
+            return dict(zip(("rate", "how"), max(self._rate(make, shapes, name) for name, make in makes.items())))
 
-    def _product(self, kind: str) -> Callable[[int, int, int], Callable[[], object]] | None:
+    def _rate(self, make: Make, shapes: Sequence[tuple[int, int, int]], name: str) -> tuple[float, str]:
+        """The best of the shapes, dearer ones only while there is time for them."""
+        started, best = time.perf_counter(), 0.0
+        for m, n, k in shapes:
+            left = PRODUCT_SECONDS - (time.perf_counter() - started)
+            if best and m * n * k / best * (_ROUNDS + 1) > left:
+                break
+            best = max(best, m * n * k / self._seconds(make(m, n, k), _ROUNDS, left))
+        return best, name
+
+    def _makes(self, kind: str) -> dict[str, Make]:
+        """The ways to a kind of product that are worth timing; none where this machine has not got it."""
         if kind.startswith("torch "):
-            return lambda m, n, k: self._dense(kind.removeprefix("torch "), m, n, k)
+            dtype = kind.removeprefix("torch ")
+            if self.device.type == "cuda":
+                return {"_int_mm" if dtype == "int8" else "linear": lambda m, n, k: self._on_gpu(dtype, m, n, k)}
+            ways = [one.way for one in dense_products.contending(dense_products.probe(dtype))]
+            return {way.name: partial(_dense, way, dtype) for way in ways}
         sets = {one.name: one for one in native.instruction_sets() if one.why_not is None}
         if kind == DOT_PRODUCTS:
             kind = next((name for name, one in sets.items() if one.multiplies), "")
-        return (lambda m, n, k: _packed(kind, m, n, k)) if kind in sets else None
+        return {kind: lambda m, n, k: _packed(kind, m, n, k)} if kind in sets else {}
 
-    def _dense(self, dtype: str, m: int, n: int, k: int) -> Callable[[], object]:
-        if dtype == "int8":
-            q = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=self.device)
-            w = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=self.device)
-            if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
-                product = int8_product(w)
-                return lambda: product(q)
-            return lambda: torch._int_mm(q, w.T)
-        kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-        a, b = (torch.randn(rows, k, device=self.device, dtype=kind) for rows in (m, n))
-        if dtype == "bf16" and self.device.type == "cpu":
-            product = bf16_product(b)
-            return lambda: product(a)
-        return lambda: torch.nn.functional.linear(a, b)
+    def _on_gpu(self, dtype: str, m: int, n: int, k: int) -> Callable[[], object]:
+        x, w = dense_products.operands(dtype, m, n, k, self.device)
+        return (lambda: torch._int_mm(x, w.T)) if dtype == "int8" else (lambda: torch.nn.functional.linear(x, w))
 
-    def _seconds(self, action: Callable[[], object], rounds: int) -> float:
-        """Median seconds of a call, after one that warms up."""
-        taken = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            action()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            taken.append(time.perf_counter() - started)
-        return statistics.median(taken[1:])
+    def _seconds(self, action: Callable[[], object], rounds: int, within: float) -> float:
+        """Median seconds of a call, after one that warms up; fewer calls, or that one alone, where time is short."""
+        first = self._call(action)
+        rounds = min(rounds, int(within / first)) if first > 0 else rounds
+        return statistics.median([self._call(action) for _ in range(rounds)]) if rounds else first
+
+    def _call(self, action: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        action()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
 
     def gpu_bytes(self) -> int:
         """Nothing: it holds no model."""
         return 0
+
+
+def _dense(way: dense_products.Way, dtype: str, m: int, n: int, k: int) -> Callable[[], object]:
+    x, weight = dense_products.operands(dtype, m, n, k)
+    product = way.make(weight)
+    return lambda: product(x)
 
 
 def _packed(isa: str, m: int, n: int, k: int) -> Callable[[], object]:

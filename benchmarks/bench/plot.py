@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bitnet.benchmarks.bench.table import measured
 from bitnet.plotting import check_target, pyplot, save
 
 # Told apart in grey print too: by hatch in bars, by shape in points.
@@ -17,7 +18,8 @@ Row = dict[str, Any]
 def draw(document: dict[str, Any], path: Path) -> list[Path]:
     """Write both pictures of a bench document beside `path`. Returns their paths."""
     check_target(path)
-    rows: list[Row] = document["results"]
+    rows = measured(document["results"])
+    document = document | {"results": rows}
     if len({row.get("device", "cpu") for row in rows}) > 1:
         document = document | {"results": [row | {"backend": f"{row['backend']} on {row['device']}"} for row in rows]}
     paths = [path.with_stem(f"{path.stem}-{kind}") for kind in ("roofline", "comparison")]

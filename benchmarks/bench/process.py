@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,12 +19,21 @@ _WORKER = Path(__file__).with_name("worker.py")
 # Read by OpenMP, MKL and OpenBLAS before they have ideas of their own.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 DEBUG = "BITNET_BENCH_DEBUG"  # =1: show what contenders print, and their tracebacks
+LOAD = 300.0  # seconds until it has loaded, self-test and files included: 2B4T in torch int8 takes 21
+
+
+class TooSlowError(BitNetError):
+    """A contender gave no answer within its time. Its process has been ended."""
+
+    def __init__(self, name: str, limit: float) -> None:
+        super().__init__(f"{name}: no answer within {limit:,.3g} s; its process was ended")
+        self.limit = limit
 
 
 class Worker:
     """A running contender on `threads` cores. `facts` are what it said of itself once it had loaded.
 
-    Raises BitNetError, with its reason, where it cannot load.
+    limit: seconds for the load. Raises BitNetError, with its reason, where it cannot load; TooSlowError past the limit.
     """
 
     def __init__(
@@ -32,6 +44,7 @@ class Worker:
         threads: int,
         python: str = sys.executable,
         environment: dict[str, str] | None = None,
+        limit: float = LOAD,
     ) -> None:
         self.name = name
         command = [python, str(_WORKER), script, json.dumps(options), str(os.getpid())]
@@ -46,24 +59,42 @@ class Worker:
         )
         try:
             pin(self._process.pid, threads)
-            self.facts = self._answer()
+            self.facts = self._answer(limit)
         except BaseException:
             self.close()
             raise
 
-    def ask(self, do: str, **command: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer. Raises BitNetError where it fails or has died."""
+    def ask(self, do: str, limit: float, **command: Any) -> dict[str, Any]:
+        """Send one command and wait at most `limit` seconds for its answer.
+
+        Raises BitNetError where it fails or has died, TooSlowError past the limit.
+        """
         assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps({"do": do, **command}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        return self._answer()
+        return self._answer(limit)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, limit: float) -> dict[str, Any]:
         assert self._process.stdout
-        line = self._process.stdout.readline()
+        # A timer and not a wait for the pipe: half a line may be in it, and only the end of the process ends that.
+        late = threading.Event()
+
+        def cut_off() -> None:
+            late.set()
+            self._end()
+
+        timer = threading.Timer(limit, cut_off)
+        timer.daemon = True
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise TooSlowError(self.name, limit)
         if not line:
             raise self._died()
         answer: dict[str, Any] = json.loads(line)
@@ -83,7 +114,7 @@ class Worker:
 
     def close(self) -> None:
         """End it at once: it holds nothing worth saving."""
-        self._process.kill()
+        self._end()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
@@ -91,6 +122,12 @@ class Worker:
                 pipe.close()
             except BrokenPipeError:  # a command it did not read any more
                 continue
+
+    def _end(self) -> None:
+        """Kill it and all it has started, unless it was waited for: its number may then be another's."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def __enter__(self) -> Self:
         return self

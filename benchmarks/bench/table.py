@@ -48,11 +48,27 @@ def digits(value: float) -> str:
 
 def _bound(row: Row) -> str:
     """What stands in the way, and how fast that is."""
+    if is_left_out(row):
+        return ""
     if row["limit_by"] is None:
         return "unknown"
     if row["limit_by"] in ("memory", "cache"):
         return f"{row['limit_by']} {digits(row['bandwidth_gigabytes_per_second'])} GB/s"
     return f"{row['limit_by']} {digits(row['peak_gigamacs_per_second'])} GMAC/s"
+
+
+def is_left_out(row: Row) -> bool:
+    """Whether a row has a reason instead of figures."""
+    return row.get("left_out") is not None
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """The rows with figures."""
+    return [row for row in rows if not is_left_out(row)]
+
+
+def _speed(row: Row) -> str:
+    return "left out" if is_left_out(row) else f"{digits(row['median_ts'])} ± {digits(row['stddev_ts'])}"
 
 
 def _optional(key: str, show: Callable[[float], str]) -> Callable[[Row], str]:
@@ -63,20 +79,21 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("model", lambda row: row["model"]),
     ("backend", lambda row: row["backend"]),
     ("test", lambda row: row["test"]),
-    ("size", lambda row: size(row["model_size"])),
+    ("size", _optional("model_size", size)),
     ("params", lambda row: f"{digits(row['n_params'] / 1e6)} M"),
     ("device", lambda row: "" if row.get("device", "cpu") == "cpu" else row["device"]),
     ("threads", lambda row: str(row["threads"])),
-    ("t/s", lambda row: f"{digits(row['median_ts'])} ± {digits(row['stddev_ts'])}"),
+    ("t/s", _speed),
     ("first token ms", _optional("first_token_ms", digits)),
-    ("read a token", lambda row: size(row["bytes_per_token"])),
-    ("GB/s", lambda row: digits(row["read_gigabytes_per_second"])),
+    ("read a token", _optional("bytes_per_token", size)),
+    ("GB/s", _optional("read_gigabytes_per_second", digits)),
     ("bound by", _bound),
     ("% of it", _optional("percent_of_limit", lambda value: f"{value:.0f}")),
-    ("memory", lambda row: size(row["model_memory_bytes"])),
-    ("load s", lambda row: digits(row["load_seconds"])),
+    ("memory", _optional("model_memory_bytes", size)),
+    ("load s", _optional("load_seconds", digits)),
     ("J/token", _optional("joules_per_token", lambda value: f"{value:.3g}")),
     ("$/M tokens", _optional("dollars_per_million", lambda value: f"{value:.3g}")),
+    ("remark", lambda row: row.get("left_out") or row.get("remark") or ""),
 )
 _WORDS = 3  # columns at the left that are words
 
@@ -111,13 +128,27 @@ def machine_line(machine: dict[str, Any]) -> str:
     return "; ".join(part for part in known if part)
 
 
+def load_line(load: dict[str, Any]) -> str:
+    """What else ran on the machine before it was measured."""
+    average = "" if load["average"] is None else f"; load average {load['average']:.1f}"
+    verdict = "a busy machine: figures are lower than they can be, and vary; " if load["busy"] else ""
+    return (
+        f"{verdict}before the run other processes kept {load['others']:.1f} of {load['cpus']} "
+        f"CPU{'s' * (load['cpus'] > 1)} busy{average}"
+    )
+
+
 def notes(document: dict[str, Any]) -> list[str]:
     """What has to be said beside the table, a line each."""
     machine = document["machine"]
     found = [
         machine_line(machine),
         _LEGEND.format(document["repetitions"]),
-        *(f"{name}: {what}" for name, what in {row["backend"]: row["what"] for row in document["results"]}.items()),
+        *(
+            f"{name}: {what}"
+            for name, what in {row["backend"]: row["what"] for row in document["results"]}.items()
+            if what
+        ),
     ]
     where = {"memory": "in memory", "smaller": "in smaller sets, which caches hold in part or whole"}
     spread = [
@@ -127,6 +158,8 @@ def notes(document: dict[str, Any]) -> list[str]:
     found.append(f"read bandwidth: three in four samples (the worst) off their median by {', '.join(spread)}{verdict}")
     if document["stolen"] >= 0.01:
         found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
+    if (load := document.get("load")) and load["others"] is not None:
+        found.append(load_line(load))
     return found + document["notes"]
 
 

@@ -14,8 +14,9 @@ file and defines `Contender`; loading is timed, then each JSON line on stdin is 
         def decode(self, tokens): ...               writes so many tokens, one at a time
 
 A contender may have `ready(prompt, predict)`, which is called between start and what is timed: inputs to be laid out.
-A script may have `prepare(**options)`, which runs before the load and is not timed: files to be made. The process ends
-when stdin does and, on Linux, with its parent. Whatever a contender prints goes to stderr.
+A script may have `prepare(**options)`, which runs before the load and is not timed: files to be made, choices to be
+measured; what it returns are further options of the contender. The process ends when stdin does and, on Linux, with
+its parent. Whatever a contender prints goes to stderr.
 """
 
 import ctypes
@@ -135,7 +136,7 @@ def load(script: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The contender, and what its load took."""
     module = runpy.run_path(str(Path(__file__).parent / f"{script}.py"))
     if "prepare" in module:
-        module["prepare"](**options)
+        options = options | (module["prepare"](**options) or {})
         forget_peak()
     base = status("VmRSS")
     started = time.perf_counter()

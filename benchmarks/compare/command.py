@@ -21,7 +21,7 @@ from rich.status import Status
 
 from bitnet import __version__
 from bitnet.benchmarks.bench.command import terminated, without_folder
-from bitnet.benchmarks.compare import llama
+from bitnet.benchmarks.compare import llama, worker
 from bitnet.benchmarks.compare.artifact import Artifact
 from bitnet.benchmarks.compare.measure import Scores, figures
 from bitnet.benchmarks.compare.method import Method, Settings
@@ -41,6 +41,10 @@ from bitnet.train.runs.run import Run
 
 _log = logging.getLogger("bitnet")
 PREFILL, DECODE = 128, 64  # tokens that are timed, fewer where the context is short
+BUDGET = (
+    1800.0  # seconds a method may take to make its file, and a model to be timed and scored: GPTQ of 100M takes 600
+)
+LEFT_OUT = "left out"  # the status of a method that took longer
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,10 @@ class Options:
     rounds: int = 2
     repeats: int = 3
     keep: Path | None = None  # folder for the files of all methods; None: they go when all is measured
+    budget: float = BUDGET
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "kl_tokens", "rounds", "repeats"):
+        for name in ("max_tokens", "kl_tokens", "rounds", "repeats", "budget"):
             if getattr(self, name) < 1:
                 raise BitNetError(f"compare: got {name} {getattr(self, name)}, expected at least 1")
 
@@ -223,8 +228,8 @@ class _Bench:
         pair = {key: None if path is None else str(path) for key, path in asdict(self._pair).items()}
         started = time.perf_counter()
         answer = self._run({"do": "make", "method": method.name, "pair": pair, "folder": str(folder)})
-        if isinstance(answer, str):
-            return row | {"status": "failed", "note": answer}
+        if isinstance(answer, _Left):
+            return row | asdict(answer)
         artifact = Artifact(**answer)
         return row | {
             "status": "ok",
@@ -242,8 +247,8 @@ class _Bench:
         scores = self._work / f"{name}.npz"
         job = {"do": "measure", "artifact": row["artifact"], "text": str(self._work / "text"), "vocab": self._vocab}
         answer = self._run(job | self.timing | {"reference": reference, "score": score, "scores": str(scores)})
-        if isinstance(answer, str):
-            row |= {"status": "failed", "note": answer}
+        if isinstance(answer, _Left):
+            row |= asdict(answer)
             return
         row["times"] += answer.pop("times")
         row.setdefault("facts", answer)
@@ -251,19 +256,33 @@ class _Bench:
             with np.load(scores) as values:
                 self.scores[name] = Scores(values["nats"], values["kl"], values["top1"])
 
-    def _run(self, job: dict[str, Any]) -> dict[str, Any] | str:
-        """The answer of a worker, or the last line it left on stderr."""
+    def _run(self, job: dict[str, Any]) -> "dict[str, Any] | _Left":
+        """The answer of a worker, or why there is none: the last line it left on stderr, or that its time was over."""
         answer = self._work / "answer.json"
         answer.unlink(missing_ok=True)
-        path = self._work / "job.json"
-        path.write_text(json.dumps(job | {"settings": asdict(self._settings), "answer": str(answer)}), encoding="utf-8")
+        path, budget = self._work / "job.json", self._options.budget
+        more = {"settings": asdict(self._settings), "answer": str(answer), "budget": budget}
+        path.write_text(json.dumps(job | more), encoding="utf-8")
         command = [sys.executable, "-m", "bitnet.benchmarks.compare.worker", str(path), str(os.getpid())]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, timeout=budget
+            )
+        except subprocess.TimeoutExpired:
+            return _Left(LEFT_OUT, f"{job['do']}: not done within {budget:,.3g} s (--budget); its process was ended")
         if done.returncode == 0:
             values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return values
-        lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"the process ended with code {done.returncode}"
+        lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]
+        return _Left(LEFT_OUT if done.returncode == worker.TOO_SLOW else "failed", lines[-1])
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Why a method has no figures."""
+
+    status: str
+    note: str
 
 
 def _finish(row: dict[str, Any], timing: dict[str, int], features: Sequence[str]) -> None:
@@ -318,6 +337,7 @@ def _settings(options: Options, settings: Settings, names: str | None) -> dict[s
         "max_tokens": options.max_tokens,
         "kl_tokens": options.kl_tokens,
         "rounds": options.rounds,
+        "budget_seconds": options.budget,
         "threads": settings.threads,
         "qat_steps": settings.qat_steps,
         "llama": "named" if settings.llama else "wheel",

@@ -31,6 +31,7 @@ _TYPES = {
     "q3_k_m": (12, 256),
     "q2_k": (10, 256),
 }
+_IMPORT = 60.0  # seconds for an import, which takes less than one
 _BETTER = "--llama PYTHON names a better one"
 
 
@@ -51,7 +52,10 @@ def build_remark(library: str, system: str, features: Sequence[str]) -> str:
 def check_python(path: str) -> None:
     """Raise BitNetError unless `path` is a Python with llama-cpp-python."""
     try:
-        found = subprocess.run([path, "-c", "import llama_cpp, numpy"], capture_output=True, text=True, check=False)
+        words = [path, "-c", "import llama_cpp, numpy"]
+        found = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_IMPORT)
+    except subprocess.TimeoutExpired:
+        raise BitNetError(f"llama: '{path}' has not imported llama_cpp within {_IMPORT:.0f} s (--llama)") from None
     except OSError as error:
         raise BitNetError(f"llama: got '{path}', expected a Python ({error.strerror}) (--llama)") from error
     if found.returncode:

@@ -2,8 +2,9 @@
 
     python -m bitnet.benchmarks.compare.worker JOB.json PARENT-ID
 
-The answer is written to the file that the job names; an error is one line on stderr and exit code 2. On Linux the
-process ends with its parent.
+The answer is written to the file that the job names; an error is one line on stderr and exit code 2. A model whose
+timing and scoring would not fit the job's budget, as a short call tells, is exit code 3. On Linux the process ends with
+its parent.
 """
 
 import json
@@ -26,6 +27,13 @@ from bitnet.benchmarks.compare.runners import Runner, open_runner
 from bitnet.errors import BitNetError
 from bitnet.train.data.windows import batch_for
 
+TOO_SLOW = 3  # exit code
+_PREFILL, _DECODE = 16, 2  # tokens of the short call
+
+
+class TooSlowError(BitNetError):
+    """What a job asks for would take longer than its budget."""
+
 
 def make(job: dict[str, Any]) -> dict[str, Any]:
     """Let a method make its file."""
@@ -41,6 +49,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     inputs = torch.from_numpy(np.load(text / "inputs.npy"))
     runner = open_runner(Artifact(**job["artifact"]), Settings(**job["settings"]), inputs.shape[1], Path(job["scores"]))
     try:
+        check_budget(runner, inputs, job)
         answer = {"times": timed(runner, inputs.flatten(), job), **runner.facts()}
         if job["reference"]:
             write_reference(runner, inputs, text, job["vocab"])
@@ -59,6 +68,30 @@ def timed(runner: Runner, ids: torch.Tensor, job: dict[str, Any]) -> list[dict[s
     """Seconds of prefill and of the tokens after it, `repeats` times, one run before them to warm up."""
     ids = ids[: job["prefill"] + job["decode"]]
     return [runner.time(ids, job["prefill"]) for _ in range(job["repeats"] + 1)][1:]
+
+
+def check_budget(runner: Runner, inputs: torch.Tensor, job: dict[str, Any]) -> None:
+    """Raise TooSlowError where a few tokens, read and written, say that the job takes longer than its budget.
+
+    inputs: windows [W, T].
+    """
+    context = inputs.shape[1]
+    prefill = min(_PREFILL, max(1, context // 2))
+    ids = inputs.flatten()[: prefill + min(_DECODE, context - prefill)]
+    for again in (False, True):  # the first call warms up; who does not fit by it gets another
+        seconds = runner.time(ids, prefill)
+        reading = seconds["prefill"] / prefill
+        writing = seconds["decode"] / max(1, len(ids) - prefill)
+        windows = len(inputs) * job["score"] + len(np.load(Path(job["text"]) / "compared.npy")) * job["reference"]
+        timing = (job["repeats"] + 1) * (job["prefill"] * reading + job["decode"] * writing)
+        needed = timing + windows * context * reading
+        if needed <= job["budget"]:
+            return
+        if again:
+            raise TooSlowError(
+                f"reads {1 / reading:,.3g} tokens/s here: timing and scoring would take {needed:,.0f} s of "
+                f"{job['budget']:,.3g} (--budget)"
+            )
 
 
 def write_reference(runner: Runner, inputs: torch.Tensor, text: Path, vocab: int) -> None:
@@ -80,6 +113,9 @@ def main() -> int:
     torch.set_num_threads(job["settings"]["threads"])
     try:
         answer = {"make": make, "measure": measure}[job["do"]](job)
+    except TooSlowError as error:
+        print(error, file=sys.stderr)
+        return TOO_SLOW
     except BitNetError as error:
         print(error, file=sys.stderr)
         return 2

@@ -52,6 +52,10 @@ def bench(
     price: Annotated[
         float | None, typer.Option(min=0, help="Of this machine in dollars an hour: adds $ per million tokens.")
     ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(min=1, metavar="SECONDS", help="Most a row may take: fewer rounds, or left out with the reason."),
+    ] = 120,
     output: Annotated[str, typer.Option("-o", "--output", metavar="FORMAT", help="md, json or csv.")] = "md",
     plot: Annotated[
         Path | None,
@@ -84,6 +88,7 @@ def bench(
         against=against,
         llama=llama,
         price=price,
+        budget=budget,
         output=output,
         device=pick_device(device),
     )

@@ -27,6 +27,9 @@ def compare(
         str, typer.Option(metavar="PYTHON", help="A Python with llama-cpp-python; default: the wheel here.")
     ] = "",
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models that are made.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Most that making or measuring a model may take.")
+    ] = 1800,
     threads: Threads = 0,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -39,7 +42,7 @@ def compare(
     from bitnet.benchmarks.compare.method import Settings
 
     set_threads(threads)
-    options = Options(tuple(data), max_tokens, kl_tokens, rounds, keep=keep)
+    options = Options(tuple(data), max_tokens, kl_tokens, rounds, keep=keep, budget=budget)
     settings = Settings(torch.get_num_threads(), qat_steps, llama=llama)
     report = compare_runs(run, twin, binary, methods, options, settings, quiet=quiet, output=output, plot=plot)
     write_report(report, output, plot)

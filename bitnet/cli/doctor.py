@@ -7,10 +7,10 @@ from bitnet.cli.terminal import print_json, print_tables
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Print versions, devices and kernels, and test the kernels against the reference."""
-    from bitnet.doctor import examine
+    """Print versions, devices, kernels and what limits this machine; test the kernels against the reference."""
+    from bitnet.doctor import examine, surroundings
 
-    report = examine()
+    report = {"machine": surroundings(), **examine()}  # first: the tests would count as a busy machine
     if as_json:
         print_json(report)
     else:

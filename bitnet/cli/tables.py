@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bitnet.tables import facts, plus_minus
+from bitnet.tables import facts, machine_rows, plus_minus
 
 
 def evaluation_table(report: dict[str, Any]) -> Table:
@@ -86,7 +86,8 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
         "packages": ", ".join(f"{name} {version}" for name, version in present.items()),
         "missing": ", ".join(missing) or "nothing that is needed",
         "optional": ("not installed: " + ", ".join(optional)) if optional else "all installed",
-        "cpu": f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use",
+        "cpu": f"{cpu['name']}, {cpu['threads']} threads in use",
+        **machine_rows(report["machine"]),
         "features": " ".join(cpu["features"]) or "unknown to this version of torch",
         "devices": ", ".join(f"{device} ({name})" for device, name in report["devices"].items()),
     }
@@ -110,7 +111,8 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
     verdict = Text("everything works", style="bold green")
     if not report["healthy"]:
         verdict = Text(report["problem"] or "a kernel gives wrong sums: do not trust results", style="bold red")
-    return [facts(rows), "", table, sets, verdict]
+    remarks = [Text(f"note: {remark}", style="yellow") for remark in report["machine"]["remarks"]]
+    return [facts(rows), "", table, sets, *remarks, verdict]
 
 
 def _short(value: Any) -> str:

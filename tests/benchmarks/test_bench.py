@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,25 @@ import pytest
 import torch
 
 import bitnet
-from bitnet.benchmarks.bench import command, contenders, dense, limits, measure, ours, plan, process, table, worker
+from bitnet import dense_products
+from bitnet.benchmarks.bench import (
+    command,
+    contenders,
+    dense,
+    limits,
+    measure,
+    ours,
+    plan,
+    process,
+    runner,
+    table,
+    worker,
+)
 from bitnet.benchmarks.bench.limits import Weights
 from bitnet.benchmarks.bench.plan import Choice, Test
 from bitnet.benchmarks.bench.process import Worker
 from bitnet.benchmarks.bench.random_model import ZEROS, random_packed, write_random
+from bitnet.benchmarks.bench.runner import Budget
 from bitnet.cli import main
 from bitnet.cli.bench import packed_to_gguf
 from bitnet.config import ModelConfig
@@ -36,6 +51,8 @@ from bitnet.model import linear_parameters
 
 Captured = pytest.CaptureFixture[str]
 TINY = ModelConfig(300, 64, 96, 2, 4, 2, 64)
+LONG = 600.0  # seconds: a limit that is not reached on any machine
+SHORT = 0.2  # seconds: a limit for what never ends
 _SMALL = 8 * 2**20  # bytes read as the memory: half a GB takes its time
 REQUIRED = ("test", "avg_ts", "stddev_ts", "threads", "backend", "bytes_per_token", "percent_of_limit")
 
@@ -179,13 +196,33 @@ def test_a_random_model_is_a_model(model: Path) -> None:
 # ---- contenders: the same model as ours
 
 
+def here(dtype: str, *names: str) -> tuple[str, ...]:
+    """Names of ways to a product; skips where this CPU has them not."""
+    lacking = {one.way.name: one.why_not for one in dense_products.probe(dtype) if one.rate is None}
+    known = {way.name for way in dense_products.ways(dtype)}
+    for name in names:
+        if name in lacking or name not in known:
+            pytest.skip(f"{name}: {lacking.get(name, 'not in this build of torch')}")
+    return names
+
+
 @pytest.mark.parametrize("act", ["relu2", "silu"])
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_dense_torch_computes_the_model(dtype: str, act: str, tmp_path: Path, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "few", "many"),
+    [
+        ("bf16", "mkldnn._linear_pointwise", "mkldnn._linear_pointwise"),
+        ("bf16", "linear", "mkldnn._linear_pointwise"),
+        ("int8", "_int_mm", "_int_mm"),
+        ("int8", "_int_mm", "onednn.qlinear_pointwise"),
+    ],
+)
+def test_dense_torch_computes_the_model(
+    dtype: str, few: str, many: str, act: str, tmp_path: Path, rng: torch.Generator
+) -> None:
     config = TINY.replace(hidden_act=act, qk_norm=act == "silu", tie_word_embeddings=act == "relu2")
     path = tmp_path / "m.safetensors"
     write_random(config, path, seed=int(torch.randint(2**31, (), generator=rng)))
-    contender = dense.Contender(str(path), dtype, 1)
+    contender = dense.Contender(str(path), dtype, 1, *here(dtype, few, many))
     ids = torch.randint(0, config.vocab_size, (2, 21), generator=rng)
     expected = bitnet.load(path, engine="torch").logits(ids)[:, -1]
     contender.start(2, 0, 21)
@@ -195,14 +232,7 @@ def test_dense_torch_computes_the_model(dtype: str, act: str, tmp_path: Path, rn
     # bf16 rounds by 2^-9 a step, int8 by 1/254 of the largest: some dozen of either a layer stay below 20 %, where
     # another model's logits are off by 140 % (two strangers of one size).
     assert float((got - expected).norm() / expected.norm()) < 0.2
-
-
-def test_dense_int8_sums_are_exact(rng: torch.Generator) -> None:
-    for m, n, k in ((1, 33, 65), (3, 64, 100), (17, 5, 256)):
-        q = torch.randint(-127, 128, (m, k), generator=rng, dtype=torch.int8)
-        w = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
-        # Sums stay below 2^24, which fp32 holds exactly.
-        assert torch.equal(dense.int8_product(w)(q), (q.long() @ w.long().T).float())
+    assert all(f"torch.{name}" in contender.facts["what"] for name in (few, many))
 
 
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
@@ -230,10 +260,12 @@ def test_a_kernel_that_fails_its_self_test_gets_no_figures(monkeypatch: pytest.M
 # ---- processes
 
 FAKE = """
-import os, sys, time
+import os, subprocess, sys, time
 def prepare(mode, **options):
     if mode == "refuse":
         raise ValueError("got a mode,\\nexpected another")
+    if mode == "never loads":
+        time.sleep(600)
     bytearray(b"x") * 300_000_000  # more than all that follows
 class Contender:
     def __init__(self, mode):
@@ -241,12 +273,21 @@ class Contender:
             os._exit(3)
         print("noise on stdout")
         self.facts = {"what": "fake", "backend": "fake", "weight_bytes": 1000, "kv_bytes": 1.0, "peak": "torch fp32"}
-        self.calls = []
+        self.calls, self.mode = [], mode
     def start(self, batch, depth, room): self.calls.append(["start", batch, depth, room])
     def prefill(self, tokens): self.calls.append(["prefill", tokens])
-    def decode(self, tokens): self.calls.append(["decode", tokens])
+    def decode(self, tokens):
+        self.calls.append(["decode", tokens])
+        if self.mode == "never answers":
+            time.sleep(600)
+        if self.mode == "falls":
+            os._exit(9)
     def history(self): return {"calls": self.calls, "id": os.getpid(), "path": sys.path}
     def hang(self): time.sleep(600)
+    def family(self):
+        child = subprocess.Popen(["sleep", "600"])  # holds our stdout open
+        print(child.pid, file=open(os.environ["FAMILY"], "w"), flush=True)
+        time.sleep(600)
     def fall(self): os._exit(9)
 """
 
@@ -259,10 +300,10 @@ def fake(tmp_path: Path) -> str:
 
 def test_a_worker_runs_tests_and_answers(fake: str) -> None:
     with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
-        answer = one.ask("measure", prompt=5, predict=3, depth=7, batch=2)
+        answer = one.ask("measure", LONG, prompt=5, predict=3, depth=7, batch=2)
         assert {"prefill", "decode", "joules", "peak_bytes"} <= set(answer)
-        one.ask("measure", prompt=0, predict=4, depth=0, batch=1)
-        history = one.ask("history")
+        one.ask("measure", LONG, prompt=0, predict=4, depth=0, batch=1)
+        history = one.ask("history", LONG)
         expected = [["start", 2, 7, 15], ["prefill", 5], ["decode", 3], ["start", 1, 0, 4], ["decode", 4]]
         assert history["calls"] == expected
         # The folder of worker.py is not on the path: its modules would shadow others.
@@ -284,7 +325,46 @@ def test_a_worker_that_cannot_load_says_why(mode: str, message: str, fake: str) 
 
 def test_a_worker_that_dies_is_an_error(fake: str) -> None:
     with Worker("fake", fake, {"mode": "ok"}, threads=1) as one, pytest.raises(BitNetError, match="ended with code 9"):
-        one.ask("fall")
+        one.ask("fall", LONG)
+
+
+def test_an_answer_has_a_limit(fake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs is ended, with all that it started."""
+    monkeypatch.setenv("FAMILY", str(tmp_path / "child"))
+    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
+        pid = one.ask("history", LONG)["id"]
+        threading.Thread(target=end_when, args=(one, tmp_path / "child"), daemon=True).start()
+        with pytest.raises(BitNetError):
+            one.ask("family", LONG)
+    assert gone(pid)
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+def end_when(one: Worker, written: Path) -> None:
+    """Do what the limit does once a file is there: no test waits for a machine's speed."""
+    while not (written.exists() and written.read_text().endswith("\n")):
+        time.sleep(0.02)
+    one._end()
+
+
+def test_past_its_limit_a_worker_is_ended(fake: str) -> None:
+    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
+        pid = one.ask("history", LONG)["id"]
+        with pytest.raises(process.TooSlowError, match=r"fake: no answer within 0\.2 s") as caught:
+            one.ask("hang", SHORT)
+        assert caught.value.limit == SHORT
+        assert gone(pid)
+        with pytest.raises(BitNetError, match="signal 9"):
+            one.ask("history", LONG)
+
+
+def test_past_its_limit_a_load_is_ended(fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    pin = process.pin
+    monkeypatch.setattr(process, "pin", lambda pid, threads: (started.append(pid), pin(pid, threads)))
+    with pytest.raises(process.TooSlowError, match="no answer within"):
+        Worker("fake", fake, {"mode": "never loads"}, threads=1, limit=SHORT)
+    assert gone(*started)
 
 
 def gone(pid: int, within: float = 20.0) -> bool:
@@ -304,7 +384,7 @@ def test_a_worker_does_not_survive_its_parent(busy: bool, fake: str) -> None:
     code = (
         "import sys, time; from bitnet.benchmarks.bench.process import Worker\n"
         f"one = Worker('fake', {fake!r}, {{'mode': 'ok'}}, threads=1)\n"
-        "print(one.ask('history')['id'], flush=True)\n" + ("one.ask('hang')" if busy else "time.sleep(600)")
+        "print(one.ask('history', 600)['id'], flush=True)\n" + ("one.ask('hang', 600)" if busy else "time.sleep(600)")
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
@@ -341,7 +421,7 @@ def test_pinned_to_as_many_cores(fake: str) -> None:
         pytest.skip("this system does not pin")
     assert sorted(cores) == sorted(os.sched_getaffinity(0))
     with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
-        assert os.sched_getaffinity(one.ask("history")["id"]) == {cores[0]}
+        assert os.sched_getaffinity(one.ask("history", LONG)["id"]) == {cores[0]}
 
 
 # ---- energy and memory
@@ -369,6 +449,7 @@ def test_too_big_is_said_before_loading(model: Path, monkeypatch: pytest.MonkeyP
         raise AssertionError("loaded or written before memory was checked")
 
     monkeypatch.setattr(measure, "Worker", refuse)
+    monkeypatch.setattr(runner, "Worker", refuse)
     monkeypatch.setattr(command, "write_random", refuse)
     line = error(capsys, "bench", "--preset", "2b4t", "--backend", "torch", "--against", "torch-bf16", "-p", 8, "-n", 8)
     assert all(part in line for part in ("2b4t needs about", "torch-bf16", "1.0 GB that are available"))
@@ -442,7 +523,7 @@ def test_disk_is_needed_for_what_is_written() -> None:
 def test_dense_torch_refuses_a_plain_model() -> None:
     plain = measure.Subject("m", TINY.replace(linear="float"), 1, "m.safetensors")
     wanted = contenders.Wanted(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cpu"))
-    settings = command.Settings([], [], choice(), [1], 1, wanted, None, [])
+    settings = command.Settings([], [], choice(), [1], 1, wanted, None, Budget(), [])
     with pytest.raises(BitNetError, match="plain linears"):
         command._checked(plain, settings, contenders.line_up(wanted))
 
@@ -465,19 +546,38 @@ def test_llama_cpp_gets_a_shape_that_it_runs(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def document(model: Path) -> dict[str, Any]:
-    """A whole run on a tiny model, as the command line prints it."""
+def ran(model: Path) -> tuple[dict[str, Any], str]:
+    """A whole run on a tiny model, as the command line prints it, and what it said meanwhile."""
     backends = "torch" if native.why_not() else "cpu,torch"
     args = ["bench", "-m", str(model), "-p", "8", "-n", "4", "--pg", "6,3", "-d", "0,5", "-t", "1", "-r", "2"]
     args += ["--backend", backends, "--against", "torch-bf16,torch-int8", "--price", "2", "-o", "json"]
+    return measured(args)
+
+
+def measured(args: list[str]) -> tuple[dict[str, Any], str]:
+    """The document that a command line prints, and its stderr; with a small set read as the memory."""
     with pytest.MonkeyPatch.context() as patch:
-        out = io.StringIO()
+        out, err = io.StringIO(), io.StringIO()
         patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
         patch.setattr(sys, "argv", ["bitnet", *args])
         patch.setattr(measure, "MEMORY", _SMALL)
-        assert main(args) == 0
+        assert main(args) == 0, err.getvalue()
     found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
-    return found
+    return found, err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def document(ran: tuple[dict[str, Any], str]) -> dict[str, Any]:
+    return ran[0]
+
+
+def test_the_first_figure_of_each_row_is_told(ran: tuple[dict[str, Any], str]) -> None:
+    document, said = ran
+    lines = [line for line in said.splitlines() if "tokens/s, round 1 of 2" in line]
+    expected = {f"{row['test']} on {row['backend']}: " for row in document["results"]}
+    assert len(lines) == len(expected)
+    assert all(any(part in line for line in lines) for part in expected)
 
 
 def test_every_contender_runs_every_test(document: dict[str, Any]) -> None:
@@ -491,6 +591,7 @@ def test_every_contender_runs_every_test(document: dict[str, Any]) -> None:
 
 def test_rows_carry_what_they_promise(document: dict[str, Any]) -> None:
     for row in document["results"]:
+        assert (row["left_out"], row["remark"]) == (None, None)
         assert all(row[key] is not None for key in REQUIRED)
         assert len(row["samples_ts"]) == 2
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet.benchmarks.compare import llama, llama_child, measure
+from bitnet.benchmarks.compare import command, llama, llama_child, measure, worker
 from bitnet.benchmarks.compare.artifact import Artifact, pack_nibbles, read_model, unpack_nibbles
 from bitnet.benchmarks.compare.method import Settings
 from bitnet.benchmarks.compare.pair import Pair, find_baseline
@@ -29,6 +29,7 @@ from bitnet.benchmarks.compare.torchao_methods import activation_ranges
 from bitnet.cli import main
 from bitnet.errors import BitNetError
 from bitnet.train.data.windows import spread_windows
+from bitnet.train.runs.run import Run
 
 TEXT = "".join(f"Line {i}: the quick brown fox number {i * i} jumps over the lazy dog.\n" for i in range(400))
 SETTINGS = Settings(threads=1, qat_steps=1, calibration=2)
@@ -398,6 +399,60 @@ def row_of(name: str, size: int, quality: float) -> dict[str, Any]:
         "library": "l 1",
     }
     return row | figures | speeds | {"file_bytes": size, "bits_per_weight": size * 8e-6, "bits_per_byte": quality}
+
+
+class FakeRunner:
+    """Seconds a token read and written."""
+
+    def __init__(self, reading: float, writing: float) -> None:
+        self.reading, self.writing = reading, writing
+        self.asked: list[tuple[int, int]] = []
+
+    def time(self, ids: torch.Tensor, prefill: int) -> dict[str, float]:
+        self.asked.append((prefill, len(ids) - prefill))
+        return {"prefill": prefill * self.reading, "decode": (len(ids) - prefill) * self.writing}
+
+
+@pytest.mark.parametrize(
+    ("score", "reference", "needed"),
+    [(False, False, 4 * (128 * 0.1 + 64 * 0.5)), (True, False, 179.2 + 20 * 32 * 0.1), (True, True, 179.2 + 23 * 3.2)],
+)
+def test_a_model_too_slow_for_its_budget_is_found_out_by_a_short_call(
+    score: bool, reference: bool, needed: float, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "compared.npy", np.arange(3))
+    job = {"text": str(tmp_path), "prefill": 128, "decode": 64, "repeats": 3, "score": score, "reference": reference}
+    runner, inputs = FakeRunner(0.1, 0.5), torch.zeros(20, 32, dtype=torch.int64)
+    worker.check_budget(runner, inputs, job | {"budget": needed + 0.1})  # type: ignore[arg-type]
+    assert runner.asked == [(16, 2)]
+    with pytest.raises(worker.TooSlowError, match=rf"reads 10 tokens/s here: .* would take {needed:.0f} s of "):
+        worker.check_budget(runner, inputs, job | {"budget": needed - 0.1})  # type: ignore[arg-type]
+    assert runner.asked == [(16, 2)] * 3  # who does not fit by the first call gets another
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "note"),
+    [
+        ("exec sleep 600", "left out", "make: not done within 1 s"),
+        ("echo 'reads 3 tokens/s' >&2; exit 3", "left out", "reads 3 tokens/s"),
+        ("echo 'got a bad file' >&2; exit 2", "failed", "got a bad file"),
+    ],
+    ids=["hangs", "too-slow", "fails"],
+)
+def test_a_method_without_figures_is_a_row(
+    script: str, status: str, note: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(command.sys, "executable", str(python))
+    options = command.Options(("x",), budget=1)
+    config = Run(pair.run).config().model
+    bench = command._Bench(pair, options, SETTINGS, config, tmp_path, tmp_path / "files", lambda text: None)
+    (tmp_path / "files").mkdir()
+    row = bench._made(choose("bitnet-b1.58")[0])
+    assert row["status"] == status
+    assert note in row["note"]
 
 
 def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generator) -> None:

@@ -194,12 +194,31 @@ def test_another_device_is_no_reference(tmp_path: Path) -> None:
     assert "triton on cuda:0" in done.stdout
 
 
+LEFT_OUT = {"left_out": "0.03 GMAC/s here", "median_ts": None, "samples_ts": None, "stddev_ts": None, "limit_by": None}
+
+
+def test_rows_that_were_left_out_compare_with_nothing(tmp_path: Path) -> None:
+    ours, other = row("cpu", 1000.0, 0.01), row("torch-int8", 500.0, 0.01)
+    code, out = check(tmp_path, document(ours, other), document(ours, other | LEFT_OUT))
+    assert code == 0, out
+    assert "torch-int8" not in out  # the machine takes its place
+    code, out = check(tmp_path, document(ours, row("torch", 9.0, 0.01) | LEFT_OUT | {"ours": True}), document(ours))
+    assert code == 0, out
+    code, out = check(tmp_path, document(ours, row("torch", 9.0, 0.01, ours=True)), document(ours))
+    assert code == 1
+    code, out = check(tmp_path, document(ours | LEFT_OUT), document(ours))
+    assert code == 2
+    assert "got a result of" in out
+
+
 def test_a_page_of_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     value = random.randint(10**6, 10**7)
     results, out = tmp_path / "results", tmp_path / "page"
     results.mkdir()
     run = document(row("cpu", 1234.5, 0.01), row("torch-bf16", 77.25, 0.01), row("cpu", 99.0, 0.01, threads=2))
+    left_out = row("torch-int8", 1.0, 0.1) | dict.fromkeys(("bytes_per_token", "percent_of_limit")) | LEFT_OUT
+    run["results"].append(left_out)
     (results / "2026-11-21-bench.json").write_text("words\n" + json.dumps(run))
     (results / "2026-11-20-other.json").write_text(
         json.dumps(
@@ -215,7 +234,15 @@ def test_a_page_of_results(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text, page = ((out / f"report.{kind}").read_text() for kind in ("md", "html"))
     assert text.index("2026-11-21-bench") < text.index("2026-11-20-other")  # the newest first
-    for part in ("1,234", "77.2", f"{value:,}", "bitnet bench --preset nano", "A CPU, 2 cores", "what torch-bf16 is"):
+    for part in (
+        "1,234",
+        "77.2",
+        f"{value:,}",
+        "bitnet bench --preset nano",
+        "A CPU, 2 cores",
+        "what torch-bf16 is",
+        "0.03 GMAC/s here",
+    ):
         assert part in text
         assert part in page
     assert r"a\|b" in text

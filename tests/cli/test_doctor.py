@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet import dense_products, doctor, machine
 from bitnet.cli import main
 from bitnet.doctor import examine
 from bitnet.kernels import native, ops, reference
@@ -57,6 +59,108 @@ def test_a_healthy_machine(capsys: Captured) -> None:
         assert (row["instruction_set"], row["summary"]) == (one.name, one.summary)
         assert row["status"] == ("unavailable" if one.why_not else "ok")
         assert row["reason"] == one.why_not or "equal the reference" in row["reason"]
+
+
+def test_what_limits_this_machine(capsys: Captured) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["machine"]
+    assert found["cpus"] == os.cpu_count()
+    assert found["usable"] == machine.usable_cores()
+    assert found["affinity"] == (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
+    assert found["huge_pages"]["rule"] == machine.huge_pages()
+    assert (found["memory_available"] is None) == (machine.available_memory() is None)
+    assert [one["type"] for one in found["products"]] == ["fp32", "bf16", "int8"]
+    for one in found["products"]:
+        assert one["way"] in [way.name for way in dense_products.ways(one["type"])]
+        assert one["gigamacs_per_second"] > 0
+    assert found["remarks"] == doctor.remarks(found)
+
+
+QUIET: dict[str, Any] = {
+    "cpus": 64,
+    "physical_cores": 32,
+    "affinity": 64,
+    "quota": None,
+    "usable": 64,
+    "memory_available": 10**10,
+    "huge_pages": {"rule": "madvise", "asked": 2**25, "given": 2**25},
+    "busy_cpus": 0.5,
+    "load_average": 0.5,
+    "products": [{"type": "int8", "way": "_int_mm", "gigamacs_per_second": 100.0, "missing": None}],
+}
+SLOWER = {
+    "container": ({"quota": 1.5}, "a container limits this process to 1.5 of 64 CPUs"),
+    "affinity": ({"affinity": 4, "busy_cpus": 0.1}, "this process may run on 4 of 64 CPUs (affinity)"),
+    "busy": ({"busy_cpus": 20.0}, "a busy machine: other processes keep 20.0 of 64 CPUs busy"),
+    "no huge pages": ({"huge_pages": {"rule": "never", "asked": 9, "given": 0}}, "switched off"),
+    "huge pages not given": (
+        {"huge_pages": {"rule": "madvise", "asked": 2**25, "given": 0}},
+        "huge pages: 0 of 32 MiB given though the rule is 'madvise'",
+    ),
+    "reference code": (
+        {"products": [{"type": "int8", "missing": "onednn.qlinear_pointwise runs reference code here, 0.03 GMAC/s"}]},
+        "torch int8: onednn.qlinear_pointwise runs reference code here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SLOWER)
+def test_what_makes_a_machine_slower_than_it_looks_is_said(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    changes, sentence = SLOWER[case]
+    assert doctor.remarks(QUIET) == []
+    (remark,) = doctor.remarks(QUIET | changes)
+    assert sentence in remark
+    monkeypatch.setattr(doctor, "surroundings", lambda: QUIET | changes | {"remarks": [remark]})
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["doctor"]) == 0
+    assert f"note: {remark}" in capsys.readouterr().out
+
+
+def test_a_cpu_without_an_int8_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = {
+        "int8": [dense_products.Timed(dense_products.ways("int8")[-1], 3e11)],
+        "bf16": [dense_products.Timed(dense_products.ways("bf16")[-1], 1e10)],
+        "fp32": [dense_products.Timed(dense_products.ways("fp32")[-1], 5e10)],
+    }
+    slow = dense_products.Timed(dense_products.Way("prepacked", dense_products.ways("int8")[-1].make), 3e7)
+    timed["int8"].append(slow)
+    monkeypatch.setattr(dense_products, "probe", timed.__getitem__)
+    monkeypatch.setattr(doctor, "_features", lambda: ["avx2", "avx512_vnni"])
+    found = {one["type"]: one for one in doctor.dense_kernels()}
+    assert found["int8"]["way"] == "_int_mm"
+    assert found["int8"]["missing"] == "prepacked runs reference code here, 0.03 GMAC/s"
+    assert found["bf16"]["missing"] == "this CPU has neither AVX512-BF16 nor AMX"
+    assert found["fp32"]["missing"] is None
+
+
+def test_a_check_that_hangs_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+
+    def hanging(q: Tensor, codes: Tensor) -> Tensor:
+        free.wait()
+        return reference.matmul(q, codes)
+
+    name = plant(monkeypatch, codes_matmul=hanging)
+    monkeypatch.setattr(doctor, "LIMIT", 0.1)
+    row = doctor._backend(ops.BACKENDS[0], CPU)
+    assert (row["backend"], row["status"], row["reason"]) == (name, "failed", "no answer within 0 s")
+    probe = dense_products.probe
+    monkeypatch.setattr(dense_products, "probe", lambda dtype: (free.wait(), probe(dtype))[1])
+    (products,) = doctor.dense_kernels()
+    assert products["missing"] == "no answer within 0 s"
+    free.set()
+    for thread in threading.enumerate():
+        if thread.daemon and thread is not threading.current_thread():
+            thread.join(60)
+
+
+def test_huge_pages_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = doctor.huge_bytes_given(2**22)
+    assert given is None or given >= 0
+    monkeypatch.delattr(doctor.mmap, "MADV_HUGEPAGE", raising=False)
+    assert doctor.huge_bytes_given() is None
 
 
 def test_the_same_as_a_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
