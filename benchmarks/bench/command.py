@@ -20,7 +20,6 @@ from bitnet.benchmarks.bench import contenders, machine, measure, plan, table
 from bitnet.benchmarks.bench.contenders import Contender, Files, Wanted
 from bitnet.benchmarks.bench.measure import Subject
 from bitnet.benchmarks.bench.plan import Choice, Test
-from bitnet.benchmarks.bench.process import cores_first
 from bitnet.benchmarks.bench.random_model import write_random
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine.cpu import CACHES, HEADS
@@ -29,6 +28,7 @@ from bitnet.files.packed import read_config
 from bitnet.included import BOOKS
 from bitnet.machine import stolen
 from bitnet.model import embedding_parameters, linear_parameters, packed_bytes
+from bitnet.threads import check_threads, use_threads
 
 STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median
 RANDOM = "random weights"
@@ -97,7 +97,9 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
         models=flags.models if flags.models or flags.preset else [BOOKS],
         presets=plan.words("--preset", flags.preset, tuple(PRESETS)) if flags.preset else [],
         choice=choice,
-        threads=plan.numbers("-t", flags.threads, 1) if flags.threads else [torch.get_num_threads()],
+        threads=list(dict.fromkeys(check_threads(word.strip()) for word in flags.threads.split(",")))
+        if flags.threads
+        else [use_threads()],
         repetitions=flags.repetitions,
         wanted=wanted,
         price=flags.price,
@@ -120,7 +122,6 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     subjects += [(_preset(name), None) for name in settings.presets]
     lined_up = contenders.line_up(settings.wanted)
     work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
-    check_cores(settings.threads)
     before = stolen()
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
@@ -135,13 +136,6 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
             for made in Path(folder).iterdir():
                 made.unlink()
     return _document(settings, rows, reports, notes, before)
-
-
-def check_cores(threads: list[int]) -> None:
-    """Raise BitNetError for more threads than cores: they would take turns, and could not be pinned."""
-    cores = len(cores_first())
-    if cores and max(threads) > cores:
-        raise BitNetError(f"bench: -t: got {max(threads)}, expected at most the {cores} cores that may be used here")
 
 
 def _packed(path: Path) -> Subject:

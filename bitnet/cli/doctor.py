@@ -9,7 +9,9 @@ from bitnet.cli.terminal import print_json, print_tables
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Print versions, devices and kernels, and test the kernels against the reference."""
     from bitnet.doctor import examine
+    from bitnet.threads import use_threads
 
+    use_threads()
     report = examine()
     if as_json:
         print_json(report)
