@@ -15,10 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bitnet.benchmarks.bench import machine, table
+from bitnet.cli import guarded
 from bitnet.engine.sampling import Sampling
 from bitnet.files.packed import write_packed
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
+from bitnet.threads import use_threads
 from bitnet.train.command import run_training
 from bitnet.train.runs.run import Run
 from bitnet.train.scoring import score_text
@@ -36,10 +38,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads, "--threads")
     here = machine.describe()
     flags = {
         "model": {"linear": options.linear},
@@ -82,4 +84,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -8,6 +8,7 @@ between them. The last line is one JSON document.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,9 @@ from rich.table import Table
 
 from bitnet.benchmarks.bench import machine, table
 from bitnet.benchmarks.bench.random_model import random_codes
+from bitnet.cli import guarded
 from bitnet.kernels import native, packing
+from bitnet.threads import use_threads
 
 N, K = 2560, 6912  # down_proj of 2B4T, the largest in-features there are
 ROTATED = 300e6  # bytes of weights a GEMV walks through: more than any cache that one core may fill
@@ -136,21 +139,21 @@ def kernel_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print the table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads, "--threads")
     console = Console(stderr=True)
     report: dict[str, Any] = {"machine": machine.describe(), "instruction_set": native.select()}
     console.print(table.machine_line(report["machine"]))
     report["kernels"] = kernels(options.rounds)
     console.print(kernel_table(report["kernels"]))
     print(json.dumps(report))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

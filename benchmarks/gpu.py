@@ -1,16 +1,23 @@
-"""How fast on this GPU: floors first, then copy bandwidth, GEMV, GEMM, decode of the 2B4T shape, training steps.
+"""How fast on this GPU: tests, copy bandwidth, GEMV, GEMM, decode of the 2B4T shape, training steps; floors first.
 
-    bash benchmarks/gpu.sh        sets up the import path, runs the tests on the device, then this
+    bash benchmarks/gpu.sh        sets up the import path, then runs this
+    --again                       measures anew what has a result
+    --dry-run                     says what would run, without a GPU
 
-Each part is a process of its own with a time limit: a part that fails or hangs costs its own figures only. Weights are
-rotated through more memory than the L2 cache holds, contenders take turns within a round, figures are medians. Launches
-are timed as replays of a CUDA graph that holds one launch for each copy of the weights, so Python is not measured.
-The last lines are a short table; everything is in gpu.json.
+Each part is a process of its own with a time limit, and is printed as it ends: one that fails or hangs costs its own
+figures only. Everything is in gpu.json, written after each part; a second call skips what has a result there already.
+Weights are rotated through more memory than the L2 cache holds, contenders alternate within a round, figures are
+medians. Launches are timed as replays of a CUDA graph that holds one launch for each copy of the weights, so Python is
+not measured.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import platform
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,10 +32,13 @@ import torch
 # What is expected of an H200 until the run has measured it: bytes/s copied, bf16 operations/s; int8 is twice bf16.
 EXPECTED = {"copy": 4.3e12, "bf16": 790e12}
 SHAPES = ((13824, 2560), (2560, 6912), (3840, 2560), (2560, 2560))  # gate/up, down, q/k/v, o of 2B4T
-LIMITS = {"machine": 30, "gemv": 70, "gemm": 70, "decode": 100, "train": 190}  # seconds; 120 more are the tests'
+# Seconds; together less than the ten minutes that a lent machine has for a command.
+LIMITS = {"tests": 120, "machine": 30, "gemv": 70, "gemm": 70, "decode": 90, "train-74M": 115, "train-350M": 85}
+_COMPILING = 0.6  # of a training part's limit: kinds that were not compiled by then are left out
 ROTATED = 512 * 2**20  # bytes of weights a contender walks through: ten times the L2 cache of an H200
 ROUNDS = 9
 Result = dict[str, Any]
+STARTED = time.perf_counter()
 
 
 def floors() -> list[Result]:
@@ -272,9 +282,9 @@ TRAINED = {
 }  # fmt: skip
 
 
-def train() -> Result:
-    """A training step under torch.compile in bf16: ternary (and with int8 gradients, and half-way eased in) against the
-    float twin."""
+def train(name: str) -> Result:
+    """A training step in bf16, compiled block by block (a third of the time that one graph of all layers takes):
+    ternary (and with int8 gradients, and half-way eased in) against the float twin."""
     from bitnet import quant
     from bitnet.config import ModelConfig
     from bitnet.layers import set_quant_warmup
@@ -282,137 +292,216 @@ def train() -> Result:
     from bitnet.train.config import TrainConfig
     from bitnet.train.objective import Objective
 
-    rows = []
-    for name, (changes, batch) in TRAINED.items():
-        steps: dict[str, Callable[[], Any]] = {}
-        for kind in ("float", "ternary", "ternary-int8-dx", "ternary-int8-dx-dw", "ternary-warmup"):
-            config = ModelConfig(**changes).replace(linear="float" if kind == "float" else "ternary")
-            model = Transformer(config)
-            model.init_weights(0)
-            model.cuda()
-            set_quant_warmup(model, 0.5 if kind == "ternary-warmup" else 1.0)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            network = torch.compile(Objective(model, TrainConfig()))
-            tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
+    changes, batch = TRAINED[name]
+    steps: dict[str, Callable[[], Any]] = {}
+    rows: list[Result] = []
+    for kind in ("float", "ternary", "ternary-warmup", "ternary-int8-dx", "ternary-int8-dx-dw"):
+        if len(steps) > 1 and time.perf_counter() - STARTED > _COMPILING * LIMITS[f"train-{name}"]:
+            rows.append({"model": name, "kind": kind, "left_out": "no time to compile it"})
+            continue
+        config = ModelConfig(**changes).replace(linear="float" if kind == "float" else "ternary")
+        model = Transformer(config)
+        model.init_weights(0)
+        model.cuda()
+        set_quant_warmup(model, 0.5 if kind == "ternary-warmup" else 1.0)
+        for block in model.blocks():
+            block.forward = torch.compile(block.forward)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        network = Objective(model, TrainConfig())
+        tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
 
-            def step(network: Any = network, optimizer: Any = optimizer, tokens: Any = tokens, kind: str = kind) -> Any:
-                # The compiled graph is guarded by these.
-                quant.int8_gradients.dx, quant.int8_gradients.dw = "dx" in kind, "dw" in kind
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss, _ = network(tokens[:, :-1], tokens[:, 1:])
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                return loss
+        def step(network: Any = network, optimizer: Any = optimizer, tokens: Any = tokens, kind: str = kind) -> Any:
+            # The compiled graph is guarded by these.
+            quant.int8_gradients.dx, quant.int8_gradients.dw = "dx" in kind, "dw" in kind
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, _ = network(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
 
-            started = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            print(f"{name} {kind}: first step {time.perf_counter() - started:.0f} s", file=sys.stderr)
-            steps[kind] = step
-        times = median_times(steps, 9)
-        quant.int8_gradients.dx = quant.int8_gradients.dw = False
-        torch._dynamo.reset()  # the models share their code, and a code object keeps a few compiled forms only
-        count = batch * config.context
-        for kind, seconds in times.items():
-            flops = flops_per_token(config, config.context, training=True)
-            rows.append({
-                "model": name, "parameters": parameters(config), "kind": kind, "ms": seconds * 1e3,
-                "tokens_per_second": count / seconds, "mfu_of_989_tflops": flops * count / seconds / 989e12,
-                "ratio_to_plain": seconds / times["float"],
-            })  # fmt: skip
-        print(json.dumps({"rows": rows}), flush=True)  # what is known so far, should the next model take too long
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        print(f"{name} {kind}: first step {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        steps[kind] = step
+    times = median_times(steps, 9)
+    count = batch * config.context
+    for kind, seconds in times.items():
+        flops = flops_per_token(config, config.context, training=True)
+        rows.append({
+            "model": name, "parameters": parameters(config), "kind": kind, "ms": seconds * 1e3,
+            "tokens_per_second": count / seconds, "mfu_of_989_tflops": flops * count / seconds / 989e12,
+            "ratio_to_plain": seconds / times["float"],
+        })  # fmt: skip
     return {"rows": rows, "published": {"tokens_per_second": 714_000, "what": "73.7M ternary, one H100 of eight"}}
 
 
 PARTS: dict[str, Callable[[], Result]] = {
-    "machine": machine, "gemv": gemv, "gemm": gemm, "decode": decode, "train": train,
+    "machine": machine, "gemv": gemv, "gemm": gemm, "decode": decode,
+    "train-74M": lambda: train("74M"), "train-350M": lambda: train("350M"),
 }  # fmt: skip
 
 
+def command(part: str) -> list[str]:
+    """What runs a part."""
+    if part != "tests":
+        return [sys.executable, __file__, "--part", part]
+    # Warnings of another torch's own code do not stop a measurement; in the ordinary tests they are errors.
+    words = [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    return words + (["-n", "6"] if importlib.util.find_spec("xdist") else []) + ["tests/test_gpu.py"]
+
+
 def run_part(part: str) -> Result:
-    """Run a part in a process of its own. Returns its last JSON line, or what went wrong."""
-    command = [sys.executable, __file__, "--part", part]
+    """Run a part in a process of its own. Returns its last JSON line (of the tests: their text), or what went wrong."""
     started = time.perf_counter()
+    process = subprocess.Popen(
+        command(part), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    late = False
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMITS[part], check=False)
-        out, errors, code = done.stdout, done.stderr, done.returncode
-    except subprocess.TimeoutExpired as late:
-        out, errors = (text.decode() if isinstance(text, bytes) else text or "" for text in (late.stdout, late.stderr))
-        code = -1
+        out, errors = process.communicate(timeout=LIMITS[part])
+    except subprocess.TimeoutExpired:
+        late = True
+        os.killpg(process.pid, signal.SIGKILL)  # the workers of pytest, too
+        out, errors = process.communicate()
+    finally:
+        if process.poll() is None:  # Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
     lines = [line for line in out.splitlines() if line.startswith("{")]
-    result: Result = json.loads(lines[-1]) if lines else {}
-    if code:
-        result["error"] = ("ran out of its time; " if code == -1 else "") + errors[-3000:]
+    result: Result = json.loads(lines[-1]) if lines and part != "tests" else {}
+    failed = process.returncode != 0
+    if part == "tests":
+        result["text"] = out[-20_000:]
+        failed = failed or " passed" not in out  # all skipped is no result
+    if failed:
+        result |= {"error": (errors.strip() or out)[-3000:], "late": late}
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def table(results: Result) -> str:
-    """The short version: one line a figure, with its floor and its target."""
-    lines = []
-    m = results.get("machine", {})
-    if "gpu" in m:
-        lines.append(
-            f"{m['gpu']}, torch {m['torch']}, Triton {m['triton']}: copy {m['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"bf16 {m['bf16_flops'] / 1e12:.0f} TFLOP/s, cuBLAS int8 {m['int8_ops_cublas'] / 1e12:.0f} Tops"
-        )
-    lines.append(f"tests on the device: exit {results.get('tests')}")
-    lines.extend(
+def lines_of(part: str, result: Result) -> list[str]:
+    """The short version of a part: a line a figure, with its floor and its target."""
+    shown = _SHOWN[part](result)
+    if "error" in result:
+        last = (result["error"].strip().splitlines() or ["no message"])[-1]
+        shown.append(f"{part} FAILED: {'ran out of its time; ' * result['late']}{last[:300]}")
+    return shown
+
+
+def _machine_lines(m: Result) -> list[str]:
+    if "gpu" not in m:
+        return []
+    line = (
+        f"{m['gpu']}, torch {m['torch']}, Triton {m['triton']}: copy {m['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+        f"bf16 {m['bf16_flops'] / 1e12:.0f} TFLOP/s, cuBLAS int8 {m['int8_ops_cublas'] / 1e12:.0f} Tops"
+    )
+    return [line]
+
+
+def _gemv_lines(result: Result) -> list[str]:
+    return [
         f"gemv M{r['m']} {r['n']}x{r['k']}: {r['us']:.2f} us, floor {r['floor_us']:.2f}, {r['bandwidth_share']:.0%} of "
         f"copy (60 %), {r['speedup']:.1f}x cuBLAS bf16 {r['cublas_bf16_us']:.1f} us (4x)"
-        for r in results.get("gemv", {}).get("rows", [])
-    )
-    lines.extend(
+        for r in result.get("rows", [])
+    ]
+
+
+def _gemm_lines(result: Result) -> list[str]:
+    return [
         f"gemm M{r['m']} {r['n']}x{r['k']}: {r['us']:.0f} us, floor {r['floor_us']:.0f}, {r['tops']:.0f} Tops, "
         f"{r['speedup']:.2f}x cuBLAS bf16 (1.2x)"
-        for r in results.get("gemm", {}).get("rows", [])
-    )
-    lines.extend(
+        for r in result.get("rows", [])
+    ]
+
+
+def _decode_lines(result: Result) -> list[str]:
+    return [
         f"2B4T decode batch {r['batch']} head {r['head']} pdl {r['pdl']}: {r['tokens_per_second']:,.0f} tokens/s, "
         f"{r['us_per_step']:.0f} us (floor {r['floor_us']:.0f}; 1,500/s at batch 1)"
         + "".join(f", {key} {r[key]:,.0f}" for key in r if key.startswith(("stream", "prefill")))
         + (f", same ids {r['pdl_same_ids']}" if "pdl_same_ids" in r else "")
-        for r in results.get("decode", {}).get("rows", [])
-    )
-    lines.extend(
-        f"train {r['model']} {r['kind']}: {r['ms']:.1f} ms, {r['tokens_per_second']:,.0f} tokens/s, "
+        for r in result.get("rows", [])
+    ]
+
+
+def _train_lines(result: Result) -> list[str]:
+    return [
+        f"train {r['model']} {r['kind']}: left out, {r['left_out']}"
+        if "left_out" in r
+        else f"train {r['model']} {r['kind']}: {r['ms']:.1f} ms, {r['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {r['mfu_of_989_tflops']:.1%}, {r['ratio_to_plain']:.2f} of the float twin's time (714k/s published)"
-        for r in results.get("train", {}).get("rows", [])
-    )
-    failed = {part: results[part]["error"].strip() for part in PARTS if "error" in results.get(part, {})}
-    lines.extend(f"{part} FAILED: {(text or 'no message').splitlines()[-1][:300]}" for part, text in failed.items())
-    return "\n".join(lines)
+        for r in result.get("rows", [])
+    ]
+
+
+_SHOWN: dict[str, Callable[[Result], list[str]]] = {
+    "tests": lambda result: result.get("text", "").strip().splitlines()[-1:],
+    "machine": _machine_lines, "gemv": _gemv_lines, "gemm": _gemm_lines, "decode": _decode_lines,
+    "train-74M": _train_lines, "train-350M": _train_lines,
+}  # fmt: skip
+
+
+def read_results(path: Path, on: str) -> Result:
+    """What a call before this one has measured, on the same GPU with the same versions."""
+    fresh: Result = {"benchmark": "gpu", "on": on, "floors": floors()}
+    if not path.exists():
+        return fresh
+    found: Result = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("on") != on:
+        print(f"{path}: figures of {found.get('on', 'an older form')}, not of {on}: everything is measured anew")
+        return fresh
+    return found
+
+
+def run_all(out: Path, on: str, again: bool) -> int:
+    """Every part that has no result yet, each printed as it ends. Returns 1 where one failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "gpu.json"
+    if again:
+        path.unlink(missing_ok=True)
+    results = read_results(path, on)
+    wanted = [part for part in LIMITS if part not in results or "error" in results[part]]
+    print(f"at most {sum(LIMITS[part] for part in wanted)} s for {', '.join(wanted) or 'nothing'}", flush=True)
+    for part in LIMITS:
+        if part not in wanted:
+            print(f"{part}: skipped, {path} has it (--again measures it anew)", flush=True)
+            continue
+        results[part] = run_part(part)
+        if part == "tests":
+            (out / "gpu-tests.txt").write_text(results[part]["text"], encoding="utf-8")
+        work = path.with_suffix(".tmp")
+        work.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        work.replace(path)  # whole, also where the call is cut off here
+        print("\n  ".join((f"{part}: {results[part]['seconds']} s", *lines_of(part, results[part]))), flush=True)
+    return int(any("error" in results[part] for part in LIMITS))
 
 
 def main() -> int:
     """Run one part or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=list(PARTS))
-    parser.add_argument("--floors", action="store_true", help="print the floors and stop")
+    parser.add_argument("--part", choices=list(PARTS), help="this one alone, in this process")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--again", action="store_true", help="measure anew what has a result")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tests", default="not run")
     options = parser.parse_args()
-    if options.floors:
-        print(
-            f"floors at {EXPECTED['copy'] / 1e12} TB/s and {EXPECTED['bf16'] / 1e12:.0f} TFLOP/s bf16, int8 twice that"
-        )
+    if options.part is None:
+        copy, bf16 = EXPECTED["copy"] / 1e12, EXPECTED["bf16"] / 1e12
+        print(f"floors at {copy} TB/s and {bf16:.0f} TFLOP/s bf16, int8 twice that")
         for row in floors():
             print("  " + ", ".join(f"{key} {value:g}" for key, value in row.items()))
+    if options.dry_run:
+        print(f"at most {sum(LIMITS.values())} s in all")
+        for part, limit in LIMITS.items():
+            print(f"{part}: at most {limit} s: {shlex.join(['python', *command(part)[1:]])}")
         return 0
     if not torch.cuda.is_available():
-        print("error: got no CUDA device, expected an NVIDIA GPU; the floors alone: --floors", file=sys.stderr)
+        print("error: got no CUDA device, expected an NVIDIA GPU; what would run: --dry-run", file=sys.stderr)
         return 2
     if options.part:
         print(json.dumps(PARTS[options.part]()))
         return 0
-    results: Result = {"benchmark": "gpu", "floors": floors(), "tests": options.tests}
-    options.out.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        results[part] = run_part(part)
-        (options.out / "gpu.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        print(f"{part}: {results[part]['seconds']} s", flush=True)
-    print(table(results))
-    return 0
+    on = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}"
+    return run_all(options.out, on, options.again)
 
 
 if __name__ == "__main__":

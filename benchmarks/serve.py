@@ -28,6 +28,8 @@ import httpx
 
 from bitnet.benchmarks.bench.machine import describe
 from bitnet.benchmarks.bench.table import machine_line
+from bitnet.cli import guarded
+from bitnet.threads import check_threads
 
 CLIENTS = (1, 4, 16)
 JSON = {"Content-Type": "application/json"}
@@ -41,7 +43,8 @@ class Server:
 
     def __init__(self, options: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", options.model, "--port", 0]
-        command += ["--slots", 16, "--queue", 64, "-t", options.threads, "--head", options.head]
+        command += ["--slots", 16, "--queue", 64, "--head", options.head]
+        command += [] if options.threads is None else ["-t", options.threads]
         self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
@@ -340,7 +343,7 @@ async def fuzz(server: Server, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", required=True)
-    parser.add_argument("-t", "--threads", type=int, default=0)
+    parser.add_argument("-t", "--threads")
     parser.add_argument("--head", default="file")
     parser.add_argument("--tokens", type=int, default=200, help="a text, for the speeds")
     parser.add_argument("--repeats", type=int, default=5)
@@ -348,6 +351,8 @@ def main() -> int:
     parser.add_argument("--fuzz", type=int, default=0, help="send so many mutated requests instead")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
     options = parser.parse_args()
+    if options.threads is not None:
+        check_threads(options.threads)
     random.seed(options.seed)
     machine = describe()
     print(machine_line(machine))
@@ -374,4 +379,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import itertools
 
 from bitnet.benchmarks.bench import machine, table
+from bitnet.cli import guarded
 from bitnet.config import PRESETS, preset
 from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer, parameters
+from bitnet.threads import use_threads
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
 from bitnet.train.optim import Optimizer
@@ -84,16 +86,16 @@ def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int
     return row
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print a table, then the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nano", choices=list(PRESETS))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads")
     parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads, "--threads")
     before = machine.describe()
     print(table.machine_line(before))
     count = parameters(preset(options.preset)) / 1e6
@@ -112,7 +114,8 @@ def main() -> None:
                 f"| {parts} | {row[f'{kind}_tokens_per_second']:,} |"
             )
     print(json.dumps({"benchmark": "step_cost", "machine": before, "results": rows}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

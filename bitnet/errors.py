@@ -3,3 +3,9 @@
 
 class BitNetError(ValueError):
     """Bad input from outside: the message says what was got, what was expected and what to do."""
+
+
+def is_thread_shortage(error: BaseException) -> bool:
+    """Whether Python or a C++ library says that the system starts no more threads."""
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and ("resource temporarily unavailable" in words or "new thread" in words)

@@ -88,7 +88,7 @@ def load_for_text(
     context: int = 0,
     loaded: Callable[[int], None] = lambda layer: None,
     /,
-    **options: str,
+    **options: Any,
 ) -> tuple[Engine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
 

@@ -119,7 +119,8 @@ CPU = Backend(
 def _triton_codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
     from bitnet.kernels.gpu import products
 
-    return products.codes_matmul(q, codes)
+    with gpu.current(q.device):
+        return products.codes_matmul(q, codes)
 
 
 def _triton_prepare(packed: Tensor, k: int) -> Any:
@@ -131,7 +132,8 @@ def _triton_prepare(packed: Tensor, k: int) -> Any:
 def _triton_packed_matmul(q: Tensor, weights: Any) -> Tensor:
     from bitnet.kernels.gpu import products
 
-    return products.packed_matmul(q, weights)
+    with gpu.current(q.device):
+        return products.packed_matmul(q, weights)
 
 
 TRITON = Backend(

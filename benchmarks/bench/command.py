@@ -31,6 +31,7 @@ from bitnet.files.packed import read_config
 from bitnet.included import BOOKS
 from bitnet.machine import BUSY, busy, load, stolen
 from bitnet.model import embedding_parameters, linear_parameters, packed_bytes
+from bitnet.threads import check_threads, use_threads
 
 STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median
 RANDOM = "random weights"
@@ -101,7 +102,9 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
         models=flags.models if flags.models or flags.preset else [BOOKS],
         presets=plan.words("--preset", flags.preset, tuple(PRESETS)) if flags.preset else [],
         choice=choice,
-        threads=plan.numbers("-t", flags.threads, 1) if flags.threads else [torch.get_num_threads()],
+        threads=list(dict.fromkeys(check_threads(word.strip()) for word in flags.threads.split(",")))
+        if flags.threads
+        else [use_threads()],
         repetitions=flags.repetitions,
         wanted=wanted,
         price=flags.price,
@@ -125,7 +128,6 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     subjects += [(_preset(name), None) for name in settings.presets]
     lined_up = contenders.line_up(settings.wanted)
     work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
-    check_cores(settings.threads)
     others = load_of(cores_first()[: max(settings.threads)])
     if others["busy"]:
         logging.getLogger("bitnet").warning(table.load_line(others))
@@ -159,13 +161,6 @@ def load_of(cpus: Sequence[int]) -> dict[str, Any]:
         "average": load(),
         "busy": others is not None and others > BUSY * len(cpus),
     }
-
-
-def check_cores(threads: list[int]) -> None:
-    """Raise BitNetError for more threads than cores: they would take turns, and could not be pinned."""
-    cores = len(cores_first())
-    if cores and max(threads) > cores:
-        raise BitNetError(f"bench: -t: got {max(threads)}, expected at most the {cores} cores that may be used here")
 
 
 def _packed(path: Path) -> Subject:

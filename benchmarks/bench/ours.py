@@ -34,10 +34,10 @@ class Contender:
 
     def __init__(self, path: str, engine: str, head: str, cache: str, threads: int, device: str) -> None:
         torch.set_num_threads(threads)
+        self._device = torch.device(device)
         self.engine = load(path, device, engine=engine, head=head, cache=cache)
         backend = ops.CPU if self.engine.name == "cpu" else ops.select(torch.device(device))
         config = self.engine.config
-        self._cuda = device.startswith("cuda")
         self._session: Session | None = None
         self._next = torch.empty(0)
         self.facts: dict[str, Any] = {
@@ -45,7 +45,7 @@ class Contender:
             "backend": self.engine.name,
             "weight_bytes": self._weight_bytes(),
             "kv_bytes": self._kv_bytes(config, cache),
-            "gpu": str(torch.cuda.get_device_properties(torch.device(device)).uuid) if self._cuda else None,
+            "gpu": gpu_name(self._device),
             "peak": self._peak(backend),
         }
 
@@ -107,7 +107,12 @@ class Contender:
 
     def gpu_bytes(self) -> int:
         """Most memory held on the GPU."""
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(self._device)
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The UUID of a GPU; None for another device."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def check_kernel(backend: ops.Backend, device: torch.device) -> None:

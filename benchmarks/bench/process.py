@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from bitnet.errors import BitNetError
-from bitnet.machine import affinity
+from bitnet.machine import ROOT, affinity
 
 _WORKER = Path(__file__).with_name("worker.py")
 # Read by OpenMP, MKL and OpenBLAS before they have ideas of their own.
@@ -143,18 +143,23 @@ def pin(process: int, threads: int) -> None:
         os.sched_setaffinity(process, cores[:threads])
 
 
-def cores_first() -> Sequence[int]:
+def cores_first(root: Path = ROOT) -> list[int]:
     """The CPUs we may use, one of each core before any second hyperthread; empty where the system cannot tell."""
-    return sorted(affinity(), key=lambda cpu: (_place(cpu), cpu))
+    seen: Counter[tuple[int, ...]] = Counter()
+    places = {}
+    for cpu in affinity():
+        core = _hyperthreads(cpu, root)
+        places[cpu] = seen[core]  # among those that we may use: the first may be another container's, or offline
+        seen[core] += 1
+    return sorted(places, key=lambda cpu: (places[cpu], cpu))
 
 
-def _place(cpu: int) -> int:
-    """0 for the first hyperthread of a core, 1 for the second."""
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    if not path.exists():
-        return 0
-    siblings: list[int] = []
-    for part in path.read_text(encoding="ascii").strip().split(","):
+def _hyperthreads(cpu: int, root: Path) -> tuple[int, ...]:
+    """The CPUs that share a core with this one, itself included: "0,128" or "0-1" in a file of Linux."""
+    path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+    found: list[int] = []
+    for part in path.read_text(encoding="ascii").strip().split(",") if path.exists() else ():
         low, _, high = part.partition("-")
-        siblings += range(int(low), int(high or low) + 1)
-    return siblings.index(cpu) if cpu in siblings else 0
+        if low:
+            found += range(int(low), int(high or low) + 1)
+    return tuple(found) or (cpu,)

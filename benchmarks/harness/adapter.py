@@ -23,6 +23,7 @@ from bitnet.engine.sampling import Sampling
 from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text, stop_ids
+from bitnet.threads import use_threads
 
 _log = logging.getLogger("bitnet")
 NEW_TOKENS = 256  # where a task does not say how many
@@ -159,6 +160,7 @@ def model_type() -> Any:
 
 def main() -> None:
     """The harness's command line, with our model type in it."""
+    use_threads()
     model_type()
     from lm_eval.__main__ import cli_evaluate
 

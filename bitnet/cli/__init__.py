@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from bitnet.cli import bench, compare, doctor, eval, export, generate, import_, inspect, pack, serve, sweep, train
 from bitnet.cli.options import Debug, state
-from bitnet.errors import BitNetError
+from bitnet.errors import BitNetError, is_thread_shortage
 
 _LISTS = ("--data", "--val-data")  # take one or more values: --data a.txt b.txt
 
@@ -137,9 +137,10 @@ def guarded(action: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        # BitNetError is a ValueError, as are the kernels' refusals. Of torch's RuntimeErrors only a lack of memory is
-        # the user's; another one is a mistake of ours and wants its traceback.
-        if state["debug"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
+        # BitNetError is a ValueError, as are the kernels' refusals. Of torch's RuntimeErrors only a lack of memory or
+        # threads is the user's; another one is a mistake of ours and wants its traceback.
+        of_user = not isinstance(error, RuntimeError) or is_out_of_memory(error) or is_thread_shortage(error)
+        if state["debug"] or not of_user:
             raise
         print(f"bitnet: error: {describe(error)}", file=sys.stderr)
         return 2
@@ -168,4 +169,6 @@ def describe(error: BaseException) -> str:
         return f"{where}{error.strerror or error}; nothing saved before is lost"
     if is_out_of_memory(error):
         return "out of memory; use a smaller model, batch or context"
+    if is_thread_shortage(error):
+        return "the system starts no more threads; use fewer (-t), or raise its limit (ulimit -u, or the container's)"
     return " ".join(str(error).split())

@@ -36,7 +36,10 @@ def bench(
     ] = "0",
     batch: Annotated[str, typer.Option("-b", "--batch", metavar="N,...", help="Sequences at once.")] = "1",
     threads: Annotated[
-        str, typer.Option("-t", "--threads", metavar="N,...", help="CPU threads. Default: as torch finds best.")
+        str,
+        typer.Option(
+            "-t", "--threads", metavar="N,...", help="CPU threads. Default: as torch finds best, at most the cores."
+        ),
     ] = "",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, max=1000, help="Rounds.")] = 5,
     backend: Annotated[str, typer.Option(metavar="NAME,...", help="auto, cpu (C++), torch, triton.")] = "auto",

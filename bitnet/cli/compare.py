@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, Quiet, Threads, set_threads
+from bitnet.cli.options import Debug, Json, Quiet, Threads
 from bitnet.cli.terminal import print_json, print_tables
 
 
@@ -30,20 +30,19 @@ def compare(
     budget: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Most that making or measuring a model may take.")
     ] = 1800,
-    threads: Threads = 0,
+    threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """One trained pair against every way to shrink a model: size, quality, speed, memory."""
-    import torch
-
     from bitnet.benchmarks.compare.command import Options, compare_runs, write_report
     from bitnet.benchmarks.compare.method import Settings
+    from bitnet.threads import use_threads
 
-    set_threads(threads)
+    count = use_threads(threads)
     options = Options(tuple(data), max_tokens, kl_tokens, rounds, keep=keep, budget=budget)
-    settings = Settings(torch.get_num_threads(), qat_steps, llama=llama)
+    settings = Settings(count, qat_steps, llama=llama)
     report = compare_runs(run, twin, binary, methods, options, settings, quiet=quiet, output=output, plot=plot)
     write_report(report, output, plot)
     if as_json:

@@ -19,6 +19,7 @@ from bitnet.files.packed import write_packed
 from bitnet.generation import write_text
 from bitnet.inspection import inspect_packed
 from bitnet.tables import facts
+from bitnet.threads import use_threads
 from bitnet.train.command import run_training
 from bitnet.train.data.shards import open_dataset
 from bitnet.train.data.windows import eval_windows
@@ -32,6 +33,7 @@ PROMPT = "def read_lines(path):\n"
 
 def main() -> int:
     """Run the whole line. Returns an exit code."""
+    use_threads()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         "[bold]1  train[/bold]  a ternary transformer on Python's own library (Ctrl-C saves; run again to go on)"

@@ -9,7 +9,9 @@ from bitnet.cli.terminal import print_json, print_tables
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Print versions, devices, kernels and what limits this machine; test the kernels against the reference."""
     from bitnet.doctor import examine, surroundings
+    from bitnet.threads import use_threads
 
+    use_threads()
     report = {"machine": surroundings(), **examine()}  # first: the tests would count as a busy machine
     if as_json:
         print_json(report)

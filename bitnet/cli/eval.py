@@ -15,7 +15,6 @@ from bitnet.cli.options import (
     Model,
     Threads,
     pick_device,
-    set_threads,
 )
 from bitnet.cli.terminal import print_json, print_tables
 from bitnet.included import BOOKS
@@ -29,7 +28,7 @@ def evaluate(
     documents: Annotated[
         str, typer.Option(help="What a document is: file, line, paragraph, row; best as in training.")
     ] = "file",
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
@@ -38,9 +37,10 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Bits per byte and perplexity of a packed model on text, with standard errors."""
+    from bitnet.threads import use_threads
     from bitnet.train.scoring import score_text
 
-    set_threads(threads)
+    use_threads(threads)
     report = score_text(
         model,
         data,

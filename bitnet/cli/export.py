@@ -26,7 +26,9 @@ def export(
 ) -> None:
     """Write a model for transformers or llama.cpp; what a target cannot hold is refused with the way out."""
     from bitnet.files.exporting import export_model
+    from bitnet.threads import use_threads
 
+    use_threads()
     report = export_model(open_model(model), output, to, type_)
     if as_json:
         print_json(report)

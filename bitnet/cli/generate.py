@@ -17,7 +17,6 @@ from bitnet.cli.options import (
     Threads,
     pick_device,
     read_stdin,
-    set_threads,
 )
 from bitnet.cli.terminal import print_json, write_now
 from bitnet.errors import BitNetError
@@ -29,7 +28,7 @@ def generate(
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue; - reads stdin.")] = "",
     predict: Annotated[int, typer.Option("-n", "--predict", min=0, help="Tokens to write.")] = 128,
     context: Context = 0,
-    threads: Threads = 0,
+    threads: Threads = None,
     seed: Annotated[int | None, typer.Option("-s", "--seed", min=0, help="Default: another text each time.")] = None,
     temperature: Annotated[float, typer.Option("--temp", help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", help="0 switches it off.")] = 40,
@@ -52,8 +51,9 @@ def generate(
     """Continue a text; it appears as it is written."""
     from bitnet.engine.sampling import Sampling
     from bitnet.generation import write_text
+    from bitnet.threads import use_threads
 
-    set_threads(threads)
+    use_threads(threads)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,

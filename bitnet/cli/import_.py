@@ -26,7 +26,9 @@ def import_(
     from bitnet.files.importing import import_model
     from bitnet.files.opening import choose_tokenizer, open_source
     from bitnet.tables import progress
+    from bitnet.threads import use_threads
 
+    use_threads()
     found = open_source(source, weight_scale)
     with progress(f"importing {found.kind}", quiet=quiet) as report:
         notes = import_model(found, output, choose_tokenizer(found, tokenizer), report)

@@ -31,7 +31,9 @@ def inspect(
 ) -> None:
     """Show what a packed model holds: shape, size, bits per weight, zeros per layer."""
     from bitnet.inspection import inspect_packed
+    from bitnet.threads import use_threads
 
+    use_threads()
     if path and model:
         raise BitNetError(f"inspect: got '{path}' and -m '{model}', expected one of them; leave one away")
     chosen = path or model or BOOKS

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,29 @@ Model = Annotated[
         "-m", "--model", metavar="FILE", help="Packed model. Default: the one that comes along.", show_default=False
     ),
 ]
-Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="CPU threads; 0: as torch finds best.")]
+
+
+def parse_threads(text: str) -> int:
+    """The number of a -t value. Typer names the option and the verb in front of what is wrong with it."""
+    from bitnet.threads import check_threads
+
+    try:
+        return check_threads(text)
+    except BitNetError as error:
+        raise typer.BadParameter(str(error).removeprefix("-t: ")) from error
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "-t",
+        "--threads",
+        metavar="N",
+        parser=parse_threads,
+        help="CPU threads. Default: as torch finds best, at most the cores this process may use.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]
 Engine = Annotated[str, typer.Option(help="auto (C++ on a CPU, Triton on a GPU), cpu, triton or torch.")]
@@ -35,30 +58,20 @@ Cache = Annotated[str, typer.Option(help="Keys and values of the C++ engine: fp3
 
 
 def pick_device(name: str) -> Any:
-    """The torch.device of a --device value. Raises BitNetError for one this machine does not have."""
+    """The torch.device of a --device value, a GPU with its number. Raises BitNetError for one this machine lacks."""
     import torch
 
+    from bitnet.device import indexed
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BitNetError(f"device: got '{name}', expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+        return indexed("cuda" if torch.cuda.is_available() else "cpu")
+    # torch.device would take more (mps, meta), and cut large numbers down to eight bits.
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,9}))?", name)
+    if found is None:
         raise BitNetError(f"device: got '{name}', expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BitNetError(
-            f"device: got '{name}', expected one of the {torch.cuda.device_count()} GPUs torch sees; use --device cpu"
-        )
-    return device
-
-
-def set_threads(count: int) -> None:
-    """Let torch use so many threads; 0 leaves it as it is."""
-    if count:
-        import torch
-
-        torch.set_num_threads(count)
+    if name != "cpu" and int(found[1] or 0) >= (count := torch.cuda.device_count()):
+        raise BitNetError(f"device: got '{name}', expected one of the {count} GPUs torch sees; use --device cpu")
+    return indexed(name)
 
 
 def open_model(name: str) -> Any:

@@ -19,8 +19,10 @@ def pack(
     """Pack a run's newest save to two bits a weight, in one file with its tokenizer."""
     from bitnet.files.packed import write_packed
     from bitnet.inspection import inspect_packed
+    from bitnet.threads import use_threads
     from bitnet.train.runs.run import Run
 
+    use_threads()
     folder = Run(run)
     model, save = folder.load()
     note_quant_warmup(folder, save)

@@ -12,8 +12,8 @@ from bitnet.cli.options import (
     Engine,
     Head,
     Model,
+    parse_threads,
     pick_device,
-    set_threads,
 )
 from bitnet.included import BOOKS
 
@@ -32,8 +32,16 @@ def serve(
     ] = 64,
     context: Context = 0,
     threads: Annotated[
-        int, typer.Option("-t", "--threads", min=0, help="CPU threads; 0: all but one, which connections need.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "-t",
+            "--threads",
+            metavar="N",
+            parser=parse_threads,
+            help="CPU threads. Default: all but one, which connections need.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
     engine: Engine = "auto",
     head: Head = "file",
@@ -47,10 +55,13 @@ def serve(
     import torch
 
     from bitnet.serve.server import ServerOptions, serve
+    from bitnet.threads import use_threads
 
     # Threads of the engine wait for each other many times a token: one that shares its core with the connections holds
     # up all. Two cores, 88M parameters: 360 tokens/s for one client with one thread, 150 to 195 with two.
-    set_threads(threads or max(1, torch.get_num_threads() - 1))
+    found = use_threads(threads)
+    if threads is None:
+        torch.set_num_threads(max(1, found - 1))
     options = ServerOptions(host, port, api_key, slots, context, queue)
     chosen = {"engine": engine, "head": head, "cache": cache}
     code = serve(model, pick_device(device), options, typer.echo, **chosen)

@@ -13,7 +13,6 @@ from bitnet.cli.options import (
     open_model,
     open_teacher,
     pick_device,
-    set_threads,
 )
 from bitnet.cli.terminal import print_json, print_tables
 from bitnet.errors import BitNetError
@@ -26,7 +25,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder of the runs; a sweep that is there goes on.")],
     plan: Annotated[bool, typer.Option("--plan", help="Only list the runs it would make.")] = False,
     device: Device = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -35,13 +34,14 @@ def sweep(
     from bitnet.benchmarks.sweep.plan import read_sweep
     from bitnet.benchmarks.sweep.plot import plot_curves, plot_scaling, plot_sweep
     from bitnet.benchmarks.sweep.run import run_sweep
+    from bitnet.threads import use_threads
     from bitnet.train.runs.run import Run
 
     if plan:
         for each in read_sweep(ladder):
             typer.echo(each.folder)
         return
-    set_threads(threads)
+    use_threads(threads)
     say = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
     openers = {"open_initial": open_model, "open_teacher": open_teacher}
     report, code = run_sweep(ladder, out, pick_device(device), say, **openers)

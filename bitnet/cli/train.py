@@ -14,7 +14,6 @@ from bitnet.cli.options import (
     open_model,
     open_teacher,
     pick_device,
-    set_threads,
 )
 from bitnet.cli.terminal import print_json
 from bitnet.config import LINEARS, PRESETS
@@ -71,12 +70,13 @@ def train(
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Log to RUN/tensorboard.")] = None,
     wandb: Annotated[bool | None, typer.Option("--wandb", help="Log to Weights & Biases.")] = None,
     device: Device = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train a model on text; run again with the same --out, it goes on where it stopped."""
+    from bitnet.threads import use_threads
     from bitnet.train.command import run_training
 
     flags: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def train(
             "wandb": wandb,
         },
     }
-    set_threads(threads)
+    use_threads(threads)
     if quiet:
         logging.getLogger("bitnet").setLevel(logging.WARNING)
     summary, code = run_training(

@@ -29,6 +29,7 @@ from bitnet.errors import BitNetError
 from bitnet.kernels import native
 from bitnet.layers import rotary_table
 from bitnet.text.tokenizer import Tokenizer
+from bitnet.threads import default_threads
 
 CACHES = ("fp32", "bf16", "int8")
 HEADS = ("file", "int8", "int4")
@@ -64,8 +65,10 @@ class CpuEngine:
 
     head: "file" (as stored, exact), "int8" (a scale a row) or "int4" (a scale for 32 weights, 4.5 bits each).
     cache: what keys and values are kept in, "fp32" (exact), "bf16" or "int8". README says what rounding costs.
-    threads: default, torch's. progress: called after each layer with its number.
-    Raises BitNetError for a config it cannot run and for unknown options; ValueError for a BITNET_CPU it cannot have.
+    threads: 1 to 1,024; default: torch's, at most the cores this process may use.
+    progress: called after each layer with its number.
+    Raises BitNetError for a config it cannot run and for unknown options; ValueError for a BITNET_CPU it cannot have
+    and for threads that it cannot.
     """
 
     name = "cpu"
@@ -94,7 +97,7 @@ class CpuEngine:
         cos, sin = self._rotary(self._positions)
         self._engine: Any = native.module().Engine(
             isa=self.instruction_set,
-            threads=torch.get_num_threads() if threads is None else threads,
+            threads=default_threads() if threads is None else threads,
             vocab=config.vocab_size,
             width=config.hidden_size,
             ffn=config.intermediate_size,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bitnet.device import indexed
 from bitnet.engine.base import check_ids
 from bitnet.engine.gpu_sessions import MAX_BATCH, TritonSequenceBatch, TritonSession
 from bitnet.engine.sampling import Sampling
@@ -74,6 +75,7 @@ class TritonEngine:
         pdl: bool = False,
         graph: bool | None = None,
     ) -> None:
+        device = indexed(device)
         reason = gpu.why_not(device)
         if reason:
             raise BitNetError(f"triton engine: {reason}; use --device cpu or BITNET_BACKEND=float")

@@ -3,8 +3,9 @@
 Dimensions: B batch, T time, M rows, V vocabulary, D model, H heads, G key/value heads, E width of a head, N slots.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from bitnet.engine.base import BatchEntry, check_entries, check_length, check_prefill, check_sequence
 from bitnet.engine.cache import KVCache
 from bitnet.errors import BitNetError
+from bitnet.kernels.gpu import device as gpu
 from bitnet.kernels.gpu import steps
 from bitnet.layers import attend, rotate
 
@@ -21,6 +23,26 @@ if TYPE_CHECKING:
 MAX_BATCH = 64
 _CHUNK = 4096  # rows of a prefill chunk: past that the GEMMs gain nothing, and sums of 2 * 6912 columns are 226 MB
 _LOGIT_BYTES = 2**30  # of logits made at once when scoring
+
+
+class _HasEngine(Protocol):
+    _engine: "TritonEngine"
+
+
+S = TypeVar("S", bound=_HasEngine)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that launches kernels, with the engine's GPU as the current one."""
+
+    @functools.wraps(method)
+    def inner(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with gpu.current(self._engine.device):
+            return method(self, *args, **kwargs)
+
+    return inner
 
 
 class TritonSession:
@@ -46,6 +68,7 @@ class TritonSession:
         """Tokens that fit."""
         return self._limit
 
+    @_on_device
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
@@ -53,6 +76,7 @@ class TritonSession:
         terms = self.states(ids.to(self._engine.device), last_only=True)
         return steps.head(terms, self._engine.head)
 
+    @_on_device
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
         """Append one id a sequence, [B] int64. Returns logits [B, V] fp32, overwritten by the next call.
@@ -70,6 +94,7 @@ class TritonSession:
         self._cache.position += 1
         return logits
 
+    @_on_device
     @torch.inference_mode()
     def score(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of every position, [B, T, V] fp32, on the CPU."""
@@ -238,6 +263,7 @@ class TritonSequenceBatch:
         check_sequence(slot, self.count)
         self._sessions[slot].truncate(length)
 
+    @_on_device
     @torch.inference_mode()
     def forward(self, parts: Sequence[BatchEntry]) -> list[Tensor]:
         """See `SequenceBatch.forward`. Logits of single ids are on the device, and their own."""

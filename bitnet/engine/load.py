@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitnet.config import ModelConfig
+from bitnet.device import indexed
 from bitnet.engine import cpu as engine_cpu
 from bitnet.engine.cpu import CpuEngine
 from bitnet.engine.torch import TorchEngine
@@ -32,18 +33,19 @@ def load(
     engine: str = "auto",
     head: str = "file",
     cache: str = "fp32",
+    threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> "TorchEngine | CpuEngine | TritonEngine":
     """Load a packed file into an engine that runs on `device`. Its `.tokenizer` came with the file.
 
     path: without one, the model that comes with the package.
     engine: "cpu" (C++), "triton" (a GPU), "torch" (any device), or "auto": the first of them that runs there. head,
-    cache: see CpuEngine; the others have no such choice. progress: called with each layer that is ready.
+    cache, threads: see CpuEngine; the others have no such choice. progress: called with each layer that is ready.
     Raises BitNetError for a file that is not a whole, known model and for an engine that cannot run it.
     """
     if engine not in ENGINES:
         raise BitNetError(f"engine: got '{engine}', expected one of {', '.join(ENGINES)}")
-    packed, device = read_packed(path), torch.device(device)
+    packed, device = read_packed(path), indexed(device)
     reason = _why_not(engine, packed.config, device)
     if reason:
         raise BitNetError(f"engine: '{engine}' cannot be used: {reason}")
@@ -54,13 +56,18 @@ def load(
             f"head, cache: got '{head}', '{cache}' for the {engine} engine, which has no such choice; "
             "leave them out or use the C++ engine on a CPU"
         )
+    if engine != "cpu" and threads is not None:
+        raise BitNetError(
+            f"threads: got {threads} for the {engine} engine, expected none, for it has torch's; leave it out and call "
+            "torch.set_num_threads"
+        )
     if engine == "triton":
         from bitnet.engine.gpu import TritonEngine  # imports Triton, which takes most of a second
 
         return TritonEngine(packed, device)
     loaded: TorchEngine | CpuEngine
     if engine == "cpu":
-        loaded = CpuEngine(packed.config, packed.tensors, head=head, cache=cache, progress=progress)
+        loaded = CpuEngine(packed.config, packed.tensors, head=head, cache=cache, threads=threads, progress=progress)
     else:
         loaded = TorchEngine(build(packed).to(device))
     loaded.tokenizer = packed.tokenizer

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.config import ModelConfig
-from bitnet.errors import BitNetError
+from bitnet.errors import BitNetError, is_thread_shortage
 from bitnet.files.checkpoint import replacing, write_tensors
 from bitnet.kernels import packing, reference
 from bitnet.layers import BitLinear, Embedding, PackedLinear
@@ -120,7 +120,7 @@ def read_packed(path: str | Path) -> PackedModel:
         check_tokenizer(config, tokenizer)
         return PackedModel(config, tensors, tokenizer, json.loads(metadata["info"]))
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, BitNetError):
+        if isinstance(error, BitNetError) or is_thread_shortage(error):  # of threads: the file is not to blame
             raise
         raise BitNetError(
             f"{path}: got a file that cannot be read ({type(error).__name__}: {error}), expected a packed model; "

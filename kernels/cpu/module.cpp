@@ -86,7 +86,6 @@ std::mutex team_lock;
 std::unique_ptr<Pool> team_of_products;
 
 Pool& products_pool(int threads) {
-    expect(threads >= 1, "threads: got " + std::to_string(threads) + ", expected 1 or more");
     if (!team_of_products || team_of_products->threads() != threads) {
         team_of_products.reset();
         team_of_products = std::make_unique<Pool>(threads);
@@ -224,7 +223,6 @@ class PyEngine {
     PyEngine(const std::string& isa, int threads, int64_t vocab, int64_t width, int64_t ffn, int64_t layers, int64_t heads,
              int64_t kv_heads, bool squared_relu, bool sub_norms, bool qk_norm, float eps,
              const Array<const float, 2>& cos, const Array<const float, 2>& sin) {
-        expect(threads >= 1, "threads: got " + std::to_string(threads) + ", expected 1 or more");
         expect(vocab >= 1 && width >= 1 && ffn >= 1 && layers >= 1 && heads >= 1 && kv_heads >= 1 &&
                    width % heads == 0 && heads % kv_heads == 0 && width / heads % 2 == 0 && width < kMaxK && ffn < kMaxK,
                "shape: got sizes that no model has, expected 1 or more of each, whole heads of even width");
@@ -457,6 +455,7 @@ class PySession {
 NB_MODULE(_cpu, m) {
     using namespace bitnet;
     m.doc() = "Products with packed ternary weights and whole forward passes on a CPU";
+    m.attr("max_threads") = kMaxThreads;
     m.def("choices", &choices);
     m.def("prepared_bytes", &prepared_bytes, "isa"_a, "n"_a, "k"_a);
     m.def("prepare", &prepare, "isa"_a, "packed"_a.noconvert(), "k"_a, "out"_a.noconvert(), "threads"_a);

@@ -1,6 +1,13 @@
 #include "pool.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #include <unistd.h>
+
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,14 +32,41 @@ void wait_while(const std::atomic<uint32_t>& value, uint32_t old, int spins) {
     while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
+// CPUs the scheduler may put this process on; a set of fixed size holds 1,024 of them, the most threads there are.
+int cores() {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    const unsigned known = std::thread::hardware_concurrency();
+    return known ? (int)known : kMaxThreads;
+}
+
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads), process_(getpid()) { start(); }
+Pool::Pool(int threads) : threads_(threads), process_(getpid()) {
+    if (threads < 1 || threads > kMaxThreads)
+        throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected 1 to " +
+                                    std::to_string(kMaxThreads));
+    start();
+}
 
 void Pool::start() {
+    // With more threads than cores whoever spins keeps the core from the one that is waited for: sleep at once.
+    const bool crowded = threads_ > cores();
+    job_spins_ = crowded ? 0 : kJobSpins, barrier_spins_ = crowded ? 0 : kBarrierSpins;
     try {
+        workers_.reserve((size_t)threads_ - 1);
         for (int t = 1; t < threads_; t++) workers_.emplace_back(&Pool::serve, this, t, job_.load());
-    } catch (...) {  // no more threads to be had: end those that run, so that the error can be told
+    } catch (const std::system_error& error) {
+        const size_t running = workers_.size() + 1;
+        end();  // those that run, so that the error can be told
+        throw std::invalid_argument("threads: got " + std::to_string(threads_) + ", expected at most the " +
+                                    std::to_string(running) + " that the system let this process have (" +
+                                    error.code().message() + "); ask for fewer, or raise its limit of processes or " +
+                                    "memory (ulimit -u, ulimit -v, or the container's)");
+    } catch (...) {
         end();
         throw;
     }
@@ -64,7 +98,7 @@ Pool::~Pool() {
 
 void Pool::serve(int thread, uint32_t seen) {
     for (;;) {
-        wait_while(job_, seen, kJobSpins);
+        wait_while(job_, seen, job_spins_);
         seen++;
         if (stop_.load()) return;
         Team team(*this, thread, threads_);
@@ -102,7 +136,7 @@ void Pool::arrive(std::atomic<uint32_t>& phase, std::atomic<uint32_t>& count) {
         phase.store(now + 1, std::memory_order_release);
         phase.notify_all();
     } else {
-        wait_while(phase, now, kBarrierSpins);
+        wait_while(phase, now, barrier_spins_);
     }
 }
 

@@ -1,7 +1,8 @@
 // Threads that stay: a fixed team that runs one function together and meets at barriers inside it.
 //
 // Waiting spins for a moment and then sleeps: inside a forward pass a barrier is crossed every few microseconds, and
-// between two tokens there is only the sampling; but an idle engine must not hold a core. Work is cut into static ranges
+// between two tokens there is only the sampling; but an idle engine must not hold a core. Where there are more threads
+// than cores nobody spins. Work is cut into static ranges
 // by thread number, so that nothing but the number of threads decides who computes what.
 
 #pragma once
@@ -16,6 +17,8 @@
 namespace bitnet {
 
 class Pool;
+
+constexpr int kMaxThreads = 1024;  // more than any machine has cores; each costs a stack and scratch memory
 
 // One thread's view of a running team.
 class Team {
@@ -37,7 +40,8 @@ class Team {
 
 class Pool {
   public:
-    // `threads` >= 1, the caller of `run` being one of them.
+    // `threads`: 1 to kMaxThreads, the caller of `run` being one of them. Throws std::invalid_argument for others, and
+    // where the system starts fewer; those that did start have then ended.
     explicit Pool(int threads);
     ~Pool();
     Pool(const Pool&) = delete;
@@ -57,6 +61,7 @@ class Pool {
     void arrive(std::atomic<uint32_t>& phase, std::atomic<uint32_t>& count);
 
     int threads_;
+    int job_spins_ = 0, barrier_spins_ = 0;  // tries before a thread sleeps
     int process_;  // workers do not survive a fork: the child starts its own
     std::vector<std::thread> workers_;
     const std::function<void(Team&)>* work_ = nullptr;

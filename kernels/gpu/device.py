@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -34,3 +35,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one for as long as the block lasts.
+
+    Triton launches on the current GPU and stream, wherever a kernel's arguments are.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

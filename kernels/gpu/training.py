@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.gpu import quantize
+from bitnet.kernels.gpu.device import current
 from bitnet.kernels.gpu.int8_gemm import int8_gemm
 
 _INT32_TOKENS = (2**31 - 1) // 127**2
@@ -46,7 +47,8 @@ _INT32_TOKENS = (2**31 - 1) // 127**2
 @torch.library.custom_op("bitnet::ternary_weights", mutates_args=())
 def ternary_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Absmean codes [N, K] int8 and scale [] fp32 of a weight [N, K] float."""
-    return quantize.ternary_weights(weight)
+    with current(weight.device):
+        return quantize.ternary_weights(weight)
 
 
 @ternary_weights.register_fake
@@ -66,9 +68,10 @@ def _bit_linear(
     int8_dx: bool,
     int8_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = quantize.quantize_rows(x.contiguous(), gain, eps)
     sizes = [weight.shape[0] for weight in weights]
-    y = int8_gemm(rows.codes, codes, rows.inv_scale, scales, dtype, sizes)
+    with current(x.device):
+        rows = quantize.quantize_rows(x.contiguous(), gain, eps)
+        y = int8_gemm(rows.codes, codes, rows.inv_scale, scales, dtype, sizes)
     return y, rows.codes, rows.inv_scale, rows.rstd
 
 
@@ -130,7 +133,8 @@ _bit_linear.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("bitnet::norm_backward", mutates_args=())
 def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients dx [M, K] in x's dtype and dgain [K] fp32 of RMSNorm."""
-    return quantize.norm_backward(dy, x, gain, rstd)
+    with current(x.device):
+        return quantize.norm_backward(dy, x, gain, rstd)
 
 
 @norm_backward.register_fake
@@ -141,9 +145,10 @@ def _(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor
 @torch.library.custom_op("bitnet::int8_dx", mutates_args=())
 def int8_dx(dy: Tensor, codes: Tensor) -> Tensor:
     """dy [M, N] float, quantised row by row to int8, times codes [N, K]. Returns [M, K] in dy's dtype."""
-    rows = quantize.quantize_rows(dy)
     one = torch.ones(1, dtype=torch.float32, device=dy.device)
-    return int8_gemm(rows.codes, codes.T.contiguous(), rows.inv_scale, one, dy.dtype)
+    with current(dy.device):
+        rows = quantize.quantize_rows(dy)
+        return int8_gemm(rows.codes, codes.T.contiguous(), rows.inv_scale, one, dy.dtype)
 
 
 @int8_dx.register_fake
@@ -159,9 +164,10 @@ def int8_dw(dy: Tensor, q: Tensor) -> Tensor:
     """
     if dy.shape[0] > _INT32_TOKENS:
         raise ValueError(f"int8 dW: got {dy.shape[0]} tokens in one product, expected at most {_INT32_TOKENS}")
-    columns = quantize.quantize_rows(dy.T.contiguous())
     one = torch.ones(1, dtype=torch.float32, device=dy.device)
-    return int8_gemm(columns.codes, q.T.contiguous(), columns.inv_scale, one, torch.float32)
+    with current(dy.device):
+        columns = quantize.quantize_rows(dy.T.contiguous())
+        return int8_gemm(columns.codes, q.T.contiguous(), columns.inv_scale, one, torch.float32)
 
 
 @int8_dw.register_fake

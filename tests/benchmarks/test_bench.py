@@ -662,13 +662,11 @@ def test_spreads_are_those_of_memory_and_of_caches() -> None:
     assert command.bandwidth_spread([one, two]) == {"memory": (0.03, 0.3), "smaller": (0.4, 0.1)}
 
 
-def test_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "cores_first", lambda: [0, 1])
-    command.check_cores([1, 2])
-    with pytest.raises(BitNetError, match="-t: got 3, expected at most the 2 cores"):
-        command.check_cores([1, 3])
-    monkeypatch.setattr(command, "cores_first", list)  # where the system does not tell
-    command.check_cores([64])
+def test_more_threads_than_cores_are_refused(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.threads.usable_cores", lambda: 2)
+    for words, got in (("1,3", "3"), ("1,two", "'two'"), ("1,,2", "''"), ("1000000", "1000000")):
+        line = error(capsys, "bench", "--preset", "nano", "-t", words)
+        assert f"-t: got {got}, expected 1 to the 2 cores" in line
 
 
 @pytest.mark.parametrize("backends", [["auto", "cpu"], ["cpu", "auto"]])

@@ -453,7 +453,8 @@ def test_engine_head_and_cache_are_options(
         assert err.count("\n") == 1
 
 
-def test_threads_are_what_was_asked_for(made: Made, capsys: Captured) -> None:
+def test_threads_are_what_was_asked_for(made: Made, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.threads.usable_cores", lambda: 2)
     report(capsys, "generate", "-m", made.model, "-n", "1", "-t", "2")
     assert torch.get_num_threads() == 2
     report(capsys, "eval", "-m", made.model, "--data", made.corpus, "--tokens", "9", "-t", "1")

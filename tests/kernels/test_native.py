@@ -411,8 +411,8 @@ WRONG_PRODUCTS: dict[str, tuple[Callable[[Call], dict[str, object]], type[Except
     "long activations": (lambda c: {"q": np.ones((4, 22), np.int8)}, ValueError, r"activations: got \[4, 22\]"),
     "short out": (lambda c: {"out": c.out[:3]}, ValueError, r"out: got \[3, 33\], expected \[4, 33\]"),
     "wide out": (lambda c: {"out": np.zeros((4, 34), np.int32)}, ValueError, r"out: got \[4, 34\], expected \[4, 33\]"),
-    "no thread": (lambda c: {"threads": 0}, ValueError, "threads: got 0, expected 1 or more"),
-    "negative threads": (lambda c: {"threads": -2}, ValueError, "threads: got -2, expected 1 or more"),
+    "no thread": (lambda c: {"threads": 0}, ValueError, "threads: got 0, expected 1 to 1024"),
+    "negative threads": (lambda c: {"threads": -2}, ValueError, "threads: got -2, expected 1 to 1024"),
     "misaligned by 1": (lambda c: {"prepared": beside(c.prepared, 1)}, ValueError, "aligned to 64 bytes"),
     "misaligned by 32": (lambda c: {"prepared": beside(c.prepared, 32)}, ValueError, "aligned to 64 bytes"),
     "unsigned activations": (lambda c: {"q": c.q.astype(np.uint8)}, TypeError, "incompatible"),
@@ -458,7 +458,7 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[Call], dict[str, object]], type[Excepti
     "signed": (lambda c: {"packed": c.packed.view(np.int8)}, TypeError, "incompatible"),
     "flat": (lambda c: {"packed": c.packed[0]}, TypeError, "incompatible"),
     "strided": (lambda c: {"packed": c.packed.repeat(2, 1)[:, ::2]}, TypeError, "incompatible"),
-    "no thread": (lambda c: {"threads": 0}, ValueError, "threads: got 0, expected 1 or more"),
+    "no thread": (lambda c: {"threads": 0}, ValueError, "threads: got 0, expected 1 to 1024"),
 }
 
 

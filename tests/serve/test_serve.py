@@ -62,8 +62,14 @@ def packed(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
 class Server:
     """A process of `bitnet serve`, ready."""
 
-    def __init__(self, model: Path, *args: object, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", model, "--port", 0, "-t", 1, *args]
+    def __init__(
+        self,
+        model: Path,
+        *args: object,
+        environment: dict[str, str] | None = None,
+        threads: tuple[object, ...] = ("-t", 1),
+    ) -> None:
+        command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", model, "--port", 0, *threads, *args]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
@@ -295,9 +301,11 @@ def test_tokenizer_routes(server: Server, engine: Any) -> None:
 
 def test_a_core_is_left_to_the_connections(model: Path) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"], check=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", "from bitnet.threads import default_threads; print(default_threads())"],
+        check=True,
+        stdout=subprocess.PIPE,
     )
-    server = Server(model, "-t", 0)
+    server = Server(model, threads=())
     try:
         assert server.http.get("/info").json()["engine"]["threads"] == max(1, int(found.stdout) - 1)
     finally:

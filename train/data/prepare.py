@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import sync
+from bitnet.machine import usable_cores
 from bitnet.text.characters import train_char
 from bitnet.text.sentencepiece import train_sentencepiece
 from bitnet.text.tokenizer import Tokenizer
@@ -239,7 +240,7 @@ def _write_split(
 def _encode(batch: list[Piece], tokenizer: Tokenizer, dtype: str) -> NDArray[Any]:
     """The ids of a batch with BOS before each document, little-endian [n]."""
     try:
-        ids = tokenizer.encode_batch([piece.text for piece in batch], threads=os.cpu_count() or 1)
+        ids = tokenizer.encode_batch([piece.text for piece in batch], threads=usable_cores())
     except BitNetError:
         for piece in batch:  # once more, one by one, to name the file
             try:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bitnet.device import indexed
 from bitnet.errors import BitNetError
 
 START_TIMEOUT = timedelta(minutes=5)  # within which all have started: a peer that died before is not waited for
@@ -30,7 +31,8 @@ class Processes:
         self.device = device
         if device.type == "cuda":
             if self.size > 1:
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                device = torch.device("cuda")  # each its own, whichever was asked for
+            self.device = indexed(device)
             torch.cuda.set_device(self.device)
 
     def __enter__(self) -> "Processes":
