@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test install format lint types pytest sanitize fuzz clean reliability
+.PHONY: help demo test check install format lint types pytest quick sanitize fuzz clean reliability
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -14,10 +14,13 @@ STAMP := .venv/.installed
 help:  ## this list
 	@awk -F ':|## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$NF }' Makefile
 
+# DEMO="--steps 40" for a look in a minute or two: the same, of a model that has learnt less.
 demo: $(STAMP)  ## train a small ternary model, pack it, generate with it
-	@$(BIN)/python -m bitnet.cli.demo
+	@$(BIN)/python -m bitnet.cli.demo $(DEMO)
 
 test: $(STAMP) lint types pytest  ## formatting, lint, types and every test
+
+check: $(STAMP) lint types quick  ## formatting, lint, types and the quick tests of every part: two minutes
 
 install: $(STAMP)  ## virtual environment .venv with the project in it (editable)
 
@@ -40,9 +43,16 @@ types: $(STAMP)  ## check types
 	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 	  --no-error-summary -p bitnet | sed -E 's,^bitnet/(kernels|train|benchmarks)/,\1/,'
 
+# On all cores this process may use (tests/conftest.py counts them); JOBS=0 runs them in one process. Idle workers take
+# over tests of busy ones (worksteal): files differ too much in length to be handed out whole.
+JOBS ?= auto
 pytest: $(STAMP)
 	@echo "running the tests"
-	@$(BIN)/pytest --quiet
+	@$(BIN)/pytest --quiet -n $(JOBS) --dist worksteal
+
+quick: $(STAMP)
+	@echo "running the quick tests"
+	@$(BIN)/pytest --quiet -n $(JOBS) --dist worksteal -m 'not slow'
 
 # Needs cmake and a C++20 compiler, no Python. Rounds for two minutes on two slow cores, the builds included.
 sanitize:  ## C++ tests under the address, undefined behaviour and thread sanitizers

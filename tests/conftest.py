@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from bitnet.machine import available_memory, usable_cores
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEED_VARIABLE = "BITNET_TEST_SEED"
 SEED_KEY = pytest.StashKey[int]()
@@ -30,6 +32,18 @@ torch.set_num_threads(1)  # for fixtures of a whole module, which run before a t
 # A shell that starts the tests in the background has them ignore Ctrl-C, which every process they start would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_WORKER_BYTES = 2 << 30  # of memory at most: torch and its like 0.5 GB, the rest for a test and the processes it starts
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: a worker a core that this process may use, a container's limits included, as far as memory reaches."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None  # xdist reads it
+    memory = available_memory()
+    return max(1, min(usable_cores(), usable_cores() if memory is None else memory // _WORKER_BYTES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,11 +6,11 @@ Every rule is a function from source text to complaints, so that the tests at th
 import ast
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import child_process
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def test_top_level_is_fixed() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: cannot tell the project's folders from the user's")
     git = ["git", "ls-files", "-z"]
-    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = child_process.run(git, cwd=ROOT).stdout
     folders = {name.partition("/")[0] for name in listed.split("\0") if "/" in name}
     assert folders <= TOP_FOLDERS, f"unknown at the top level: {sorted(folders - TOP_FOLDERS)}"
 
@@ -132,8 +132,7 @@ def test_pack_takes_an_argument(verbs: dict[str, list]) -> None:
 def test_command_line_imports_little() -> None:
     """`bitnet generate` should not pay for the trainer, for plots or for another tool's format."""
     code = "import bitnet.cli, json, sys; print(json.dumps(sorted(sys.modules)))"
-    python = [sys.executable, "-c", code]
-    loaded = json.loads(subprocess.run(python, capture_output=True, text=True, check=True).stdout)
+    loaded = json.loads(child_process.run([sys.executable, "-c", code]).stdout)
     heavy = ("bitnet.train", "bitnet.files", "bitnet.benchmarks", "bitnet.serve.", "matplotlib", "tensorboard", "wandb")
     assert not [name for name in loaded if name.startswith(heavy)]
 

@@ -1,5 +1,8 @@
 """`bitnet serve`: the HTTP server."""
 
+import os
+import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -65,4 +68,10 @@ def serve(
     options = ServerOptions(host, port, api_key, slots, context, queue)
     chosen = {"engine": engine, "head": head, "cache": cache}
     code = serve(model, pick_device(device), options, typer.echo, **chosen)
+    if any(thread.daemon for thread in threading.enumerate()):
+        # Still reading the model, which may take minutes. Python 3.11 to 3.13 would end that thread inside torch's C++,
+        # and C++ would abort the process: exit code 134.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise typer.Exit(code)

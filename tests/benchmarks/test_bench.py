@@ -10,13 +10,14 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import child_process
 import numpy as np
 import pytest
 import torch
@@ -367,12 +368,14 @@ def test_past_its_limit_a_load_is_ended(fake: str, monkeypatch: pytest.MonkeyPat
     assert gone(*started)
 
 
-def gone(pid: int, within: float = 20.0) -> bool:
+def gone(pid: int, within: float = child_process.LIMIT) -> bool:
     """Whether a process ends (or is a zombie nobody has collected yet)."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
             return True
         time.sleep(0.05)
     return False
@@ -386,30 +389,26 @@ def test_a_worker_does_not_survive_its_parent(busy: bool, fake: str) -> None:
         f"one = Worker('fake', {fake!r}, {{'mode': 'ok'}}, threads=1)\n"
         "print(one.ask('history', 600)['id'], flush=True)\n" + ("one.ask('hang', 600)" if busy else "time.sleep(600)")
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout
-        child = int(parent.stdout.readline())
+    with child_process.started([sys.executable, "-c", code], stdout=PIPE) as parent:
+        child = int(child_process.line_from(parent))
         parent.kill()
     assert gone(child)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_interrupted(number: signal.Signals, code: int, model: Path, tmp_path: Path) -> None:
     args = ["bench", "-m", model, "--backend", "torch", "-p", 60, "-n", 60, "-r", 1000, "-q"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    words = [sys.executable, "-m", "bitnet.cli", *map(str, args)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
-        children: list[int] = []
-        deadline = time.monotonic() + 60
-        while len(children) < 2 and time.monotonic() < deadline:  # the meter and the contender
-            listed = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-            children = [int(child) for child in listed]
-            time.sleep(0.05)
-        assert len(children) == 2
-        running.send_signal(number)
-        out, _ = running.communicate(timeout=60)
-    assert running.returncode == code
+    environment = child_process.environment(TMPDIR=tmp_path)
+    with child_process.started(child_process.bitnet(*args), stdout=PIPE, stderr=PIPE, env=environment) as running:
+        listed = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        # The meter and the contender.
+        child_process.wait_until(lambda: running.poll() is not None or len(listed.read_text().split()) == 2)
+        assert running.poll() is None
+        children = [int(child) for child in listed.read_text().split()]
+        ended, out, _ = child_process.finish(running, number)
+    assert ended == code
     assert out == ""
     assert all(gone(child) for child in children)
     assert not list(tmp_path.glob("bitnet-bench-*"))
@@ -580,6 +579,7 @@ def test_the_first_figure_of_each_row_is_told(ran: tuple[dict[str, Any], str]) -
     assert all(any(part in line for line in lines) for part in expected)
 
 
+@pytest.mark.slow
 def test_every_contender_runs_every_test(document: dict[str, Any]) -> None:
     rows = document["results"]
     backends = {"torch", "torch-bf16", "torch-int8"} | ({"cpu"} if native.why_not() is None else set())

@@ -4,15 +4,15 @@ import importlib.util
 import io
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
+import child_process
 import numpy as np
 import pytest
 import torch
@@ -290,28 +290,24 @@ def run_compare(pair: Pair, folder: Path, *args: object) -> int:
     return main([str(arg) for arg in [*base, *args]])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["SIGTERM", "SIGKILL"])
 def test_nothing_outlives_a_comparison(number: signal.Signals, code: int, pair: Pair, tmp_path: Path) -> None:
     held = tmp_path / "held.txt"
     held.write_text(TEXT.swapcase())
     words = ["compare", pair.run, "--baseline", pair.twin, "--data", held, "-t", 1, "-q", "--methods", "fp32"]
-    command = [sys.executable, "-m", "bitnet.cli", *map(str, words), "--rounds", "1000"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as running:
-        children: list[str] = []
-        deadline = time.monotonic() + 60
-        while not children and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        assert children
+    command = child_process.bitnet(*words, "--rounds", 1_000_000)  # without the signal it would not end
+    environment = child_process.environment(TMPDIR=tmp_path)
+    with child_process.started(command, stderr=DEVNULL, env=environment) as running:
+        listed = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        child_process.wait_until(lambda: running.poll() is not None or listed.read_text().split())
+        assert running.poll() is None
+        children = listed.read_text().split()
         time.sleep(0.5)  # so that most runs find it at work
         running.send_signal(number)
-        assert running.wait(timeout=60) == code
-    deadline = time.monotonic() + 20
-    while any(alive(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(child) for child in children)
+        assert running.wait(child_process.LIMIT) == code
+    child_process.wait_until(lambda: not any(alive(child) for child in children))
     if number == signal.SIGTERM:
         assert not list(tmp_path.glob("bitnet-compare-*"))
 

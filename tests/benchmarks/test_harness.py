@@ -8,16 +8,16 @@ import abc
 import importlib.util
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from subprocess import PIPE
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import child_process
 import pytest
 import torch
 from torch import Tensor
@@ -453,9 +453,8 @@ metric_list:
     )
     command = [sys.executable, "-m", module, "run", "--model", kind, "--model_args", arguments]
     command += ["--tasks", "toy", "--include_path", str(folder), "--output_path", str(folder / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    environment = child_process.environment(HF_HUB_OFFLINE=1, HF_HOME=folder / "cache", OMP_NUM_THREADS=1)
+    child_process.run(command, limit=600, env=environment)
     (result,) = (folder / "out").rglob("*.json")
     return float(json.loads(result.read_text())["results"]["toy"]["bits_per_byte,none"])
 
@@ -493,13 +492,8 @@ def test_its_client_of_our_server_gives_what_eval_gives(
     files = [tmp_path / f"{number}.txt" for number in range(len(documents))]
     for file, document in zip(files, documents, strict=True):
         file.write_text(document)
-    command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", str(model), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().strip().rstrip("/")
-            arguments = f"model={model.stem},base_url={url}/v1/completions,tokenizer_backend=remote,max_length=16"
-            got = run_task(tmp_path, documents, "lm_eval", "local-completions", arguments)
-        finally:
-            server.terminate()
+    with child_process.started(child_process.bitnet("serve", "-m", model, "--port", 0), stdout=PIPE) as server:
+        url = child_process.line_from(server).rstrip("/")
+        arguments = f"model={model.stem},base_url={url}/v1/completions,tokenizer_backend=remote,max_length=16"
+        got = run_task(tmp_path, documents, "lm_eval", "local-completions", arguments)
     assert got == pytest.approx(bits_per_byte(model, files, capsys), rel=1e-5)

@@ -5,19 +5,19 @@ import html
 import json
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
+import child_process
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, args)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+def script(name: str, *args: object) -> CompletedProcess[str]:
+    return child_process.run([sys.executable, ROOT / "benchmarks" / name, *args], check=False)
 
 
 def row(backend: str, speed: float, spread: float, **changes: Any) -> dict[str, Any]:
@@ -253,6 +253,7 @@ def test_a_page_of_results(tmp_path: Path) -> None:
     assert all((out / name).is_file() and f'src="{name}"' in page for name in pictures)
 
 
+@pytest.mark.slow
 def test_a_page_of_the_stored_results(tmp_path: Path) -> None:
     """Whatever lies in benchmarks/results can be shown."""
     pytest.importorskip("matplotlib")

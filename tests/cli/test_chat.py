@@ -7,12 +7,12 @@ import random
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import child_process
 import pytest
 
 from bitnet.cli import main
@@ -71,13 +71,20 @@ class Terminal:
         own, other = pty.openpty()
         environment = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull}
         command = [sys.executable, "-c", _MAIN, "generate", "-i", "-t", "1", *map(str, args)]
-        self.process = subprocess.Popen(
+        self.process = child_process.start(
             command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
         )
         os.close(other)
         self.own, self.seen = own, ""
 
-    def until(self, pattern: str, seconds: float = 60.0) -> str:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        child_process.end(self.process)
+        os.close(self.own)
+
+    def until(self, pattern: str, seconds: float = child_process.LIMIT) -> str:
         """What came up to a match that is new since the last one."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -103,64 +110,46 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.own, text.encode())
 
-    def close(self) -> int:
-        try:
-            return self.process.wait(timeout=60)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self.own)
+    def exit_code(self) -> int:
+        return self.process.wait(child_process.LIMIT)
 
 
 def test_a_terminal_session(model: Path) -> None:
     engine: Any = load(model)
-    terminal = Terminal("-m", model, "-n", 30, "--temp", 0, "--ignore-eos")
-    terminal.until("> $")
-    terminal.type("the fox\n")
-    expected = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, "the fox"), 60, GREEDY))
-    first = terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
-    begun = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, "the fox"), 30, GREEDY))
-    assert begun.replace("\r\n", "\n") in first
-    terminal.type("\n")  # goes on with the text
-    assert expected[len(begun) :].replace("\r\n", "\n") in terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
-    terminal.type("\x1b[A\n")  # the arrow key: the last prompt again
-    assert begun.replace("\r\n", "\n") in terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
-    terminal.type("/help\n")
-    terminal.until("/reset forgets[^>]*> $")
-    terminal.type("half a line")
-    terminal.until("half a line")
-    terminal.interrupt_until(r"Ctrl-D leaves\r\n> $")  # before its prompt, readline would not see the key
-    terminal.type("\x04")
-    assert terminal.close() == 0
+    with Terminal("-m", model, "-n", 30, "--temp", 0, "--ignore-eos") as terminal:
+        terminal.until("> $")
+        terminal.type("the fox\n")
+        expected = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, "the fox"), 60, GREEDY))
+        first = terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
+        begun = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, "the fox"), 30, GREEDY))
+        assert begun.replace("\r\n", "\n") in first
+        terminal.type("\n")  # goes on with the text
+        assert expected[len(begun) :].replace("\r\n", "\n") in terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
+        terminal.type("\x1b[A\n")  # the arrow key: the last prompt again
+        assert begun.replace("\r\n", "\n") in terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
+        terminal.type("/help\n")
+        terminal.until("/reset forgets[^>]*> $")
+        terminal.type("half a line")
+        terminal.until("half a line")
+        terminal.interrupt_until(r"Ctrl-D leaves\r\n> $")  # before its prompt, readline would not see the key
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
 
 
 def test_ctrl_c_stops_the_text_and_not_the_program(model: Path) -> None:
-    terminal = Terminal("-m", model, "-n", 10**6, "--ignore-eos", "-s", 1, "-p", "the")
-    terminal.until(r"Ctrl-D leaves\r\n.")
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    terminal.until(r"(stopped|tokens, [\d,]+/s)\r\n> $")  # the context may have been full already
-    terminal.type("a \\\nb\n")
-    terminal.until(r"(tokens, [\d,]+/s)\r\n> $")
-    terminal.type("/quit\n")
-    assert terminal.close() == 0
+    with Terminal("-m", model, "-n", 10**6, "--ignore-eos", "-s", 1, "-p", "the") as terminal:
+        terminal.until(r"Ctrl-D leaves\r\n.")
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.until(r"(stopped|tokens, [\d,]+/s)\r\n> $")  # the context may have been full already
+        terminal.type("a \\\nb\n")
+        terminal.until(r"(tokens, [\d,]+/s)\r\n> $")
+        terminal.type("/quit\n")
+        assert terminal.exit_code() == 0
 
 
 def test_prompts_from_a_pipe(model: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "bitnet.cli",
-        "generate",
-        "-i",
-        "-m",
-        model,
-        "-n",
-        "5",
-        "--temp",
-        "0",
-        "--ignore-eos",
-    ]
-    done = subprocess.run(list(map(str, command)), input="the\nfox\n", capture_output=True, text=True, check=True)
+    command = child_process.bitnet("generate", "-i", "-m", model, "-n", 5, "--temp", 0, "--ignore-eos")
+    done = child_process.run(command, stdin="the\nfox\n")
     engine: Any = load(model)
     for prompt in ("the", "fox"):
         said = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, prompt), 5, GREEDY))

@@ -6,13 +6,13 @@ import math
 import os
 import random
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import child_process
 import pytest
 import safetensors
 import torch
@@ -503,15 +503,14 @@ def test_brackets_survive_in_help(capsys: Captured, monkeypatch: pytest.MonkeyPa
 
 
 def test_version_of_the_module() -> None:
-    command = [sys.executable, "-m", "bitnet.cli", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = child_process.run(child_process.bitnet("--version"))
     assert done.stdout == f"bitnet {bitnet.__version__}\n"
     assert done.stderr == ""
 
 
 def test_the_command_line_starts_without_torch() -> None:
     code = "import bitnet.cli, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    child_process.run([sys.executable, "-c", code])
 
 
 def test_ctrl_c_is_130(made: Made, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -529,8 +528,7 @@ def test_a_reader_that_goes_away_is_no_error(args: list[str], made: Made) -> Non
     """As in `bitnet ... | head -0`, with a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "bitnet.cli", *(arg.format(made.model) for arg in args)]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    done = child_process.run(child_process.bitnet(*(arg.format(made.model) for arg in args)), check=False, stdout=write)
     os.close(write)
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr

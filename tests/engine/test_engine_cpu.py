@@ -574,6 +574,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_packed(tmp_path_factory.mktemp("trained") / "verse.safetensors", model, None)
 
 
+@pytest.mark.slow
 def test_a_trained_model_says_the_same_in_every_engine(isa: str, trained: Path) -> None:
     torch_engine = load(trained, engine="torch")
     prompt = [LETTERS.index(letter) for letter in VERSE[:18]]

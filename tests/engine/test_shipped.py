@@ -2,9 +2,9 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
+import child_process
 import pytest
 import torch
 
@@ -67,7 +67,7 @@ def test_load_takes_it_without_a_word() -> None:
 
 def test_figure_of_the_card(shared: Path, tmp_path: Path, capsys: Captured) -> None:
     """The beginnings of the validation books score as the card says, within five standard errors of so little text."""
-    subprocess.run(["sh", str(shared / "unpack.sh"), str(tmp_path), "val"], check=True, capture_output=True)
+    child_process.run(["sh", shared / "unpack.sh", tmp_path, "val"])
     beginnings = tmp_path / "beginnings"
     beginnings.mkdir()
     for book in sorted((tmp_path / "val").iterdir()):

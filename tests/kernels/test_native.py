@@ -8,17 +8,17 @@ import importlib
 import json
 import logging
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import child_process
 import numpy as np
 import pytest
 import torch
+from compiler import why_no_compiler
 from torch import Tensor, nn
 
 from bitnet.cli import main
@@ -277,7 +277,7 @@ assert right(2) and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 print("both")
 """
     command = [sys.executable, "-W", "ignore", "-c", code]  # Python 3.12 warns of any fork beside threads
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = child_process.run(command, check=False)
     assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
 
 
@@ -515,14 +515,14 @@ def test_the_environment_forces_one(isa: str, monkeypatch: pytest.MonkeyPatch) -
     assert ops.prepare(packing.pack(torch.ones(2, 3, dtype=torch.int8)), 3).data[1] == isa
 
 
+@pytest.mark.slow
 @needs_module
 def test_the_environment_of_a_process_forces_one() -> None:
     code = "from bitnet.kernels import native, ops; import torch; "
     code += "print(native.select(), ops.select(torch.device('cpu')).name)"
     for name in HERE:
         environment = {**os.environ, native.ENVIRONMENT: name}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = child_process.run([sys.executable, "-c", code], env=environment)
         assert done.stdout.split() == [name, "cpu"]
 
 
@@ -672,7 +672,7 @@ def test_the_doctor_sees_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     assert next(row for row in report["backends"] if row["backend"] == "cpu")["status"] == "ok"
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here: the fallback is what is right")
+@pytest.mark.skipif(why_no_compiler("c++") is not None, reason=str(why_no_compiler("c++")))
 def test_a_compiler_means_a_build() -> None:
     """The install goes on without C++ where it fails to compile: here, where it should not, that must show."""
     assert native.why_not() is None

@@ -44,6 +44,7 @@ def test_layout_is_base_four(n: int, k: int, seed: int) -> None:
     assert packing.unpack(packed, k).tolist() == codes.tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=CASES // CASES_PER_EXAMPLE, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(0, 999), min_size=CASES_PER_EXAMPLE, max_size=CASES_PER_EXAMPLE), st.integers(0, 2**31))
 def test_there_and_back(sizes: list[int], seed: int) -> None:

@@ -5,12 +5,12 @@ Rounding bounds: U = 2^-24 is fp32's unit roundoff and V = 2^-8 is bf16's. A sum
 Codes and scales come from kernels/reference.py, which test_reference.py holds against exact fractions.
 """
 
-import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compiler import why_no_compiler
 from torch import Tensor, nn
 
 from bitnet import quant
@@ -313,8 +313,9 @@ def test_training_finds_a_ternary_teacher(rng: torch.Generator) -> None:
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of parts of its own
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 def test_compiled_layer_gives_the_same(rng: torch.Generator) -> None:
     layer, x = BitLinear(20, 6, bias=False), leaf(torch.randn(3, 20, generator=rng))
     y = layer(x)

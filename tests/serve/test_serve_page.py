@@ -3,15 +3,15 @@
 import json
 import os
 import re
+import select
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
+import child_process
 import pytest
 
 from bitnet.config import ModelConfig
@@ -38,9 +38,7 @@ class Browser:
         self.inp, theirs_out = os.pipe()
         # The protocol wants descriptors 3 and 4; a shell puts them there.
         script = f"exec {CHROMIUM} {FLAGS} --user-data-dir={profile} about:blank 3<&{theirs_in} 4>&{theirs_out}"
-        self.process = subprocess.Popen(
-            ["bash", "-c", script], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        self.process = child_process.start(["bash", "-c", script], pass_fds=(theirs_in, theirs_out), stderr=DEVNULL)
         os.close(theirs_in)
         os.close(theirs_out)
         self.rest, self.number, self.session = b"", 0, ""
@@ -58,6 +56,7 @@ class Browser:
         os.write(self.out, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self.rest:
+                assert select.select([self.inp], [], [], child_process.LIMIT)[0], f"no answer to {method}"
                 data = os.read(self.inp, 1 << 16)
                 assert data, "the browser went away"
                 self.rest += data
@@ -75,11 +74,14 @@ class Browser:
         return result["result"].get("value")
 
     def until(self, expression: str) -> Any:
-        for _ in range(600):
-            if value := self.js(expression):
-                return value
-            time.sleep(0.1)
-        raise AssertionError(f"never true: {expression}; the page says: {self.js('document.body.innerText')}")
+        found: list[Any] = []
+
+        def true() -> bool:
+            found.append(self.js(expression))
+            return bool(found[-1])
+
+        child_process.wait_until(true, lambda: f"{expression}; the page says: {self.js('document.body.innerText')}")
+        return found[-1]
 
     def press(self, key: str, modifiers: int = 0) -> None:
         code = {"Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37}[key]
@@ -89,8 +91,7 @@ class Browser:
             )
 
     def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        child_process.end(self.process)
         os.close(self.inp)
         os.close(self.out)
 
@@ -114,21 +115,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", str(model), "--port", "0", "-t", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process, process.stdout.readline().strip()
-        process.kill()
+def server(model: Path) -> Iterator[tuple[Popen[str], str]]:
+    command = child_process.bitnet("serve", "-m", model, "--port", 0, "-t", 1)
+    with child_process.started(command, stdout=PIPE) as process:
+        yield process, child_process.line_from(process)
 
 
 @pytest.fixture
 def browser(server: tuple[Any, str], tmp_path: Path) -> Iterator[Browser]:
     made = Browser(tmp_path / "profile")
-    made.ask("Page.navigate", url=server[1])
-    made.until("document.getElementById('server')?.dataset.state === 'ready'")
-    yield made
-    made.close()
+    try:
+        made.ask("Page.navigate", url=server[1])
+        made.until("document.getElementById('server')?.dataset.state === 'ready'")
+        yield made
+    finally:
+        made.close()
 
 
 def setting(name: str, value: str) -> str:

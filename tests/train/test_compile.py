@@ -20,7 +20,7 @@ from bitnet.train.objective import Objective
 from bitnet.train.parallel.distributed import Processes
 
 # torch's compiler warns of parts of its own.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # tracing takes seconds a graph
 CONFIG = ModelConfig(
     vocab_size=53,
     hidden_size=36,

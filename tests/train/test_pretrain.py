@@ -102,6 +102,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 # ---- it learns ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", ["ternary", "binary", "float"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_loss_falls_below_what_letter_counts_know(linear: str, optimizer: str, corpus: Path, tmp_path: Path) -> None:

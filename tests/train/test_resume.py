@@ -4,14 +4,17 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from subprocess import PIPE
+from typing import Any
 
+import child_process
 import pytest
 import torch
 from torch import Tensor
@@ -443,37 +446,26 @@ class Processes:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        environment = child_process.environment(OMP_NUM_THREADS=1)
+        self._server = child_process.start([sys.executable, "-c", SERVER], stdin=PIPE, stdout=PIPE, env=environment)
 
     def start(self, args: list[str]) -> int:
         """Returns the process id."""
-        self._in.write(json.dumps({"args": args, "log": str(self.log)}) + "\n")
-        self._in.flush()
-        return int(self._out.readline())
+        self._say(json.dumps({"args": args, "log": str(self.log)}))
+        return int(child_process.line_from(self._server))
 
     def wait(self) -> int:
         """The exit code of the process; -N when signal N killed it."""
-        self._in.write("\n")
-        self._in.flush()
-        return int(self._out.readline())
+        self._say("")
+        return int(child_process.line_from(self._server))
 
     def close(self) -> None:
-        self._in.close()
-        self._server.wait(60)
-        self._out.close()
+        child_process.end(self._server)
 
-    @property
-    def _in(self) -> IO[str]:
+    def _say(self, line: str) -> None:
         assert self._server.stdin is not None
-        return self._server.stdin
-
-    @property
-    def _out(self) -> IO[str]:
-        assert self._server.stdout is not None
-        return self._server.stdout
+        self._server.stdin.write(line + "\n")
+        self._server.stdin.flush()
 
 
 @pytest.fixture(scope="module")
@@ -494,6 +486,11 @@ def steps_written(run: Path) -> list[int]:
     return [row["step"] for row in Run(run).metrics() if "loss" in row]
 
 
+def has_written(run: Path, step: int) -> bool:
+    return max(steps_written(run), default=0) >= step
+
+
+@pytest.mark.slow
 def test_kill_minus_nine_at_any_moment(processes: Processes, corpus: Path, tmp_path: Path) -> None:
     """Killed again and again at random moments, data preparation included, until it gets through."""
     settings = {"steps": 45, "save_every": 3, "eval_every": 7, "report_every": 4, "sample_every": 25}
@@ -509,6 +506,10 @@ def test_kill_minus_nine_at_any_moment(processes: Processes, corpus: Path, tmp_p
         os.kill(pid, signal.SIGKILL)
         code = processes.wait()
         assert code in (0, -signal.SIGKILL), processes.log.read_text()
+        if code == 0 and kills < 2:  # the machine was busier when the straight run was timed
+            shutil.rmtree(run)
+            whole, kills = whole / 2, 0
+            continue
         if code == 0:
             break
         kills += 1
@@ -523,6 +524,7 @@ def test_kill_minus_nine_at_any_moment(processes: Processes, corpus: Path, tmp_p
     assert final[-1] == [row for row in Run(tmp_path / "straight").metrics() if row.get("val_whole")][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_signals_save_and_say_so(
     number: signal.Signals, code: int, processes: Processes, corpus: Path, tmp_path: Path
@@ -531,10 +533,7 @@ def test_stop_signals_save_and_say_so(
     reached = 0
     for _ in range(2):  # the second time it goes on from the first one's save
         pid = processes.start(args)
-        deadline = time.monotonic() + 60
-        while max(steps_written(run), default=0) < reached + 3:
-            assert time.monotonic() < deadline, processes.log.read_text()
-            time.sleep(0.02)
+        child_process.wait_until(partial(has_written, run, reached + 3), processes.log.read_text)
         os.kill(pid, number)
         assert processes.wait() == code, processes.log.read_text()
         save = latest_save(run / "saves")

@@ -1,20 +1,21 @@
 """Many processes against one: equal losses to the last bit, saves that any number of them goes on from, a lost one."""
 
 import json
-import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from subprocess import PIPE
+from typing import Any
 
+import child_process
 import pytest
 import torch
 import torch.distributed as dist
+from compiler import why_no_compiler
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -81,6 +82,7 @@ while line := sys.stdin.readline():
 
 
 Cut = tuple[int, str, int]
+RANKS_LIMIT = 500  # seconds: compiling takes most of a minute; by then `faulthandler` has said where a rank hangs
 
 
 class Ranks:
@@ -89,11 +91,9 @@ class Ranks:
     def __init__(self, log: Path) -> None:
         self.log = log
         # What is compiled is compiled here, and once; by this process: a pool would import torch in others.
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(log.with_name("compiled")), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        environment = {**os.environ, **cache, "OMP_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        cache = {"TORCHINDUCTOR_CACHE_DIR": log.with_name("compiled"), "TORCHINDUCTOR_COMPILE_THREADS": 1}
+        environment = child_process.environment(**cache, OMP_NUM_THREADS=1)
+        self._server = child_process.start([sys.executable, "-c", SERVER], stdin=PIPE, stdout=PIPE, env=environment)
 
     def __call__(self, ranks: int, args: list[str], cut: Cut | None = None) -> list[int]:
         """Exit codes by rank."""
@@ -105,22 +105,16 @@ class Ranks:
     def _start(self, ranks: int, args: list[str], cut: Cut | None) -> list[int]:
         port = random.randrange(20_000, 32_000)  # below those that a system gives to outgoing connections
         request = {"ranks": ranks, "args": args, "port": port, "log": str(self.log), "cut": cut}
-        self._pipe("stdin").write(json.dumps(request) + "\n")
-        self._pipe("stdin").flush()
-        return list(json.loads(self._pipe("stdout").readline()))
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return list(json.loads(child_process.line_from(self._server, RANKS_LIMIT)))
 
     def said(self, rank: int) -> str:
         return Path(f"{self.log}.{rank}").read_text()
 
     def close(self) -> None:
-        self._pipe("stdin").close()
-        self._server.wait(60)
-        self._pipe("stdout").close()
-
-    def _pipe(self, name: str) -> IO[str]:
-        pipe: IO[str] | None = getattr(self._server, name)
-        assert pipe is not None
-        return pipe
+        child_process.end(self._server)
 
 
 @pytest.fixture(scope="module")
@@ -287,9 +281,7 @@ def telemetry(folder: Path, out: str) -> list[list[dict[str, object]]]:
 
 # ---- torch.compile -----------------------------------------------------------------------------------------
 
-needs_a_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
-)
+needs_a_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 
 
 @needs_a_compiler
