@@ -39,7 +39,7 @@ types: $(STAMP)  ## check types
 	@echo "checking types"
 	@rm -rf build/types && mkdir -p build/types/bitnet/benchmarks
 	@cd build/types/bitnet && ln -s ../../../bitnet/* ../../../kernels ../../../train .
-	@cd build/types/bitnet/benchmarks && ln -s ../../../../benchmarks/*/ . && rm -f results ladders
+	@cd build/types/bitnet/benchmarks && ln -s ../../../../benchmarks/*/ . && rm -f results specs __pycache__
 	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 	  --no-error-summary -p bitnet | sed -E 's,^bitnet/(kernels|train|benchmarks)/,\1/,'
 

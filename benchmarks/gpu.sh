@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh [python] [--again | --dry-run]
 #
-# Runs from a bare checkout: the folders kernels/ and train/ are linked into an import folder under their names in the
+# Runs from a bare checkout: the folders kernels/, train/ and benchmarks/ are linked into an import folder under their names in the
 # package. Needs torch with CUDA and Triton; writes gpu.json and gpu-tests.txt to $OUT, or to benchmarks/results. Parts
 # that have a result there are skipped: after a call that was cut off, make the same call.
 set -u
@@ -16,7 +16,7 @@ fi
 SHADOW=$(mktemp -d) || exit 1
 trap 'rm -rf "$SHADOW"' EXIT
 mkdir "$SHADOW/bitnet"
-for part in "$PWD"/bitnet/* "$PWD/kernels" "$PWD/train"; do ln -s "$part" "$SHADOW/bitnet/"; done
+for part in "$PWD"/bitnet/* "$PWD/kernels" "$PWD/train" "$PWD/benchmarks"; do ln -s "$part" "$SHADOW/bitnet/"; done
 # Safe path: `python -m pytest` puts no folder before the import folder; the checkout's own bitnet/ lacks the kernels.
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$SHADOW${PYTHONPATH:+:$PYTHONPATH}"
 export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$SHADOW/cache}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$SHADOW/triton}"

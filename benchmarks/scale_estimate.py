@@ -48,7 +48,7 @@ REACHED = 0.8  # share of that which collectives reach: an assumption; measure w
 UTILISATION = (0.33, 0.50)  # of the peak: parameter-golf's ternary record, nanochat d24 (both 8 x H100, published)
 NODE = 8
 
-# Bytes a weight that are gathered for the forward and for the backward pass; the first is what train/parallel/sharding.py does.
+# Bytes a weight that are gathered for the forward and for the backward pass; train/parallel/sharding.py does the first.
 GATHERS = {"fsdp": (4.0, 0.0), "fsdp-twice": (4.0, 4.0), "fsdp-int8": (1.0, 0.0), "fsdp-2bit": (0.25, 0.0)}
 DECISION = (
     "Decision: codes in the gather are not built. They pay where gathers are not hidden, which a run on several nodes "

@@ -1,7 +1,7 @@
 """`--device cuda` without a GPU: every verb that takes it on the stand-in of tests/fake_cuda/, and the stand-in itself.
 
 What runs is the host side: which device is asked for, set and compared, what is copied where. For the kernels there is
-tests/test_gpu.py.
+tests/kernels/test_gpu.py.
 """
 
 import importlib.util
@@ -9,13 +9,14 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from types import ModuleType
 from typing import Any
 
+import child_process
 import pytest
 import torch
 
@@ -178,41 +179,24 @@ def test_a_contender_of_bench(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with Worker("torch", "ours", {**options, "threads": 1, "device": "cuda:1"}, 1) as worker:
         assert worker.facts["gpu"] == stand_in().UUID
         assert worker.facts["backend"] == "torch"
-        answer = worker.ask("measure", prompt=5, predict=3, depth=2, batch=2)
+        answer = worker.ask("measure", child_process.LIMIT, prompt=5, predict=3, depth=2, batch=2)
         assert answer["peak_bytes"] == 2**20  # what the stand-in says of its memory
     with Worker("meter", "meter", {"threads": 1, "device": "cuda:1"}, 1) as meter:
-        assert meter.ask("read", size=2**20)["how"] == "torch sum on the GPU"
+        assert meter.ask("read", child_process.LIMIT, size=2**20)["how"] == "torch sum on the cuda"
 
 
 def test_serve_starts_and_answers(run: Path) -> None:
     httpx = pytest.importorskip("httpx")
-    command = [
-        sys.executable,
-        "-m",
-        "bitnet.cli",
-        "serve",
-        "-m",
-        run / "model.safetensors",
-        "--port",
-        0,
-        "--device",
-        "cuda",
-    ]
-    with subprocess.Popen(
-        [str(word) for word in command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url), process.communicate()
-            with httpx.Client(base_url=url, timeout=60) as http:
-                answer = http.post("/v1/completions", json={"prompt": "fade", "max_tokens": 4, "temperature": 0}).json()
-                assert answer["usage"]["completion_tokens"] == 4, answer
-                engine = http.get("/info").json()["engine"]
-                assert (engine["device"], engine["threads"]) == ("cuda:0", None)
-        finally:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+    command = child_process.bitnet("serve", "-m", run / "model.safetensors", "--port", 0, "--device", "cuda")
+    with child_process.started(command, env=environment(), stdout=PIPE, stderr=PIPE) as process:
+        url = child_process.line_from(process)
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+        with httpx.Client(base_url=url, timeout=child_process.LIMIT) as http:
+            answer = http.post("/v1/completions", json={"prompt": "fade", "max_tokens": 4, "temperature": 0}).json()
+            assert answer["usage"]["completion_tokens"] == 4, answer
+            engine = http.get("/info").json()["engine"]
+            assert (engine["device"], engine["threads"]) == ("cuda:0", None)
+        assert child_process.finish(process, signal.SIGTERM)[0] == 143
 
 
 # ---- which device ------------------------------------------------------------------------------------------

@@ -217,6 +217,23 @@ def test_no_catch_all(path: str) -> None:
     assert not list(except_complaints(path, text(path)))
 
 
+def process_complaints(path: str, source: str) -> Iterator[str]:
+    """A process that a test starts and nothing ends would hang the run, or outlive it."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("subprocess."):
+            continue
+        limited = any(keyword.arg == "timeout" for keyword in node.keywords)
+        if last_name(node.func) == "Popen" or not limited:
+            yield f"{path}:{node.lineno}: {ast.unparse(node.func)}: no limit; use child_process (tests/support)"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.startswith("tests/") and path != "tests/support/child_process.py"]
+)
+def test_processes_have_a_limit(path: str) -> None:
+    assert not list(process_complaints(path, text(path)))
+
+
 # ---- the rules themselves ----------------------------------------------------------------------------------
 
 BAD_HANDLERS = ["Exception", "BaseException as e", "(ValueError, Exception)", ""]
@@ -247,3 +264,9 @@ def test_rule_sees_machine_path(folder: str) -> None:
 
 def test_rule_sees_notes_left_for_later() -> None:
     assert list(word_complaints("train/data/prepare.py", "# TO" + "DO: later"))
+
+
+@pytest.mark.parametrize("call", ["run(x)", "run(x, check=True)", "check_output(x)", "Popen(x)"])
+def test_rule_sees_a_process_without_limit(call: str) -> None:
+    assert list(process_complaints("tests/test_x.py", f"subprocess.{call}"))
+    assert not list(process_complaints("tests/test_x.py", "subprocess.run(x, timeout=9)\nchild_process.run(x)"))

@@ -2,8 +2,8 @@
 
 One process, and each of several with the whole model, compile the network with its loss as one graph. A sharded one is
 compiled block by block, inside what gathers a block's parameters: all blocks have the same code and the same shapes,
-so they share one graph, however many there are. Both are without a break, which tests/test_compile.py holds; a graph
-in pieces costs minutes of compiling and the fusion that it is for.
+so they share one graph, however many there are. tests/train/test_compile.py checks that no graph breaks: pieces cost
+minutes of compiling and the fusion that compiling is for.
 
 Masters and saves are the same as without. Figures are not, in the last bits: fused sums are added in another order.
 """

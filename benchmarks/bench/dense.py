@@ -12,7 +12,7 @@ them on a product of this model, for a few rows and for many, and the faster one
 differ, both layouts of the weights are kept if there is room.
 
 Norms, rotary positions, attention and the residual stream are bf16 in both. Its logits are the model's up to that
-rounding, which tests/test_bench.py checks.
+rounding, which tests/benchmarks/test_bench.py checks.
 
 Dimensions: B batch, T time, D model, V vocabulary, H heads, G key/value heads, E width of a head.
 """

@@ -13,14 +13,17 @@ def compare(
     run: Annotated[Path, typer.Argument(help="Folder of a ternary run.")],
     data: Annotated[list[str], typer.Option(metavar="PATH...", help="Held-out text: files, folders, globs or -.")],
     twin: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Its float twin; default: by the default names.")
+        Path | None,
+        typer.Option("--baseline", "--twin", metavar="RUN", help="Its float baseline; default: by the default names."),
     ] = None,
     binary: Annotated[Path | None, typer.Option(metavar="RUN", help="A 1-bit run on the same tokens.")] = None,
     methods: Annotated[str | None, typer.Option(metavar="A,B,...", help="Methods or families; default: all.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="JSON to write.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw, as .png and .svg.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens every model scores.")] = 131_072,
-    kl_tokens: Annotated[int, typer.Option("--kl-tokens", min=1, help="Of them compared with the twin.")] = 16_384,
+    kl_tokens: Annotated[
+        int, typer.Option("--kl-tokens", min=1, help="Of them compared with the float baseline.")
+    ] = 16_384,
     qat_steps: Annotated[int, typer.Option("--qat-steps", min=1, help="Steps of quantisation-aware training.")] = 100,
     rounds: Annotated[int, typer.Option(min=1, help="Turns in which all models are timed.")] = 2,
     llama: Annotated[

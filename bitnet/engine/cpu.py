@@ -61,7 +61,7 @@ def why_not(config: ModelConfig) -> str | None:
 
 
 class CpuEngine:
-    """A packed model in C++. Takes the tensors out of `tensors` (names and dtypes of bitnet/files/packed.py) as it goes.
+    """A packed model in C++. Removes each tensor from `tensors` (names: bitnet/files/packed.py) once it is loaded.
 
     head: "file" (as stored, exact), "int8" (a scale a row) or "int4" (a scale for 32 weights, 4.5 bits each).
     cache: what keys and values are kept in, "fp32" (exact), "bf16" or "int8". README says what rounding costs.

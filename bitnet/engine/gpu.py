@@ -4,11 +4,11 @@ Same protocol and same ids as `TorchEngine`. What differs is what is in memory a
 two bits a weight in the kernels' own tiles and nowhere else, embedding and head stay as the file has them (bf16 or
 int8), and a decode step is nine kernels a layer (kernels/gpu/decode.py) recorded once into a CUDA graph and replayed
 with new ids. Positions and ids are in fixed device buffers; everything between lives in the graph's own memory.
-SequenceBatch, whose sequences come and go, share one step that always has a row for each of them, so that kernels choose the
-same tiles and a sequence gets the same bits whatever runs beside it; what is read in pieces is read by itself.
+The sequences of a batch share one step that always has a row for each of them, so that kernels choose the same tiles
+and a sequence gets the same bits whatever runs beside it; prompts that arrive in pieces are read on their own.
 
 Prefill runs the same kernels on all rows of the prompt, int8 tensor cores for the products and torch's attention, in
-chunks of some thousand rows, so that a long prompt costs no more memory than a short one (bitnet/engine/gpu_sessions.py).
+chunks of a few thousand rows, so that a long prompt takes no more memory than a short one (gpu_sessions.py).
 
 Keys and values are kept in fp32 by default, as in the torch engine: the ids are then the same but for near ties.
 kv_dtype=torch.bfloat16 halves the cache and lets prefill use flash attention. pdl=True overlaps the launches of a step

@@ -1,7 +1,7 @@
 """Weights on disk: checkpoints, our packed file, Hugging Face folders and GGUF files.
 
     Source (source.py)   a model read tensor by tensor: our runs and packed files, HF folders, GGUF files
-    writers              our packed file (packed.py, importing.py), HF folders (hf/export.py), GGUF files (gguf/export.py)
+    writers              packed files (packed.py, importing.py), HF folders (hf/export.py), GGUF (gguf/export.py)
 
 Every source goes with every writer.
 """

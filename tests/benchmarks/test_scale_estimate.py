@@ -72,7 +72,7 @@ def exchanged(size: float) -> float:
 def test_bytes_sent_are_those_of_the_collectives_of_a_step(
     way: str, recompute: bool, forward: float, backward: float
 ) -> None:
-    """The list of collectives is the one that tests/test_scale.py counts in a real step."""
+    """The list of collectives is the one that tests/train/test_scale.py counts in a real step."""
     collectives = []
     for _ in range(MICRO):
         collectives += [(REST, 4.0), (BLOCK, forward), (BLOCK, forward)]  # gathered on the way there

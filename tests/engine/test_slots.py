@@ -1,4 +1,4 @@
-"""SequenceBatch: sequences that come and go. Whatever happens in the others, a slot says what its own sequence says alone."""
+"""SequenceBatch: sequences join and leave; each gives what it gives alone, whatever the others do."""
 
 import random
 from collections.abc import Callable

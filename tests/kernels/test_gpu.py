@@ -1,5 +1,5 @@
 """The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter, where
-tests/test_gpu_interpreter.py starts this file. Integers are compared exactly, outputs are poisoned first."""
+tests/kernels/test_gpu_interpreter.py starts this file. Integers are compared exactly, outputs are poisoned first."""
 
 import math
 import os
@@ -27,7 +27,7 @@ from bitnet.model import Transformer
 
 ON_GPU = torch.cuda.is_available() and not gpu.INTERPRET
 if not ON_GPU and not gpu.INTERPRET:
-    pytest.skip("no GPU: run in the interpreter by tests/test_gpu_interpreter.py", allow_module_level=True)
+    pytest.skip("no GPU: run in the interpreter by tests/kernels/test_gpu_interpreter.py", allow_module_level=True)
 
 from bitnet.engine.gpu import TritonEngine  # noqa: E402
 from bitnet.kernels.gpu import (  # noqa: E402 - below the skip: a machine without Triton gets here
@@ -498,7 +498,7 @@ def test_decode_is_prefill(variant: str, tmp_path: Path, seed: int) -> None:
 
 
 def test_slots_give_what_each_sequence_gets_alone(tmp_path: Path, seed: int) -> None:
-    """SequenceBatch that come and go: the bits of the same slot with no neighbours, and the logits of one pass over its ids."""
+    """Sequences join and leave: each has the bits it has alone, and the logits of one pass over its ids."""
     _, engine = engines(tmp_path, seed)
     count, limit = 3, 12
     rng = random.Random(seed)

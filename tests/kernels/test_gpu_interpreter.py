@@ -1,5 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter: tests/test_gpu.py in a process of its own, which must know so
-before the kernels are defined. On a machine with a GPU tests/test_gpu.py runs by itself, on the device."""
+"""Without a GPU, tests/kernels/test_gpu.py runs in Triton's interpreter and in a process of its own.
+
+The interpreter has to be chosen before the kernels are defined. On a machine with a GPU that file runs on the device.
+"""
 
 import os
 import re
