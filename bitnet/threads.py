@@ -94,4 +94,4 @@ def _is_number(text: str | int) -> bool:
 def _short(text: str | int) -> str:
     """What was typed, in a length that fits a line."""
     shown = str(text) if _is_number(text) else f"'{text}'"
-    return shown if len(shown) <= 40 else f"{shown[:30]}... ({len(shown)} characters)"
+    return shown if len(shown) <= 40 else f"{shown[:30]}... ({len(str(text))} characters)"

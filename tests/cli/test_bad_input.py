@@ -231,6 +231,7 @@ def test_text_the_tokenizer_cannot_hold(place: Path, capsys: Captured) -> None:
         (["-s", "-1"], "'-s'"),
         (["--device", "tpu"], "tpu"),
         (["--device", "mps"], "mps"),
+        (["--device", "cuda:x"], "cuda:x"),
         (["-t", "-2"], "'-t'"),
         (["--unknown", "1"], "--unknown"),
     ],
@@ -271,6 +272,64 @@ def test_a_gpu_that_is_not_there(device: str, place: Path, capsys: Captured) -> 
     ):
         said(refused(capsys, *args, "--device", device), device, "cpu")
     assert snapshot(place) == before
+
+
+# ---- threads -----------------------------------------------------------------------------------------------
+
+THREADED: dict[str, Callable[[Path], list[object]]] = {
+    "train": train_args,
+    "sweep": lambda place: ["sweep", place / "ladder.toml", "--out", place / "new"],
+    "generate": lambda place: ["generate", "-m", place / "model.safetensors", "-p", "a"],
+    "serve": lambda place: ["serve", "-m", place / "model.safetensors"],
+    "eval": lambda place: ["eval", "-m", place / "model.safetensors", "--data", place / "toy.txt"],
+    "bench": lambda place: ["bench", "-m", place / "model.safetensors"],
+    "compare": lambda place: ["compare", place / "run", "--data", place / "toy.txt"],
+}
+NO_THREADS = {
+    "zero": ("0", "got 0"),
+    "negative": ("-1", "got -1"),
+    "one too many": ("5", "got 5"),
+    "a million": ("1000000", "got 1000000"),
+    "beyond any integer": ("9" * 5000, "5000 characters"),
+    "a word": ("many", "got 'many'"),
+    "half of one": ("0.5", "got '0.5'"),
+    "nothing": (" ", "got '"),
+}
+
+
+@pytest.mark.parametrize("flag", ["-t", "--threads"])
+@pytest.mark.parametrize("verb", THREADED)
+def test_threads_that_this_machine_has_not(
+    verb: str, flag: str, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine, or in a container, of four cores."""
+    monkeypatch.setattr("bitnet.threads.usable_cores", lambda: 4)
+    before, torchs = snapshot(place), torch.get_num_threads()
+    for text, got in NO_THREADS.values():
+        line = refused(capsys, *THREADED[verb](place), flag, text)
+        said(line, got, "-t", "expected 1 to the 4 cores that this process may use", "leave it out")
+        assert len(line) < 300
+    assert snapshot(place) == before
+    assert torch.get_num_threads() == torchs
+
+
+def test_every_verb_with_threads_is_among_these() -> None:
+    import typer
+
+    from bitnet.cli import app
+
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {name for name, verb in verbs.items() if any("-t" in param.opts for param in verb.params)} == set(THREADED)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_as_many_threads_as_there_are_cores(
+    cores: int, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet.threads.usable_cores", lambda: cores)
+    args = ["generate", "-m", place / "model.safetensors", "-p", "a", "-n", "1", "-t", cores]
+    assert main([str(arg) for arg in args]) == 0
+    said(refused(capsys, *args[:-1], cores + 1), f"got {cores + 1}, expected 1")
 
 
 def test_an_unknown_backend(made: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

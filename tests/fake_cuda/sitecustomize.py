@@ -1,5 +1,6 @@
 """Python imports this by itself at its start where PYTHONPATH has this folder."""
 
-import fake_cuda
+import runpy
+from pathlib import Path
 
-fake_cuda.install_for_good()
+runpy.run_path(str(Path(__file__).with_name("fake_cuda.py")))["install_for_good"]()

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "isa.h"
@@ -86,6 +87,16 @@ bool refuses_code_3(const Isa& isa, Pool& pool) {
     return !Matrix(isa, {{packed.data(), n}}, k, pool).valid;
 }
 
+bool refuses_threads(int threads) {
+    try {
+        Pool pool(threads);
+    } catch (const std::invalid_argument&) {
+        return true;
+    }
+    printf("a team of %d threads was not refused\n", threads);
+    return false;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -93,6 +104,8 @@ int main(int argc, char** argv) {
     const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : std::random_device{}();
     rng.seed(seed);
     printf("seed %llu\n", (unsigned long long)seed);
+    for (const int threads : {0, -1, kMaxThreads + 1, INT32_MAX})
+        if (!refuses_threads(threads)) return 1;
     for (int i = 0; i < kChoiceCount; i++) {
         const Isa& isa = *kChoices[i].isa;
         if (const char* reason = kChoices[i].why_not()) {
@@ -100,9 +113,9 @@ int main(int argc, char** argv) {
             continue;
         }
         int ran = 0;
-        for (int threads = 1; threads <= 3; threads++) {
+        for (const int threads : {1, 2, 3, 64}) {  // 64: more than cores and panels, so that nearly all only meet
             Pool pool(threads);
-            for (int round = 0; round < rounds; round++) {
+            for (int round = 0; round < (threads < 64 ? rounds : 1 + rounds / 8); round++) {
                 Case c{draw(1, round % 4 ? 6 : 150), draw(1, 300), draw(1, 300), 0, 0};
                 if (round % 8 == 1) c.weights = (int)draw(1, 3);
                 if (round % 8 == 2) c.activations = draw(0, 1) ? 127 : -127;
@@ -110,6 +123,7 @@ int main(int argc, char** argv) {
                 if (!check(isa, pool, c)) return 1;
                 ran++;
             }
+            if (threads == 64) continue;
             for (int64_t m : {1, 5, 33, 64})  // the largest sums there are, and K far beyond what int16 can hold
                 if (!check(isa, pool, {m, 33, draw(20000, 30000), 3, 127})) return 1;
             if (!refuses_code_3(isa, pool)) {
