@@ -200,6 +200,7 @@ linears = ["ternary", "float"]
 train.lr = [0.001, 0.01]"""
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_and_tells(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +277,7 @@ def test_other_settings_under_the_same_name_are_refused(
     assert "expected one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_listed_and_the_rest_is_trained(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = sweep.run_training
 
@@ -313,6 +315,7 @@ def test_the_plan_is_listed(text: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not (text.parent / "out").exists()
 
 
+@pytest.mark.slow
 def test_finished_runs_score_the_test_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The ternary run as its packed file scores the same windows; a changed text is scored anew, nothing else is."""
     unseen, out = tmp_path / "unseen.txt", tmp_path / "out"

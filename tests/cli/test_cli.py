@@ -523,6 +523,7 @@ def test_ctrl_c_is_130(made: Made, monkeypatch: pytest.MonkeyPatch, capsys: Capt
     assert cli.guarded(lambda: interrupted(made.model)) == 130  # type: ignore[arg-type,return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [["inspect", "{}", "--json"], ["generate", "-m", "{}", "-n", "9"]])
 def test_a_reader_that_goes_away_is_no_error(args: list[str], made: Made) -> None:
     """As in `bitnet ... | head -0`, with a pipe that nobody reads."""

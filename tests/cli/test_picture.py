@@ -81,6 +81,7 @@ def test_a_packed_file_gives_the_same(seed: int, tmp_path: Path) -> None:
         assert np.allclose(values, from_masters.ranges[name], rtol=1e-4)  # fp32 sums in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("linear", "words"), [("ternary", "light becomes 0"), ("binary", "none 0")])
 def test_the_title_says_what_becomes_of_masters(linear: str, words: str, seed: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

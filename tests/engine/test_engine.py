@@ -141,6 +141,7 @@ def test_packed_engine_gives_the_same_ids(
     assert engine.generate(ids, 20, Sampling(seed=seed)) == sampled
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_the_ids(seed: int) -> None:
     engine = TorchEngine(made(seed, hidden_size=128, intermediate_size=384, initializer_range=0.05))
     ids = torch.randint(61, (20,)).tolist()

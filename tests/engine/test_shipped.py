@@ -65,6 +65,7 @@ def test_load_takes_it_without_a_word() -> None:
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_figure_of_the_card(shared: Path, tmp_path: Path, capsys: Captured) -> None:
     """The beginnings of the validation books score as the card says, within five standard errors of so little text."""
     child_process.run(["sh", shared / "unpack.sh", tmp_path, "val"])

@@ -319,6 +319,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", QUANTIZATION)
 @pytest.mark.parametrize("variant", VARIANTS)

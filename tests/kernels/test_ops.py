@@ -75,6 +75,7 @@ def check(backend: Backend, q: Tensor, codes: Tensor) -> None:
 # ---- the sums ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(4))
 def test_random_shapes(backend: Backend, chunk: int, rng: torch.Generator, one_thread: None) -> None:
     sizes = torch.rand(SHAPES_EACH // 4, 3, generator=rng).pow(2)  # more small ones than large ones

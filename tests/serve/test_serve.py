@@ -296,6 +296,7 @@ def test_tokenizer_routes(server: Server, engine: Any) -> None:
         assert server.post("/tokenize", prompt=info[name], add_special_tokens=False).json()["tokens"] == [id]
 
 
+@pytest.mark.slow
 def test_a_core_is_left_to_the_connections(model: Path) -> None:
     code = "from bitnet.threads import default_threads; print(default_threads())"
     found = child_process.run([sys.executable, "-c", code])
@@ -585,6 +586,7 @@ def test_metrics_count(server: Server) -> None:
 # ---- start and end -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_signal_lets_a_running_text_end(model: Path) -> None:
     with Server(model) as server:
         stream = start_long(server, 1, 1000)[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-LIMIT = 240.0  # seconds; starting Python with torch takes 3 on a quiet machine
+LIMIT = 480.0  # seconds; starting Python with torch takes 3 on a quiet machine
 _LAST_WORDS = 30.0  # seconds for pipes to close once their process group has been killed
 _SHOWN = 4000  # characters of each stream in a failure
 

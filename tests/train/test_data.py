@@ -671,6 +671,7 @@ def test_empty_split(tmp_path: Path) -> None:
         prepare(DataConfig(), tmp_path / "o", tokenizer=None, kind="word", vocab_size=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("newlines", [True, False])
 def test_memory_stays_bounded(newlines: bool, tmp_path: Path) -> None:
     path = tmp_path / "big.txt"

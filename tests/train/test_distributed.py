@@ -152,6 +152,7 @@ def free_port() -> int:
     raise AssertionError("none of 100 ports is free")
 
 
+@pytest.mark.slow
 def test_a_peer_that_never_came_is_not_waited_for() -> None:
     found = meeting(MEETING_RANKS, "dead", 2000, 10**8)
     assert found.returncode == 1
@@ -159,6 +160,7 @@ def test_a_peer_that_never_came_is_not_waited_for() -> None:
     assert "Timed out" in found.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_one_that_came_is_waited_for_another_time() -> None:
     """What it does may take days, so the time that all had to come no longer counts."""
     found = meeting(MEETING_RANKS, "alive", 10**8, 1234)

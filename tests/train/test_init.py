@@ -67,6 +67,7 @@ def first_weights(run: Path) -> dict[str, torch.Tensor]:
     return read_save(run / "saves" / "step-00000001").tensors("model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf", "run"])
 def test_training_goes_on_from(kind: str, tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
     """With a learning rate next to nothing, the first save holds the weights it started from, and the shape."""

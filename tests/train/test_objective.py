@@ -184,6 +184,7 @@ def test_float_first_then_ternary(text: Path) -> None:
     assert switched[4] != pytest.approx(twin[4], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same teacher twice: masters in memory and codes in a file give one student; a stop leaves no trace."""
     teacher = train(text, "teacher", steps=20)

@@ -242,6 +242,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["nan loss", "nan loss alone", "inf loss", "inf gradient", "one nan gradient"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_that_is_not_finite_changes_nothing(
@@ -563,6 +564,7 @@ def test_a_run_ends_with_its_curve(pictures: None, corpus: Path, tmp_path: Path)
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["runs/$\\frac$_^: 1M", "a [b] {c} %d"])
 def test_a_curve_of_any_name_and_of_few_rows(title: str, tmp_path: Path) -> None:
     validation = {"step": 1, "val_loss": 2.0, "val_bits_per_byte": 1.0}

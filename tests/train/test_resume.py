@@ -117,6 +117,7 @@ VARIANTS = {
 # ---- N steps straight against N/2 + N/2 --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 @pytest.mark.parametrize("way", ["SIGTERM", "power cut"])
 def test_a_stop_leaves_no_trace(way: str, variant: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
@@ -304,6 +305,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
 def test_a_damaged_newest_save_is_passed_over(
     file: str, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
