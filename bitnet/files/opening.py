@@ -9,9 +9,13 @@ from bitnet.files.gguf.read import GgufSource, architecture
 from bitnet.files.hf.hub import download
 from bitnet.files.hf.read import HfSource
 from bitnet.files.hf.tokenizer import FILES, read_tokenizer
-from bitnet.files.packed import read_packed
-from bitnet.files.safetensors_file import INDEX, read_json
-from bitnet.files.source import PackedSource, Source
+from bitnet.files.json_file import read_json
+from bitnet.files.packed import PackedModel, PackedSource, build, read_packed
+from bitnet.files.safetensors_file import INDEX
+from bitnet.files.source import Source, TrainedSource
+from bitnet.files.tensors import dense_shapes, projections
+from bitnet.kernels import packing
+from bitnet.model import Transformer
 from bitnet.text.tokenizer import Tokenizer
 
 _ACCEPTED = "a packed file, a GGUF file, a Hugging Face folder, or a hub name such as owner/model"
@@ -47,6 +51,21 @@ def open_source(name: str, convention: str | None = None) -> Source:
     if path.suffix != ".safetensors" and start[8:] != b"{":  # where the header of safetensors begins
         raise BitNetError(f"got '{path}', which is none of the kinds that are read, expected {_ACCEPTED}")
     return PackedSource(read_packed(path))
+
+
+def as_model(source: Source) -> Transformer:
+    """The model of a source as modules that run and are not trained; of a run, the one it already has in memory."""
+    if isinstance(source, TrainedSource):
+        return source.model.requires_grad_(False).eval()
+    # Not `packed_tensors`, which rounds embeddings and float weights to bf16.
+    tensors = {name: source.dense(name) for name in dense_shapes(source.config)}
+    for name in projections(source.config):
+        if source.config.linear == "float":
+            tensors[f"{name}.weight"] = source.master(name)
+            continue
+        codes, scale = source.codes(name)
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = packing.pack(codes), scale.reshape(1)
+    return build(PackedModel(source.config, tensors, source.tokenizer, dict(source.info))).eval()
 
 
 def looks_like_path(name: str) -> bool:

@@ -24,9 +24,9 @@ from bitnet.files.gguf.export import TYPES, export_gguf
 from bitnet.files.gguf.file import Float32, GgufFile, write_gguf
 from bitnet.files.gguf.read import GgufSource, gguf_name
 from bitnet.files.importing import import_model
-from bitnet.files.packed import read_packed, write_packed
+from bitnet.files.packed import PackedSource, read_packed, write_packed
 from bitnet.files.sentencepiece_model import read_pieces
-from bitnet.files.source import PackedSource, TrainedSource
+from bitnet.files.source import TrainedSource
 from bitnet.files.tensors import dense_shapes, projection_shape, projections
 from bitnet.kernels import packing
 from bitnet.kernels.reference import WeightCodes

@@ -18,8 +18,8 @@ from bitnet.files import ternary
 from bitnet.files.hf.export import export_hf, steady
 from bitnet.files.hf.read import HfSource
 from bitnet.files.importing import import_model
-from bitnet.files.packed import read_packed, write_packed
-from bitnet.files.source import PackedSource, TrainedSource
+from bitnet.files.packed import PackedSource, read_packed, write_packed
+from bitnet.files.source import TrainedSource
 from bitnet.files.tensors import projections
 from bitnet.kernels import native, ops
 from bitnet.model import Transformer

@@ -18,13 +18,15 @@ from bitnet.config import ModelConfig
 from bitnet.engine.load import load
 from bitnet.engine.torch import TorchEngine
 from bitnet.errors import BitNetError
-from bitnet.files import packed as format_
+from bitnet.files import packed_layout, safetensors_file
 from bitnet.files.checkpoint import write_tensors
 from bitnet.files.packed import build, read_packed, write_packed
-from bitnet.inspection import inspect_packed, projections
+from bitnet.files.packed_layout import packed_bytes
+from bitnet.files.tensors import float16_bytes, linear_parameters, parameters
+from bitnet.inspection import inspect_packed, projection_reports
 from bitnet.kernels import ops, reference
 from bitnet.layers import BitLinear, PackedLinear
-from bitnet.model import Transformer, float16_bytes, linear_parameters, packed_bytes, parameters
+from bitnet.model import Transformer
 from bitnet.text.characters import CharTokenizer
 
 CHARACTERS = [chr(ord("0") + i) for i in range(61)]
@@ -83,7 +85,7 @@ def rewrite(path: Path, change: Callable[[dict[str, str], dict[str, Tensor]], ob
     """Write a file with a change and a checksum that matches it: what remains are the checks of the content."""
     metadata, tensors = content(path)
     change(metadata, tensors)
-    metadata["sha256"] = format_.content_digest(metadata, tensors)
+    metadata["sha256"] = packed_layout.content_digest(metadata, tensors)
     write_tensors(path, tensors, metadata)
     return path
 
@@ -238,7 +240,7 @@ def test_inspection(model: Transformer, file: Path) -> None:
         n for n, m in model.named_modules() if isinstance(m, BitLinear)
     ]
     zeros = total = 0
-    for row in projections(read_packed(file)):
+    for row in projection_reports(read_packed(file)):
         layer = model.get_submodule(row.name)
         codes, scale = reference.ternary_weights(layer.weight.detach())
         assert row.shape == tuple(codes.shape)
@@ -290,25 +292,19 @@ def test_file_mode_follows_the_umask(umask: int, model: Transformer, tmp_path: P
 # ---- writing safely ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_failed_write_changes_nothing(
     broken: str, exists: bool, model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"
     before = write_packed(path, model, None).read_bytes() if exists else None
-    save = safetensors.torch.save_file
-
-    def full(tensors: dict[str, Tensor], target: Path, *args: object) -> None:
-        save(tensors, target, *args)
-        Path(target).write_bytes(Path(target).read_bytes()[:100])
-        raise OSError(28, "No space left on device")
 
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     target, name, stand_in = {
-        "save_file": (safetensors.torch, "save_file", full),
+        "write": (safetensors_file.TensorWriter, "write", fail),
         "fsync": (os, "fsync", fail),
         "replace": (Path, "replace", fail),
     }[broken]
@@ -497,18 +493,18 @@ def test_bad_embedding_scale(value: float, model: Transformer, tmp_path: Path) -
 def test_the_checksum_covers_the_metadata(key: str) -> None:
     metadata = {"config": "a", "info": "b", "tokenizer": "c", "layout": "d", "version": "1", "sha256": ""}
     tensors = {"w": torch.arange(4)}
-    changed = format_.content_digest({**metadata, key: "other"}, tensors)
-    assert changed != format_.content_digest(metadata, tensors)
+    changed = packed_layout.content_digest({**metadata, key: "other"}, tensors)
+    assert changed != packed_layout.content_digest(metadata, tensors)
 
 
 def test_the_checksum_covers_names_shapes_and_dtypes() -> None:
     base = torch.arange(4, dtype=torch.int32)
     images = [{"w": base}, {"v": base}, {"w": base.view(2, 2)}, {"w": base.view(torch.float32)}, {"w": base + 1}]
-    assert len({format_.content_digest({}, tensors) for tensors in images}) == len(images)
+    assert len({packed_layout.content_digest({}, tensors) for tensors in images}) == len(images)
 
 
 def test_too_many_tensors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(format_, "_MAX_TENSORS", 10)
+    monkeypatch.setattr(packed_layout, "_MAX_TENSORS", 10)
     with pytest.raises(BitNetError, match=r"got \d+ tensors, expected at most 10"):
         read_packed(file)
 

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 
 from bitnet.errors import BitNetError
-from bitnet.files.safetensors_file import DTYPES, INDEX, MAX_HEADER, TensorFiles, TensorWriter, read_json
+from bitnet.files.json_file import read_json
+from bitnet.files.safetensors_file import DTYPES, INDEX, MAX_HEADER, TensorFiles, TensorWriter
 
 TENSORS = {
     "a": torch.randn(3, 5),

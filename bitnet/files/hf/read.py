@@ -15,7 +15,8 @@ from bitnet.errors import BitNetError
 from bitnet.files import ternary
 from bitnet.files.hf.config import OLD_NAMES, Kind, from_config, kind_of
 from bitnet.files.hf.tokenizer import read_tokenizer
-from bitnet.files.safetensors_file import TensorFiles, read_json
+from bitnet.files.json_file import read_json
+from bitnet.files.safetensors_file import TensorFiles
 from bitnet.files.source import no_masters
 from bitnet.files.tensors import dense_shapes, projection_shape, projections
 from bitnet.kernels import reference
@@ -43,7 +44,7 @@ class HfSource:
         self.mode = kind_of(path / "config.json", values)
         if convention is not None:
             self.mode = self._forced(convention)
-        self.config = from_config(path / "config.json", values, self.mode, self._files.places)
+        self.config = from_config(path / "config.json", values, self.mode, self._files.entries)
         self.kind = f"Hugging Face, {values['model_type']}, {self.mode}"
         self.info: Mapping[str, Any] = {}
         self.notes: list[str] = []
@@ -96,10 +97,10 @@ class HfSource:
 
     def _name(self, name: str) -> str:
         """A parameter's name in the files, which in 1bitLLM's is another for the sub-norms."""
-        if name in self._files.places:
+        if name in self._files.entries:
             return name
         for ours, theirs in OLD_NAMES.items():
-            if ours in name and name.replace(ours, theirs) in self._files.places:
+            if ours in name and name.replace(ours, theirs) in self._files.entries:
                 return name.replace(ours, theirs)
         return name
 
@@ -111,9 +112,9 @@ class HfSource:
         return Kind(convention)
 
     def _check_tensors(self) -> None:
-        places, config = self._files.places, self.config
-        if config.num_hidden_layers > len(places):
-            raise BitNetError(f"{self.path}: got {len(places)} tensors for {config.num_hidden_layers} layers: damaged")
+        entries, config = self._files.entries, self.config
+        if config.num_hidden_layers > len(entries):
+            raise BitNetError(f"{self.path}: got {len(entries)} tensors for {config.num_hidden_layers} layers: damaged")
         expected = {self._name(name) for name in dense_shapes(config)}
         for name, shape in dense_shapes(config).items():
             self._expect(self._name(name), {shape: _FLOATS})
@@ -127,7 +128,7 @@ class HfSource:
             else:
                 self._expect(f"{name}.weight", {(n, k): _FLOATS})
         expected.add("lm_head.weight")  # some files repeat the embedding there
-        for name in places:
+        for name in entries:
             if name not in expected and not name.endswith(_IGNORED):
                 raise BitNetError(f"{self.path}: got the tensor '{name}', which no such model of ours has")
 
@@ -140,11 +141,11 @@ class HfSource:
     def _expect(self, name: str, forms: dict[tuple[int, ...], tuple[torch.dtype, ...]]) -> None:
         """Refuse a tensor that is missing or has none of the shapes and dtypes in `forms`."""
         spelt = " or ".join(f"{'/'.join(_short(dtype) for dtype in forms[shape])} {list(shape)}" for shape in forms)
-        if name not in self._files.places:
+        if name not in self._files.entries:
             raise BitNetError(f"{self.path}: got no tensor '{name}', expected {spelt}: not a whole model")
-        place = self._files.places[name][1]
-        if place.dtype not in forms.get(place.shape, ()):
-            got = f"{_short(place.dtype)} {list(place.shape)}"
+        entry = self._files.entries[name][1]
+        if entry.dtype not in forms.get(entry.shape, ()):
+            got = f"{_short(entry.dtype)} {list(entry.shape)}"
             raise BitNetError(f"{self.path}: tensor '{name}': got {got}, expected {spelt or 'rows in multiples of 4'}")
 
     def _check_convention(self, way_out: str) -> None:

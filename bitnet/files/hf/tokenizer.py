@@ -12,7 +12,7 @@ from typing import Any
 
 from bitnet.errors import BitNetError
 from bitnet.files.hf.tokenizer_json import sentencepiece_json
-from bitnet.files.safetensors_file import read_json
+from bitnet.files.json_file import read_json
 from bitnet.files.sentencepiece_model import read_pieces
 from bitnet.text.json_tokenizer import JsonTokenizer, Settings
 from bitnet.text.sentencepiece import SentencePieceTokenizer
