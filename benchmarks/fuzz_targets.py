@@ -30,7 +30,7 @@ from bitnet.files.importing import import_model
 from bitnet.files.packed import read_packed, write_packed
 from bitnet.files.packed_layout import content_digest
 from bitnet.files.safetensors_file import INDEX, TensorFiles, TensorWriter
-from bitnet.files.sentencepiece_model import Pieces, read_pieces, write_pieces
+from bitnet.files.sentencepiece_model import SentencePieceModel, read_pieces, write_pieces
 from bitnet.files.source import TrainedSource
 from bitnet.kernels.reference import WeightCodes
 from bitnet.model import Transformer
@@ -178,8 +178,8 @@ def json_targets() -> list[Target]:
     """config.json of all kinds, read in memory."""
     shape = ModelConfig(vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1, qk_norm=False)
     seeds = []
-    for kind in hf_config.Kind:
-        config = shape.replace(sub_norms=kind is not hf_config.Kind.DIVIDE)
+    for kind in hf_config.WeightForm:
+        config = shape.replace(sub_norms=kind is not hf_config.WeightForm.DIVIDE)
         seeds.append(
             json.dumps(hf_config.to_config(config, kind, {"bos_token_id": 1, "eos_token_id": [2, 3]})).encode()
         )
@@ -187,7 +187,7 @@ def json_targets() -> list[Target]:
 
     def config_json(data: bytes) -> None:
         values = json_file.parse_json(data)
-        hf_config.from_config(path, values, hf_config.kind_of(path, values), ["lm_head.weight"])
+        hf_config.from_config(path, values, hf_config.read_form(path, values), ["lm_head.weight"])
 
     return [Target("config.json", 14, seeds, mutate_json, config_json)]
 
@@ -218,7 +218,7 @@ def tokenizer_targets(tokenizer: SentencePieceTokenizer, byte_level: JsonTokeniz
     return [
         Target("tokenizer.json", 3, jsons, mutate_json, tokenizer_json),
         Target("tokenizer settings", 2, [byte_level.to_bytes()], mutate_json, packed_tokenizer),
-        Target("sentencepiece", 6, [write_pieces(Pieces(pieces[:9], True)), model], proto, sentencepiece),
+        Target("sentencepiece", 6, [write_pieces(SentencePieceModel(pieces[:9], True)), model], proto, sentencepiece),
         Target("sentencepiece library", 3, [model], proto, sentencepiece_library),
     ]
 

@@ -15,7 +15,6 @@ from bitnet.engine.load import load
 from bitnet.engine.sampling import Sampling
 from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
-from bitnet.text.json_tokenizer import JsonTokenizer
 from bitnet.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("bitnet")
@@ -115,24 +114,16 @@ def load_for_text(
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text: BOS, which starts the next one, EOS, and an imported model's end of turn."""
-    ends = tokenizer.stop_ids if isinstance(tokenizer, JsonTokenizer) else (tokenizer.eos_id,)
-    return [i for i in (tokenizer.bos_id, *ends) if i is not None]
+    """The ids at which generation stops: those that end a text, and BOS, which would start the next one."""
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.end_ids]
 
 
 def chat_ids(tokenizer: Tokenizer, message: str) -> list[int]:
     """The ids of a user's message in the model's chat template. Raises BitNetError for a model without one."""
-    if not isinstance(tokenizer, JsonTokenizer):
-        raise BitNetError(
-            f"chat: got a model with a tokenizer of kind '{tokenizer.kind}', expected an imported chat model, which "
-            "has a template; leave --chat away"
-        )
     return tokenizer.encode_chat([{"role": "user", "content": message}])
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that start a document with `text`: BOS, where the model's texts start with one, and the text's own."""
-    bos = tokenizer.bos_id
-    if isinstance(tokenizer, JsonTokenizer) and not tokenizer.settings.add_bos:
-        bos = None
-    return ([bos] if bos is not None else []) + tokenizer.encode(text)
+    """The ids of `text` at the start of a document: preceded by BOS where the model expects one there."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return start + tokenizer.encode(text)

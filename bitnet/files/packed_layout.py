@@ -1,13 +1,15 @@
 """What a packed file holds: its metadata, its tensors, and the checks of both.
 
-metadata   format "bitnet-packed", version, layout (kernels/packing.py), config (JSON), tokenizer kind, info (JSON),
-           sha256 over these and all tensors
-tensors    names and shapes of tensors.py
-  projections   .weight        [N, ceil(K / 4)] uint8   two bits a weight; bf16 [N, K] in a float model
-                .weight_scale  [1] fp32                 mean |W|: the output is multiplied by it
-  embeddings    .weight        [V, D] bf16, or int8 with .scale [V, 1] fp32
-  norms         .weight        fp32
-  tokenizer                    [bytes] uint8            as bitnet/text/load.py reads it
+    metadata   format "bitnet-packed", version, layout (kernels/packing.py), config (JSON), tokenizer kind, info (JSON),
+               sha256 over these and all tensors
+    tensors    names and shapes of tensors.py
+      projections   .weight        [N, ceil(K / 4)] uint8   two bits a weight; bf16 [N, K] in a float model
+                    .weight_scale  [1] fp32                 mean |W|: the output is multiplied by it
+      embeddings    .weight        [V, D] bf16, or int8 with .scale [V, 1] fp32
+      norms         .weight        fp32
+      tokenizer                    [bytes] uint8            as bitnet/text/load.py reads it
+
+Everything here works on headers and tensors, not on files.
 """
 
 import hashlib

@@ -182,7 +182,9 @@ def test_damaged_newest_is_passed_over(
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     for step in (100, 200):
         truncated(save(tmp_path, step) / "model.safetensors")
-    with pytest.raises(BitNetError, match=r"got 2 damaged saves, expected at least one whole; train into a new folder"):
+    with pytest.raises(
+        BitNetError, match=r"got 2 damaged saves, expected at least one undamaged; train into a new folder"
+    ):
         latest_save(tmp_path)
 
 

@@ -22,7 +22,8 @@ from bitnet.errors import BitNetError
 from bitnet.files import ternary
 from bitnet.files.gguf.export import TYPES, export_gguf
 from bitnet.files.gguf.file import Float32, GgufFile, write_gguf
-from bitnet.files.gguf.read import GgufSource, gguf_name
+from bitnet.files.gguf.names import gguf_name
+from bitnet.files.gguf.read import GgufSource
 from bitnet.files.importing import import_model
 from bitnet.files.packed import PackedSource, read_packed, write_packed
 from bitnet.files.sentencepiece_model import read_pieces

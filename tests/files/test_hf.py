@@ -15,7 +15,7 @@ from bitnet.config import ModelConfig
 from bitnet.engine.load import load
 from bitnet.errors import BitNetError
 from bitnet.files import ternary
-from bitnet.files.hf.export import export_hf, steady
+from bitnet.files.hf.export import export_hf, move_from_edges
 from bitnet.files.hf.read import HfSource
 from bitnet.files.importing import import_model
 from bitnet.files.packed import PackedSource, read_packed, write_packed
@@ -169,7 +169,7 @@ def test_masters_on_the_edge_keep_their_codes(seed: int, tmp_path: Path) -> None
         layer.weight[:, :8] = 0.5 * scale * (1 + torch.randint(-16, 17, (100, 8)).double() * 2.0**-24)
     codes = layer.quantized_weight().codes
     assert 0 < int(codes[:, :8].sum()) < 800
-    exported = steady(layer.weight.detach(), codes, layer.quantized_weight().scale)
+    exported = move_from_edges(layer.weight.detach(), codes, layer.quantized_weight().scale)
     assert float((exported - layer.weight).abs().max()) < 1e-5 * scale
     for total in (exported.abs().mean(), exported.double().abs().mean().float(), exported.T.abs().mean() * (1 + 1e-6)):
         assert torch.equal((exported / total).round().clamp(-1, 1).to(torch.int8), codes)
@@ -468,7 +468,7 @@ def test_info_that_is_no_object(published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_who_reads_what(plain: bool) -> None:
-    from bitnet.files.opening import readers
+    from bitnet.files.exporting import readers
 
     llama = BASE.replace(linear="float" if plain else "ternary", **VARIANTS["llama"])
     bitnet = BASE.replace(hidden_act="silu")
@@ -611,7 +611,7 @@ def test_the_wrong_sense_cannot_be_given(mode: str, seed: int, tmp_path: Path) -
     shape = BASE.replace(**VARIANTS["llama" if mode == "divide" else "bitnet"])
     folder = export_hf(TrainedSource(drawn(shape, seed), None, {}), tmp_path / "in", packed=True)
     other = "divide" if mode == "multiply" else "multiply"
-    assert HfSource(folder, mode).mode == HfSource(folder).mode == mode
+    assert HfSource(folder, mode).form == HfSource(folder).form == mode
     with pytest.raises(BitNetError, match=f"leave it away, or give --weight-scale {mode}"):
         HfSource(folder, other)
 

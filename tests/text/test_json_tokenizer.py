@@ -233,7 +233,7 @@ def test_a_sentencepiece_model_says_less_than_its_folder(says: bool, seed: int, 
         got = HfSource(folder).tokenizer
         assert got.kind == "tokenizer.json"
         assert prompt_ids(got, "abc") == [own.bos_id] * says + own.encode("abc")
-        assert got.stop_ids == ((2, 7) if says else (2,))
+        assert got.end_ids == ((2, 7) if says else (2,))
         if file:
             (folder / file).unlink()
 
@@ -257,7 +257,7 @@ def test_import_and_generate(
 ) -> None:
     folder = export_hf(TrainedSource(model_for(ours, seed), ours, {}), tmp_path / "hf", packed=True)
     config = json.loads((folder / "config.json").read_text())
-    assert config["eos_token_id"] == list(ours.stop_ids)
+    assert config["eos_token_id"] == list(ours.end_ids)
     packed = tmp_path / "m.safetensors"
     assert main(["import", str(folder), "-o", str(packed)]) == 0
     engine = load(packed)
@@ -272,7 +272,7 @@ def test_import_and_generate(
         if extra:
             expected = ours.encode_chat([{"role": "user", "content": "hello"}])
         assert report["prompt_tokens"] == len(expected)
-        assert report["ids"] == engine.generate(expected, 5, sampling(), stop=[ours.bos_id, *ours.stop_ids])
+        assert report["ids"] == engine.generate(expected, 5, sampling(), stop=[ours.bos_id, *ours.end_ids])
 
 
 def sampling() -> object:
@@ -426,7 +426,7 @@ def test_a_tokenizer_from_elsewhere(ours: JsonTokenizer, seed: int, tmp_path: Pa
     # A tokenizer that came without its model: its own configuration names the two tokens.
     (with_it / "config.json").unlink()
     assert main(["import", str(without), "-o", str(packed), "--tokenizer", str(with_it)]) == 0
-    assert load(packed).tokenizer.settings == replace(ours.settings, end_ids=ours.stop_ids[:1])
+    assert load(packed).tokenizer.settings == replace(ours.settings, end_ids=ours.end_ids[:1])
 
 
 def test_without_the_package(ours: JsonTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
