@@ -263,7 +263,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def build(packed: PackedModel) -> Transformer:
-    """The model of a packed file as modules: PackedLinear projections, exact tables, fp32 norms."""
+    """The model of a packed file as modules: PackedLinear projections, exact embeddings, fp32 norms."""
     with torch.device("meta"):
         model = Transformer(packed.config)
     for name, module in list(model.named_modules()):

@@ -84,7 +84,7 @@ def parse_header(data: bytes, file_size: int) -> tuple[dict[str, str], dict[str,
         end += entry.size
     if 8 + length + end != file_size:
         raise BitNetError(
-            f"got a file of {file_size:,} bytes, expected {8 + length + end:,} as its header says: cut or altered"
+            f"got a file of {file_size:,} bytes, expected {8 + length + end:,} by its header: it was cut or altered"
         )
     return metadata, entries
 

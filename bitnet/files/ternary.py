@@ -7,7 +7,7 @@
            qs[0:32] byte m: weights m + 32n; qs[32:48]: 160 + m + 16n; qh: 240 + m + 4n, four of them, times 3.
     Q2_0   64 weights, 18 bytes: fp16 d, qs[16], four neighbours a byte, lowest bits first. llama.cpp of 2026, CUDA.
     I2_S   128 weights, 32 bytes: byte m holds weights m + {0, 32, 64, 96}, highest bits first; one fp32 scale after
-           the last block, padded to 32 bytes. bitnet.cpp on x86. Two other layouts have the same type number: never written.
+           the last block, padded to 32 bytes. bitnet.cpp on x86. Two other layouts share its number: never written.
     HF     transformers' pack_weights: byte [r, c] holds weights [r + {0, R, 2R, 3R}, c], R = N / 4, lowest bits first.
 
 The GGUF types carry a scale in every block. A model of ours has one scale per tensor: it is written into every block,

@@ -25,7 +25,7 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # gene
 
 
 def check_exportable(config: ModelConfig, kind: str) -> None:
-    """Raise BitNetError, with the reason and the way out, for a model that llama.cpp would not run or run wrongly."""
+    """Raise BitNetError, with the reason and a remedy, for a model that llama.cpp would not run or run wrongly."""
     if kind not in TYPES:
         raise BitNetError(f"export: got type '{kind}', expected one of {', '.join(TYPES)}")
     other = "--to hf" if config.linear == "float" else "--to hf-packed"  # needs codes only
@@ -53,10 +53,10 @@ def check_exportable(config: ModelConfig, kind: str) -> None:
     for key in ("hidden_size", "intermediate_size"):
         size = getattr(config, key)
         if size % blocks.size:
-            way_out = "--type q2_0 takes multiples of 64, " if size % 64 == 0 else ""
+            remedy = "--type q2_0 takes multiples of 64, " if size % 64 == 0 else ""
             raise BitNetError(
                 f"export: got {key} {size}, expected a multiple of {blocks.size}, the block of {kind}; "
-                f"{way_out}--type f16 takes any size"
+                f"{remedy}--type f16 takes any size"
             )
 
 
