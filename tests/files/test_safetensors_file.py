@@ -124,7 +124,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "part"), HOSTILE.values(), ids=list(HOSTILE))
-def test_a_hostile_file(data: bytes, part: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused(data: bytes, part: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     with pytest.raises(BitNetError, match=part) as caught:
