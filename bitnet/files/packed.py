@@ -222,7 +222,7 @@ def check_target(path: Path, verb: str) -> None:
 
 
 def read_packed(path: str | Path) -> PackedModel:
-    """Read and check a packed file. Raises BitNetError for anything that is not a whole, known model."""
+    """Read and check a packed file. Raises BitNetError for anything that is not a complete, known model."""
     path = Path(path)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"

@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
+from typing import Any
 
 import sentencepiece
 
@@ -31,6 +32,24 @@ BLOCK_CHARS = 2048  # encode in blocks of at least this many characters, cut aft
 SAMPLE_CHARS = 16384  # the unit in which training text is sampled
 LINE_CHARS = 4096  # cut training lines here: SentencePiece drops long ones, aborts on words over 65,535
 ALPHABET_COVERAGE = 0.9995  # share of the text whose characters get a piece each; the rest is encoded as bytes
+_TRAINER_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "hard_vocab_limit": False,
+    "character_coverage": 1.0,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "max_sentence_length": 4 * LINE_CHARS,  # counted in bytes
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    "num_threads": 1,  # two gain 7 % of two seconds, and their number is stored in the model: bytes would differ
+    "minloglevel": 2,  # errors only
+}
 # Every way in which a foreign model is known to lose text.
 PROBE = " a\n\n\t  <s></s><unk><0x0A>1\r\n" + SPACE_MARK + "\0\u00e9\U0001f600 "
 
@@ -114,23 +133,8 @@ def train_sentencepiece(
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_training_lines(sample, to_newline),
         model_writer=model,
-        model_type="bpe",
         vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=4 * LINE_CHARS,  # counted in bytes
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,  # two gain 7 % of two seconds, and their number is stored in the model: bytes would differ
-        minloglevel=2,  # errors only
+        **_TRAINER_OPTIONS,
     )
     return SentencePieceTokenizer(model.getvalue())
 

@@ -61,7 +61,7 @@ def to_config(config: ModelConfig, form: WeightForm, ids: Mapping[str, Any]) -> 
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,
-        # Readers' defaults differ (true or false), and some know only one way to write the rotary base.
+        # Readers' defaults differ (true or false), and some support only one spelling of the rotary base.
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -72,12 +72,15 @@ def to_config(config: ModelConfig, form: WeightForm, ids: Mapping[str, Any]) -> 
         "dtype": "float32",  # norms and scales keep all of their bits
         "torch_dtype": "float32",
     }
-    quantization: dict[str, Any] = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
-    if form is WeightForm.MASTER:
-        quantization |= {"linear_class": "autobitlinear", "quantization_mode": "online"}
-    if form is WeightForm.MULTIPLY:
-        quantization |= {"linear_class": "autobitlinear", "quantization_mode": "offline"}
-    return values if form is WeightForm.FLOAT else {**values, "quantization_config": quantization}
+    return values if form is WeightForm.FLOAT else {**values, "quantization_config": _quantization_config(form)}
+
+
+def _quantization_config(form: WeightForm) -> dict[str, Any]:
+    values = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    if form is WeightForm.DIVIDE:
+        return values  # no linear_class, as in Falcon-E
+    mode = "online" if form is WeightForm.MASTER else "offline"
+    return {**values, "linear_class": "autobitlinear", "quantization_mode": mode}
 
 
 def read_form(path: Path, values: Mapping[str, Any]) -> WeightForm:

@@ -39,25 +39,19 @@ def sentencepiece_json(model: SentencePieceModel, bos_id: int | None) -> str:
     if model.dummy_prefix:
         normalizers.insert(0, {"type": "Prepend", "prepend": "\u2581"})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    bpe = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unknown,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
-        "merges": [list(pair) for pair in merges(model.pieces)],
-    }
     return _document(
         added,
         normalizer={"type": "Sequence", "normalizers": normalizers},
         pre_tokenizer=None,
         post_processor=_add_bos_processor(bos_id, [piece.text for piece in model.pieces]),
         decoder={"type": "Sequence", "decoders": decoders},
-        model=bpe,
+        model=_bpe(
+            {piece.text: id for id, piece in enumerate(model.pieces)},
+            merges(model.pieces),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
     )
 
 
@@ -86,25 +80,14 @@ def byte_level_json(
         raise BitNetError("got a token twice, expected all tokens to differ")
     pattern = {"type": "Split", "pattern": {"Regex": _PATTERNS[pre]}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    bpe = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,  # LLaMA-3: a word that is a token needs no merges
-        "vocab": vocab,
-        "merges": pairs,
-    }
     return _document(
         [_added(id, tokens[id], id in special) for id in added],
         normalizer=None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": [pattern, to_bytes]},
         post_processor=_add_bos_processor(bos_id, tokens),
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        model=bpe,
+        # ignore_merges as in LLaMA-3: a word that is a token needs no merges.
+        model=_bpe(vocab, pairs, ignore_merges=True),
     )
 
 
@@ -185,6 +168,21 @@ def _short(part: Any) -> str:
 def _document(added: list[dict[str, Any]], **parts: Any) -> str:
     head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     return json.dumps({**head, **parts}, ensure_ascii=False)
+
+
+def _bpe(vocab: dict[str, int], merges: Sequence[Sequence[str]], **options: Any) -> dict[str, Any]:
+    """The "model" of a tokenizer.json. merges: (left, right), best first. options: other values than the defaults."""
+    defaults = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
+    return {**defaults, **options, "vocab": vocab, "merges": [list(pair) for pair in merges]}
 
 
 def _added(id: int, text: str, special: bool) -> dict[str, Any]:
