@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.errors import BitNetError
-from bitnet.files import safetensors_file
+from bitnet.files import json_file, safetensors_file
 from bitnet.files.gguf import file as gguf_file
 from bitnet.files.sentencepiece_model import read_pieces
 
@@ -69,7 +69,7 @@ Case = tuple[str, Callable[[Path], object], Callable[[int], bytes]]
 def cases() -> Iterator[Case]:
     """Label, reader of a file, and builder of one of about so many bytes."""
     for label, fill in FILLS.items():
-        yield f"config.json, {label}", safetensors_file.read_json, lambda size, fill=fill: b'{"a":' + fill(size) + b"}"
+        yield f"config.json, {label}", json_file.read_json, lambda size, fill=fill: b'{"a":' + fill(size) + b"}"
         yield f"safetensors, {label}", _safetensors, lambda size, fill=fill: _with_length(b'{"a":' + fill(size) + b"}")
     yield "safetensors, many tensors", _safetensors, _many_tensors
     yield "gguf, many keys", gguf_file.GgufFile, lambda size: _gguf(_keys(size))

@@ -16,7 +16,7 @@ import torch
 
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.files import safetensors_file, ternary
+from bitnet.files import json_file, safetensors_file, ternary
 from bitnet.files.checkpoint import read_save, write_save
 from bitnet.files.gguf import file as gguf_file
 from bitnet.files.gguf.export import TYPES, export_gguf
@@ -27,9 +27,10 @@ from bitnet.files.hf.export import export_hf
 from bitnet.files.hf.read import HfSource
 from bitnet.files.hf.tokenizer_json import byte_level_json, sentencepiece_json
 from bitnet.files.importing import import_model
-from bitnet.files.packed import content_digest, read_packed, write_packed
+from bitnet.files.packed import read_packed, write_packed
+from bitnet.files.packed_layout import content_digest
 from bitnet.files.safetensors_file import INDEX, TensorFiles, TensorWriter
-from bitnet.files.sentencepiece_model import Pieces, read_pieces, write_pieces
+from bitnet.files.sentencepiece_model import SentencePieceModel, read_pieces, write_pieces
 from bitnet.files.source import TrainedSource
 from bitnet.kernels.reference import WeightCodes
 from bitnet.model import Transformer
@@ -149,7 +150,7 @@ def safetensors_targets(folder: Path, bitnet: TrainedSource) -> list[Target]:
     def index(data: bytes) -> None:
         (sharded / INDEX).write_bytes(data)
         files = TensorFiles(sharded)
-        for name in files.places:
+        for name in files.entries:
             files.read(name)
 
     return [
@@ -162,9 +163,9 @@ def write_shards(folder: Path, hf: Path) -> Path:
     """The tensors of a folder in two shards with an index."""
     folder.mkdir()
     tensors = TensorFiles(hf)
-    listed = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors.places)}
+    listed = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors.entries)}
     for shard in sorted(set(listed.values())):
-        plan = {name: (p.dtype, p.shape) for name, (_, p) in tensors.places.items() if listed[name] == shard}
+        plan = {name: (p.dtype, p.shape) for name, (_, p) in tensors.entries.items() if listed[name] == shard}
         with (folder / shard).open("wb") as file:
             writer = TensorWriter(file, plan, {})
             for name in plan:
@@ -177,16 +178,16 @@ def json_targets() -> list[Target]:
     """config.json of all kinds, read in memory."""
     shape = ModelConfig(vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1, qk_norm=False)
     seeds = []
-    for kind in hf_config.Kind:
-        config = shape.replace(sub_norms=kind is not hf_config.Kind.DIVIDE)
+    for kind in hf_config.WeightForm:
+        config = shape.replace(sub_norms=kind is not hf_config.WeightForm.DIVIDE)
         seeds.append(
             json.dumps(hf_config.to_config(config, kind, {"bos_token_id": 1, "eos_token_id": [2, 3]})).encode()
         )
     path = Path("config.json")
 
     def config_json(data: bytes) -> None:
-        values = safetensors_file.parse_json(data)
-        hf_config.from_config(path, values, hf_config.kind_of(path, values), ["lm_head.weight"])
+        values = json_file.parse_json(data)
+        hf_config.from_config(path, values, hf_config.read_form(path, values), ["lm_head.weight"])
 
     return [Target("config.json", 14, seeds, mutate_json, config_json)]
 
@@ -217,7 +218,7 @@ def tokenizer_targets(tokenizer: SentencePieceTokenizer, byte_level: JsonTokeniz
     return [
         Target("tokenizer.json", 3, jsons, mutate_json, tokenizer_json),
         Target("tokenizer settings", 2, [byte_level.to_bytes()], mutate_json, packed_tokenizer),
-        Target("sentencepiece", 6, [write_pieces(Pieces(pieces[:9], True)), model], proto, sentencepiece),
+        Target("sentencepiece", 6, [write_pieces(SentencePieceModel(pieces[:9], True)), model], proto, sentencepiece),
         Target("sentencepiece library", 3, [model], proto, sentencepiece_library),
     ]
 

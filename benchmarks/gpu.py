@@ -200,14 +200,15 @@ def gemm() -> Result:
 
 def random_model(config: Any, embedding: str) -> Any:
     """A packed model of random trits, made on the GPU."""
-    from bitnet.files.packed import PackedModel, expected_tensors
+    from bitnet.files.packed import PackedModel
+    from bitnet.files.packed_layout import expected_tensors
+    from bitnet.files.tensors import projection_shape
     from bitnet.kernels import packing
 
     tensors = {}
     for name, (shape, kinds) in expected_tensors(config).items():
         if torch.uint8 in kinds:
-            k = config.intermediate_size if "down_proj" in name else config.hidden_size
-            codes = torch.randint(-1, 2, (shape[0], k), dtype=torch.int8, device="cuda")
+            codes = torch.randint(-1, 2, projection_shape(config, name), dtype=torch.int8, device="cuda")
             tensors[name] = packing.pack(codes)
         elif name.endswith("_scale"):
             tensors[name] = torch.full(shape, 0.02, device="cuda")
@@ -287,8 +288,9 @@ def train(name: str) -> Result:
     ternary (and with int8 gradients, and half-way eased in) against the float twin."""
     from bitnet import quant
     from bitnet.config import ModelConfig
+    from bitnet.files.tensors import flops_per_token, parameters
     from bitnet.layers import set_quant_warmup
-    from bitnet.model import Transformer, flops_per_token, parameters
+    from bitnet.model import Transformer
     from bitnet.train.config import TrainConfig
     from bitnet.train.objective import Objective
 

@@ -24,7 +24,7 @@ Bytes that each GPU holds, without activations and logits:
                  gradients, and these once more as they are sent; two blocks on their way, each gathered and copied
                  out, or a gradient and what is sent of it (and both at once if gathered twice)
 
-Arithmetic: 6 operations a parameter and token, and attention (Kaplan et al. 2020; bitnet.model.flops_per_token); with
+Arithmetic: 6 operations a parameter and token, and attention (Kaplan et al. 2020; files.tensors.flops_per_token); with
 recomputed blocks a third more. And a step: Muon's five iterations of Newton and Schulz, 4 n^2 m + 2 n^3 for a matrix
 of n rows and m >= n columns each, which with DDP every GPU repeats and with FSDP they share.
 
@@ -39,7 +39,7 @@ from datetime import date
 from typing import Any
 
 from bitnet.config import PRESETS, ModelConfig
-from bitnet.model import flops_per_token, linear_parameters, parameters
+from bitnet.files.tensors import flops_per_token, linear_parameters, parameters
 
 GPU = "H100 SXM"
 PEAK = 989e12  # operations a second, bf16 dense: NVIDIA's data sheet

@@ -25,8 +25,9 @@ import itertools
 from bitnet.benchmarks.bench import machine, table
 from bitnet.cli import guarded
 from bitnet.config import PRESETS, preset
+from bitnet.files.tensors import parameters
 from bitnet.layers import set_quant_warmup
-from bitnet.model import Transformer, parameters
+from bitnet.model import Transformer
 from bitnet.threads import use_threads
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective

@@ -1,10 +1,10 @@
-"""Text in, text out, around an engine: what `bitnet generate` does."""
+"""Text in, text out, with an engine between: what `bitnet generate` does."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,12 +15,11 @@ from bitnet.engine.load import load
 from bitnet.engine.sampling import Sampling
 from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
-from bitnet.text.json_tokenizer import JsonTokenizer
-from bitnet.text.tokenizer import Tokenizer
+from bitnet.text.tokenizer import StreamDecoder, Tokenizer
 
 _log = logging.getLogger("bitnet")
 
-_BIG = 100 << 20  # bytes of a file that takes long enough to load for a bar
+_BAR_BYTES = 100 << 20  # larger files take long enough to load for a progress bar
 
 
 def write_text(
@@ -36,7 +35,7 @@ def write_text(
     chat: bool = False,
     **options: str,
 ) -> dict[str, Any]:
-    """Load a packed model and continue `prompt`; `show` gets the prompt and then each piece of new text.
+    """Load a packed model and continue `prompt`; `show` gets the prompt and then each part of the new text.
 
     chat: the prompt is a user's message, put into the model's chat template; only the answer is shown.
     options: engine, head and cache of `bitnet.load`.
@@ -47,39 +46,55 @@ def write_text(
     engine, tokenizer, limit = load_for_text(model, device, context, **options)
     ids = chat_ids(tokenizer, prompt) if chat else prompt_ids(tokenizer, prompt)
     if len(ids) > limit:
-        _log.warning("the prompt has %d tokens and the context holds %d: only its end is read", len(ids), limit)
+        _log.warning("the prompt has %d tokens and the context holds %d: only its end is used", len(ids), limit)
     stop = () if ignore_eos else stop_ids(tokenizer)
-    decoder = tokenizer.stream()
-    new: list[int] = []
-    pieces: list[str] = []
     if show and prompt and not chat:
         show(prompt)
-    started = first = time.perf_counter()
-    for token in stream(engine, ids, max_new_tokens, sampling, stop, limit):
-        if not new:
-            first = time.perf_counter()
-        new.append(token)
-        pieces.append(decoder.push(token))
-        if show and pieces[-1]:
-            show(pieces[-1])
-    ended = time.perf_counter()
-    pieces.append(decoder.flush())
-    if show and pieces[-1]:
-        show(pieces[-1])
-    decoded = len(new) - 1  # the first token comes out of the prompt
+    started = time.perf_counter()
+    answer = _decode_stream(stream(engine, ids, max_new_tokens, sampling, stop, limit), tokenizer.stream(), show)
+    prompt_seconds, decode_seconds = answer.first - started, answer.ended - answer.first
+    decoded = len(answer.ids) - 1  # the first token is computed with the prompt
     return {
         "model": str(model),
         "engine": engine.name,
         "prompt": prompt,
-        "text": "".join(pieces),
-        "ids": new,
+        "text": answer.text,
+        "ids": answer.ids,
         "prompt_tokens": len(ids),
-        "tokens": len(new),
-        "prompt_tokens_per_second": min(len(ids), limit) / (first - started) if first > started else 0.0,
-        "tokens_per_second": decoded / (ended - first) if decoded > 0 else 0.0,
+        "tokens": len(answer.ids),
+        "prompt_tokens_per_second": min(len(ids), limit) / prompt_seconds if prompt_seconds > 0 else 0.0,
+        "tokens_per_second": decoded / decode_seconds if decoded > 0 else 0.0,
         "seed": sampling.seed,
-        "stopped": len(new) < max_new_tokens,
+        "stopped": len(answer.ids) < max_new_tokens,
     }
+
+
+class _Answer(NamedTuple):
+    text: str
+    ids: list[int]
+    first: float  # when the first token came, in seconds of time.perf_counter
+    ended: float
+
+
+def _decode_stream(tokens: Iterable[int], decoder: StreamDecoder, show: Callable[[str], None] | None) -> _Answer:
+    """Decode tokens as they come, and show each part of the text that is complete."""
+    ids: list[int] = []
+    parts: list[str] = []
+
+    def add(text: str) -> None:
+        parts.append(text)
+        if show and text:
+            show(text)
+
+    first = 0.0
+    for token in tokens:
+        if not ids:
+            first = time.perf_counter()
+        ids.append(token)
+        add(decoder.push(token))
+    ended = time.perf_counter()
+    add(decoder.flush())
+    return _Answer("".join(parts), ids, first or ended, ended)
 
 
 def load_for_text(
@@ -92,13 +107,13 @@ def load_for_text(
 ) -> tuple[Engine, Tokenizer, int]:
     """The engine of a packed file, its tokenizer, and the context in tokens (0: the model's).
 
-    options: engine, head and cache of `bitnet.load`. A big file shows a progress bar on a terminal; loaded is called
-    with each layer that is ready.
+    options: engine, head and cache of `bitnet.load`. A large file shows a progress bar on a terminal. loaded: called
+    with the number of each layer that is ready.
     Raises BitNetError for a model without a tokenizer and for a context beyond the model's.
     """
     console = Console(stderr=True)
-    big = model.is_file() and model.stat().st_size > _BIG
-    with Progress(console=console, transient=True, disable=not (console.is_terminal and big)) as progress:
+    large = model.is_file() and model.stat().st_size > _BAR_BYTES
+    with Progress(console=console, transient=True, disable=not (console.is_terminal and large)) as progress:
         task = progress.add_task("loading", total=None)
 
         def ready(layer: int) -> None:
@@ -107,7 +122,9 @@ def load_for_text(
 
         engine = load(model, device, progress=ready, **options)
     if engine.tokenizer is None:
-        raise BitNetError(f"{model}: got a model without a tokenizer, expected one inside; use bitnet.load() and ids")
+        raise BitNetError(
+            f"{model}: got a model without a tokenizer, expected one with a tokenizer; use bitnet.load() and ids"
+        )
     longest = engine.config.context
     if context > longest:
         raise BitNetError(f"context: got {context} (-c), expected at most the model's {longest}")
@@ -115,24 +132,16 @@ def load_for_text(
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text: BOS, which starts the next one, EOS, and an imported model's end of turn."""
-    ends = tokenizer.stop_ids if isinstance(tokenizer, JsonTokenizer) else (tokenizer.eos_id,)
-    return [i for i in (tokenizer.bos_id, *ends) if i is not None]
+    """The ids at which generation stops: those that end a text, and BOS, which would start the next one."""
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.end_ids]
 
 
 def chat_ids(tokenizer: Tokenizer, message: str) -> list[int]:
     """The ids of a user's message in the model's chat template. Raises BitNetError for a model without one."""
-    if not isinstance(tokenizer, JsonTokenizer):
-        raise BitNetError(
-            f"chat: got a model with a tokenizer of kind '{tokenizer.kind}', expected an imported chat model, which "
-            "has a template; leave --chat away"
-        )
     return tokenizer.encode_chat([{"role": "user", "content": message}])
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that start a document with `text`: BOS, where the model's texts start with one, and the text's own."""
-    bos = tokenizer.bos_id
-    if isinstance(tokenizer, JsonTokenizer) and not tokenizer.settings.add_bos:
-        bos = None
-    return ([bos] if bos is not None else []) + tokenizer.encode(text)
+    """The ids of `text` at the start of a document: preceded by BOS where the model expects one there."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return start + tokenizer.encode(text)

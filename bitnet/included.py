@@ -1,4 +1,4 @@
-"""The model that comes with the package; what it is and how it was made: models/README.md."""
+"""The small pretrained model that is included; what it is and how it was made: models/README.md."""
 
 from pathlib import Path
 

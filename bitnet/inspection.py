@@ -4,14 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet.files.packed import PackedModel, read_packed
-from bitnet.kernels import packing
-from bitnet.model import float16_bytes, in_features, kv_cache_bytes, linear_parameters, parameters
+from bitnet.files.packed import PackedModel, PackedSource, read_packed
+from bitnet.files.tensors import (
+    float16_bytes,
+    is_embedding,
+    is_projection,
+    kv_cache_bytes,
+    linear_parameters,
+    parameters,
+    projections,
+)
 
 
 @dataclass(frozen=True)
-class Projection:
-    """One packed linear layer."""
+class ProjectionReport:
+    """One packed projection."""
 
     name: str
     shape: tuple[int, int]
@@ -19,53 +26,41 @@ class Projection:
     scale: float
 
 
-def projections(packed: PackedModel) -> list[Projection]:
-    """All packed layers of a model, in order. Empty for a plain model."""
-    rows = []
-    for name, scale in packed.tensors.items():
-        if not name.endswith(".weight_scale"):
-            continue
-        layer = name.removesuffix(".weight_scale")
-        k = in_features(packed.config, layer)
-        codes = packing.unpack(packed.tensors[f"{layer}.weight"], k)
-        rows.append(Projection(layer, (codes.shape[0], k), float((codes == 0).float().mean()), float(scale)))
-    return sorted(rows, key=lambda row: _order(row.name))
+def projection_reports(packed: PackedModel) -> list[ProjectionReport]:
+    """A report of every packed projection, in the order data flows through them. Empty for a float model."""
+    if packed.config.linear == "float":
+        return []
+    source, rows = PackedSource(packed), []
+    for name in projections(packed.config):
+        codes, scale = source.codes(name)
+        n, k = codes.shape
+        rows.append(ProjectionReport(name, (n, k), float((codes == 0).float().mean()), float(scale)))
+    return rows
 
 
 def inspect_packed(path: Path) -> dict[str, Any]:
-    """Everything `bitnet inspect` reports of a packed file, as JSON values."""
+    """Everything `bitnet inspect` reports of a packed file, as JSON values. Raises BitNetError as `read_packed`."""
     packed = read_packed(path)
-    rows = projections(packed)
-    weights = linear_parameters(packed.config)
-    size = path.stat().st_size
-    body = sum(t.numel() * t.element_size() for name, t in packed.tensors.items() if "_proj." in name)
-    tables = sum(
-        t.numel() * t.element_size() for name, t in packed.tensors.items() if "embed" in name or "head" in name
-    )
+    config, rows = packed.config, projection_reports(packed)
+    weights, size = linear_parameters(config), path.stat().st_size
+    # "q_proj.weight" and "q_proj.weight_scale", "embed_tokens.weight" and "embed_tokens.scale".
+    modules = [(name.rpartition(".")[0], tensor.nbytes) for name, tensor in packed.tensors.items()]
+    projection_bytes = sum(count for name, count in modules if is_projection(name))
     return {
         "file": str(path),
-        "config": packed.config.to_dict(),
-        "parameters": parameters(packed.config),
+        "config": config.to_dict(),
+        "parameters": parameters(config),
         "ternary_parameters": weights if rows else 0,
         "file_bytes": size,
-        "projection_bytes": body,
-        "table_bytes": tables,
-        "float16_bytes": float16_bytes(packed.config),
-        "ratio_to_float16": float16_bytes(packed.config) / size,
-        "bits_per_weight": 8 * body / weights,
-        "bits_per_parameter": 8 * size / parameters(packed.config),
+        "projection_bytes": projection_bytes,
+        "table_bytes": sum(count for name, count in modules if is_embedding(name)),
+        "float16_bytes": float16_bytes(config),
+        "ratio_to_float16": float16_bytes(config) / size,
+        "bits_per_weight": 8 * projection_bytes / weights,
+        "bits_per_parameter": 8 * size / parameters(config),
         "zero_fraction": sum(r.zeros * r.shape[0] * r.shape[1] for r in rows) / weights if rows else None,
-        "kv_cache_bytes": kv_cache_bytes(packed.config, packed.config.context),
+        "kv_cache_bytes": kv_cache_bytes(config, config.context),
         "tokenizer": packed.tokenizer.kind if packed.tokenizer else None,
         "training": packed.info,
         "layers": [{"name": r.name, "shape": list(r.shape), "zero_fraction": r.zeros, "scale": r.scale} for r in rows],
     }
-
-
-_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _order(name: str) -> tuple[int, int]:
-    """Layers in the order data flows through them; file order is alphabetical (layer 10 before layer 2)."""
-    parts = name.split(".")
-    return int(parts[2]), _KINDS.index(parts[-1])

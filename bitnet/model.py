@@ -1,4 +1,4 @@
-"""The transformer: blocks of BitNet b1.58 2B4T, embedding and head, and what they weigh and cost.
+"""The transformer: blocks of BitNet b1.58 2B4T, embedding and head.
 
     x = x + o_proj(attn_sub_norm(attention(q, k, v of input_layernorm(x))))
     x = x + down_proj(ffn_sub_norm(act(gate_proj(h)) * up_proj(h))),   h = post_attention_layernorm(x)
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitnet.config import ModelConfig
-from bitnet.kernels import packing
 from bitnet.layers import Attention, Embedding, FeedForward, LayerCache, RMSNorm, rotary_table
 
 
@@ -117,63 +116,3 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, T] int64. Returns logits [B, T, V]."""
         return self.logits(self.hidden(ids))
-
-
-def in_features(config: ModelConfig, name: str) -> int:
-    """K of a projection, by its parameter's name: down_proj reads the ffn, all others the residual stream."""
-    return config.intermediate_size if "down_proj" in name else config.hidden_size
-
-
-def linear_parameters(config: ModelConfig) -> int:
-    """Weights in the seven projections of all blocks: the ones that are ternary."""
-    d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * (2 * d * d + 2 * d * kv + 3 * d * f)
-
-
-def embedding_parameters(config: ModelConfig) -> int:
-    """Weights in the embedding and, if it is not tied, the head."""
-    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-
-
-def norm_parameters(config: ModelConfig) -> int:
-    """Gains of all norms."""
-    d, f = config.hidden_size, config.intermediate_size
-    per_layer = 2 * d + (d + f) * config.sub_norms + 2 * config.head_dim * config.qk_norm
-    return config.num_hidden_layers * per_layer + d
-
-
-def parameters(config: ModelConfig) -> int:
-    """All trained parameters."""
-    return linear_parameters(config) + embedding_parameters(config) + norm_parameters(config)
-
-
-def packed_bytes(config: ModelConfig) -> int:
-    """Bytes of tensors in a packed file: two bits a projection weight, bf16 tables, fp32 norms and scales."""
-    d, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
-    rows = (2 * d + 2 * kv + 2 * f) * packing.packed_width(d) + d * packing.packed_width(f)
-    # q and o [d, d], k and v [kv, d], gate and up [f, d]; down is [d, f]; seven scales a block.
-    blocks = config.num_hidden_layers * (rows + 7 * 4)
-    if config.linear == "float":
-        blocks = 2 * linear_parameters(config)
-    return blocks + 2 * embedding_parameters(config) + 4 * norm_parameters(config)
-
-
-def float16_bytes(config: ModelConfig) -> int:
-    """Bytes of all parameters at 16 bits each."""
-    return 2 * parameters(config)
-
-
-def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = 4) -> int:
-    """Bytes of keys and values for one sequence of `tokens` tokens."""
-    width = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * width * tokens * bytes_per_value
-
-
-def flops_per_token(config: ModelConfig, context: int, *, training: bool = False) -> int:
-    """Floating-point (or integer) operations a token: two a weight, attention over half the context on average.
-
-    A training step costs three times the forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
-    """
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * config.num_hidden_layers * config.hidden_size * context  # q k^T and p v, causal: half of 4
-    return (2 * (linear_parameters(config) + head) + attention) * (3 if training else 1)

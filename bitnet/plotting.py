@@ -1,4 +1,4 @@
-"""What every picture needs of matplotlib, which only pictures need (extra `plot`)."""
+"""What all plots share; matplotlib, which draws them, is optional (extra `plot`)."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ from bitnet.errors import BitNetError
 
 SUFFIXES = (".png", ".svg")
 _DPI = 130
-_LOOK: dict[str, Any] = {
-    "svg.hashsalt": "bitnet",  # the same picture is the same file
-    "svg.fonttype": "none",  # text stays text: a fifth of the size
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "bitnet",  # the same plot gives the same file
+    "svg.fonttype": "none",  # text as text, not as outlines: a fifth of the size
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.alpha": 0.25,
@@ -18,22 +18,22 @@ _LOOK: dict[str, Any] = {
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files. Raises BitNetError where it is not installed."""
+    """matplotlib.pyplot, set up to draw into files. Raises BitNetError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise BitNetError(
-            "plot: got no matplotlib, expected it for pictures; pip install 'bitnet-ternary[plot]'"
+            "plot: got no matplotlib, expected it to be installed; pip install 'bitnet-ternary[plot]'"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.style.use(_LOOK)
+    plt.style.use(_STYLE)
     return plt
 
 
 def check_target(path: Path) -> None:
-    """Raise BitNetError where a picture cannot be written to `path`, before anybody waits for what it shows."""
+    """Raise BitNetError where a plot cannot be written to `path`; called before its data is computed."""
     if path.suffix not in SUFFIXES:
         raise BitNetError(f"plot: got '{path}', expected a name that ends in {' or '.join(SUFFIXES)}")
     pyplot()
@@ -48,7 +48,7 @@ def check_target(path: Path) -> None:
 
 
 def save(figure: Any, *paths: Path) -> list[Path]:
-    """Write a figure, in the format of each name, and let go of it. Returns the paths."""
+    """Write a figure to each path, in the format of its suffix, and close it. Returns the paths."""
     for path in paths:
         figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot().close(figure)
@@ -56,5 +56,5 @@ def save(figure: Any, *paths: Path) -> list[Path]:
 
 
 def save_both(figure: Any, target: Path) -> list[Path]:
-    """Write a figure as target.png and target.svg and let go of it. Returns the paths."""
+    """Write a figure as target.png and target.svg, and close it. Returns the paths."""
     return save(figure, *(target.with_suffix(suffix) for suffix in SUFFIXES))

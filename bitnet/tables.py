@@ -1,4 +1,4 @@
-"""Pieces of reports for a terminal."""
+"""Parts of reports for a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from rich.text import Text
 
 
 def facts(rows: dict[str, str], title: str = "") -> Table:
-    """Two columns: what it is, and its value."""
+    """A table of two columns: names in bold, and values. title: above it, if any."""
     table = Table(title=title or None, title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", justify="right", no_wrap=True)
     table.add_column(overflow="fold")
@@ -21,7 +21,10 @@ def facts(rows: dict[str, str], title: str = "") -> Table:
 
 
 def machine_rows(machine: dict[str, Any]) -> dict[str, str]:
-    """What `bitnet doctor` says of cores, memory, huge pages, other processes and torch's products."""
+    """Names and values for `facts`: the cores, memory, huge pages, load and torch kernels of `bitnet doctor`.
+
+    machine: the "machine" part of its report.
+    """
     cores, huge = machine["physical_cores"], machine["huge_pages"]
     parts = [
         f"{machine['cpus']} CPUs",
@@ -48,13 +51,13 @@ def machine_rows(machine: dict[str, Any]) -> dict[str, str]:
 
 
 def plus_minus(error: float | None, digits: int) -> str:
-    """A standard error behind its value; nothing where there is none."""
+    """A standard error, to follow its value; "" where there is none."""
     return "" if error is None else f" ± {error:.{digits}f}"
 
 
 @contextmanager
 def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on stderr, for a terminal; the function it gives takes (bytes done, bytes in all)."""
+    """A progress bar on stderr, where that is a terminal. Gives a function of (bytes done, bytes in all)."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:

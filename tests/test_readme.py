@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from bitnet.config import PRESETS
-from bitnet.model import float16_bytes, linear_parameters, packed_bytes, parameters
+from bitnet.files.packed_layout import packed_bytes
+from bitnet.files.tensors import float16_bytes, linear_parameters, parameters
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

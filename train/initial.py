@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
+from bitnet.files.tensors import is_projection
 from bitnet.model import Transformer
 from bitnet.text.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, TokenizerConfig
@@ -99,7 +100,7 @@ def initial_weights(model: Transformer, initial: Initial) -> Iterator[tuple[str,
     """Names and values of a model's weights. Raises BitNetError where it holds codes only, or is of another shape."""
     for name, parameter in model.named_parameters():
         projection = name.removesuffix(".weight")
-        weight = initial.master(projection) if projection.endswith("_proj") else initial.dense(name)
+        weight = initial.master(projection) if is_projection(name) else initial.dense(name)
         if weight.shape != parameter.shape:
             raise BitNetError(
                 f"train: {name}: got shape {list(weight.shape)}, expected {list(parameter.shape)}; a model that is "

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
+from bitnet.files.tensors import parameters
 from bitnet.layers import keep_codes, set_quant_warmup
-from bitnet.model import Transformer, parameters
+from bitnet.model import Transformer
 from bitnet.quant import use_int8_gradients
 from bitnet.train.compiling import check_compiler, missing_compiler
 from bitnet.train.config import RunConfig, TrainConfig

@@ -28,9 +28,10 @@ from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine.cpu import CACHES, HEADS
 from bitnet.errors import BitNetError
 from bitnet.files.packed import read_config
+from bitnet.files.packed_layout import packed_bytes
+from bitnet.files.tensors import embedding_parameters, linear_parameters
 from bitnet.included import BOOKS
 from bitnet.machine import BUSY, busy, load, stolen
-from bitnet.model import embedding_parameters, linear_parameters, packed_bytes
 from bitnet.threads import check_threads, use_threads
 
 STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median

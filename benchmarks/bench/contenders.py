@@ -14,9 +14,10 @@ from bitnet.benchmarks.bench.machine import MEMORY
 from bitnet.benchmarks.bench.plan import Test
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
+from bitnet.files.packed_layout import packed_bytes
+from bitnet.files.tensors import embedding_parameters, kv_cache_bytes, linear_parameters
 from bitnet.kernels import native, ops
 from bitnet.machine import available_memory
-from bitnet.model import embedding_parameters, kv_cache_bytes, linear_parameters, packed_bytes
 
 BACKENDS = ("auto", "cpu", "torch", "triton")
 OTHERS = ("torch-bf16", "torch-int8", "llama.cpp")

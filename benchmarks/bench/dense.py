@@ -31,10 +31,10 @@ from bitnet.config import ModelConfig
 from bitnet.dense_products import Product, Timed
 from bitnet.errors import BitNetError
 from bitnet.files.packed import PackedModel, read_config, read_packed
+from bitnet.files.tensors import kv_cache_bytes, linear_parameters, projection_shape
 from bitnet.kernels import packing, reference
 from bitnet.layers import attend, rotary_table
 from bitnet.machine import available_memory
-from bitnet.model import in_features, kv_cache_bytes, linear_parameters
 
 _ROWS = 8192  # of a table at a time
 _MANY = 128  # rows of a prompt in the product that is timed
@@ -260,7 +260,7 @@ def _rounded(x: Tensor, product: Callable[[Tensor], Tensor], scale: Tensor) -> T
 
 def _codes(tensors: dict[str, Tensor], name: str, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """A projection's codes [N, K] int8 and its scale, N times."""
-    codes = packing.unpack(tensors.pop(f"{name}.weight"), in_features(config, name))
+    codes = packing.unpack(tensors.pop(f"{name}.weight"), projection_shape(config, name)[1])
     return codes, tensors.pop(f"{name}.weight_scale").expand(codes.shape[0])
 
 

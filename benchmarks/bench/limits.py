@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bitnet.benchmarks.bench.plan import Test
 from bitnet.config import ModelConfig
-from bitnet.model import linear_parameters
+from bitnet.files.tensors import linear_parameters
 
 # A working set that is read this much faster than the memory's sits in a cache.
 CACHED = 1.25

@@ -21,7 +21,7 @@ from bitnet.benchmarks.bench.process import TooSlowError, Worker
 from bitnet.benchmarks.bench.runner import Budget, Runner, start
 from bitnet.benchmarks.bench.table import digits
 from bitnet.config import ModelConfig
-from bitnet.model import parameters
+from bitnet.files.tensors import parameters
 
 FLOATS = ("torch fp32", "torch bf16")  # products that are held against their own peak; all others are int8's
 METER = 60.0  # seconds of one answer of the meter, which limits itself to 5 a way: past that it hangs

@@ -11,8 +11,8 @@ from bitnet.engine.cpu import CpuEngine
 from bitnet.engine.load import load
 from bitnet.engine.torch import TorchEngine
 from bitnet.errors import BitNetError
+from bitnet.files.tensors import kv_cache_bytes, norm_parameters
 from bitnet.kernels import native, ops
-from bitnet.model import kv_cache_bytes, norm_parameters
 
 
 def prepare(engine: str, device: str, threads: int, **_options: Any) -> None:

@@ -1,6 +1,5 @@
 """Packed models of random ternary weights: any shape to measure, without training it."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from bitnet.config import ModelConfig
-from bitnet.files import packed
-from bitnet.files.checkpoint import replacing, write_tensors
+from bitnet.files.packed import write_file
+from bitnet.files.packed_layout import expected_tensors
+from bitnet.files.tensors import projection_shape
 from bitnet.kernels import packing
-from bitnet.model import in_features
 
 ZEROS = 0.4  # of the weights: trained models have 33 to 42 %, and zeros are what a kernel might skip
 _ROWS = 4096  # made at once: what is drawn in wider types on the way to two bits stays small
@@ -59,23 +58,13 @@ def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
     """
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    for name, (size, dtypes) in packed.expected_tensors(config).items():
+    for name, (size, dtypes) in expected_tensors(config).items():
         if torch.uint8 in dtypes:
-            k = in_features(config, name)
+            k = projection_shape(config, name)[1]
             tensors[name] = random_packed(size[0], k, rng)
             tensors[f"{name}_scale"] = torch.tensor([((1 - ZEROS) * k) ** -0.5])
         elif torch.bfloat16 in dtypes:
             tensors[name] = random_table(size[0], size[1], generator)
         elif name not in tensors:
             tensors[name] = torch.ones(size)
-    metadata = {
-        "format": packed.FORMAT,
-        "version": str(packed.VERSION),
-        "layout": packing.LAYOUT_ID,
-        "config": json.dumps(config.to_dict()),
-        "tokenizer": "none",
-        "info": "{}",
-    }
-    metadata["sha256"] = packed.content_digest(metadata, tensors)
-    with replacing(path) as work:
-        write_tensors(work, tensors, metadata)
+    write_file(path, config, tensors.items())

@@ -32,7 +32,7 @@ from bitnet.config import ModelConfig
 from bitnet.doctor import examine
 from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import replacing
-from bitnet.model import parameters
+from bitnet.files.tensors import parameters
 from bitnet.plotting import check_target
 from bitnet.train.data.prepare import tokenize
 from bitnet.train.data.windows import spread_windows

@@ -24,7 +24,7 @@ from bitnet.benchmarks.sweep.summary import Result, summarize
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import replacing
-from bitnet.model import norm_parameters, parameters
+from bitnet.files.tensors import norm_parameters, parameters
 from bitnet.train.command import resolve, run_training
 from bitnet.train.config import RunConfig
 from bitnet.train.runs.run import Run

@@ -114,7 +114,6 @@ def packed_to_gguf(packed: Path, config: Any, target: Path) -> None:
     from dataclasses import replace
 
     from bitnet.files.gguf.export import export_gguf
-    from bitnet.files.packed import read_packed
-    from bitnet.files.source import PackedSource
+    from bitnet.files.packed import PackedSource, read_packed
 
     export_gguf(PackedSource(replace(read_packed(packed), config=config)), target, "tq2_0")

@@ -16,7 +16,6 @@ from bitnet.engine.base import BatchEntry, Engine, common_length
 from bitnet.engine.sampling import Sampler, Sampling
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text, prompt_ids, stop_ids
-from bitnet.text.json_tokenizer import JsonTokenizer
 from bitnet.text.tokenizer import Tokenizer
 
 HELP = """an empty line goes on with the text; \\ at the end of a line: the next one belongs to it
@@ -43,7 +42,7 @@ def converse(
     `bitnet.load`. Raises BitNetError as `load_for_text` does, and for chat without a template.
     """
     engine, tokenizer, limit = load_for_text(model, device, context, **options)
-    if chat and not (isinstance(tokenizer, JsonTokenizer) and tokenizer.settings.chat_template):
+    if chat and not tokenizer.chat_template:
         raise BitNetError(f"chat: got {model}, a model without a chat template, expected one; leave --chat away")
     ends = frozenset() if ignore_eos else frozenset(stop_ids(tokenizer))
     chat_session = ChatSession(engine, tokenizer, limit, Sampler(sampling), max_new_tokens, ends, chat)
@@ -112,7 +111,6 @@ class ChatSession:
     def _ids(self, prompt: str) -> list[int]:
         if not self.chat:
             return prompt_ids(self.tokenizer, prompt)
-        assert isinstance(self.tokenizer, JsonTokenizer), self.tokenizer
         return self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": prompt}])
 
     def _remember(self, prompt: str, answer: str, going_on: bool) -> None:

@@ -99,7 +99,7 @@ def note_quant_warmup(run: Any, save: Any) -> None:
 
 def open_teacher(name: str) -> Any:
     """The model behind a path with its tokenizer, to learn from."""
-    from bitnet.files.source import as_model
+    from bitnet.files.opening import as_model
     from bitnet.train.initial import Teacher
 
     source = open_model(name)

@@ -26,6 +26,7 @@ from bitnet.engine.base import (
 from bitnet.engine.sampling import Sampling
 from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
+from bitnet.files.tensors import PROJECTIONS
 from bitnet.kernels import native
 from bitnet.layers import rotary_table
 from bitnet.text.tokenizer import Tokenizer
@@ -33,15 +34,6 @@ from bitnet.threads import default_threads
 
 CACHES = ("fp32", "bf16", "int8")
 HEADS = ("file", "int8", "int4")
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 _HEAD_BITS = {"file": 0, "int8": 8, "int4": 4}
 _NORMS = {
     "input_norm": "input_layernorm",

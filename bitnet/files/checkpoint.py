@@ -1,19 +1,19 @@
-"""Saves: folders of safetensors and JSON that are either whole or not there.
+"""Saves: folders of safetensors and JSON that are either complete or absent.
 
     saves/step-00000400/   model.safetensors, optimizer.safetensors, ..., state.json, manifest.json
 
-A save is written into `step-N.tmp`, every file is synced, the manifest (sizes and sha256) last, then the folder
-is renamed and its parent synced. A kill at any moment leaves the saves before it. Loading verifies the manifest;
-a damaged newest save is passed over, with a warning, for the one before. Nothing is ever pickled.
+A save is written into `step-N.tmp`, every file is synced, the manifest (sizes and sha256) last, then the folder is
+renamed and its parent synced. A process killed at any moment leaves the earlier saves intact. Loading verifies the
+manifest; a damaged newest save is skipped, with a warning, for the one before it. Nothing is ever pickled.
 
-Several processes that hold rows of each tensor write a file each (`begin`, `write_files` in each of them, `finish`):
+Several processes that each hold rows of every tensor write a file each (`begin`, `write_files` in every one, `finish`):
 
     saves/step-00000400/   shard-00001-model-00001-of-00001.safetensors, shard-00002-model-..., ...
 
 These are the names and headers of torch.distributed.checkpoint's HuggingFaceStorageWriter, and its reader loads them.
-We do not call that writer: it neither syncs nor checks what it wrote, and its plans travel between processes as
-pickles; torch's default storage has a pickle on the disk as well. `Save` reads whole tensors or rows of them, however
-many processes wrote: a save of two goes on with one or three, sharded or not.
+We do not call that writer: it neither syncs nor checks what it wrote, and it sends its plans between processes as
+pickles; torch's default storage also writes a pickle to disk. `Save` reads whole tensors or rows of them, however many
+processes wrote: a save of two resumes on one or three, sharded or not.
 """
 
 import errno
@@ -53,39 +53,41 @@ class Save:
 
     @property
     def quantised(self) -> float:
-        """Share of the operands that were quantised in the last step; where a save does not say, all were."""
+        """Fraction of the operands that was quantised in the last step; 1 for a save that does not record it."""
         return float(self.state.get("quantised", 1.0))
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of one group ("model", "optimizer"), on the CPU, whole."""
+        """The complete tensors of one group ("model", "optimizer"), on the CPU."""
         if (self.path / f"{group}.safetensors").exists():
             return safetensors.torch.load_file(self.path / f"{group}.safetensors")
-        found = self.pieces(group)
-        return {name: _read_rows(pieces, 0, None) for name, pieces in found.items()}
+        found = self.stored_rows(group)
+        return {name: _read_rows(stored, 0, None) for name, stored in found.items()}
 
     def rows(self, group: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-        """Rows first .. end - 1 of each tensor of a group that is `wanted`: {name: (first, end)}; reads no others.
+        """Rows first .. end - 1 of the tensors in `wanted`, {name: (first, end)}; reads nothing else.
 
         Raises BitNetError for rows or names that the save does not hold.
         """
-        found = self.pieces(group)
+        found = self.stored_rows(group)
         if missing := wanted.keys() - found.keys():
-            raise BitNetError(f"{self.path}: got no {group} tensor {min(missing)}, expected it; is it another model's?")
+            raise BitNetError(
+                f"{self.path}: got no {group} tensor {min(missing)}, expected one; check that the save is of this model"
+            )
         return {name: _read_rows(found[name], *span) for name, span in wanted.items()}
 
-    def pieces(self, group: str) -> dict[str, "list[Piece]"]:
-        """Where the rows of each tensor of a group lie."""
+    def stored_rows(self, group: str) -> dict[str, "list[StoredRows]"]:
+        """Where the rows of each tensor of a group are stored."""
         paths = sorted(self.path.glob(f"shard-*-{group}-00001-of-00001.safetensors"))
-        found: dict[str, list[Piece]] = {}
+        found: dict[str, list[StoredRows]] = {}
         for path in paths or [self.path / f"{group}.safetensors"]:
-            for piece in _pieces(path):
-                found.setdefault(piece.name, []).append(piece)
-        return {name: sorted(pieces, key=lambda piece: piece.first) for name, pieces in found.items()}
+            for rows in _stored_rows(path):
+                found.setdefault(rows.name, []).append(rows)
+        return {name: sorted(stored, key=lambda rows: rows.first) for name, stored in found.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of a tensor in one file, `first` onwards; `shape` is their own."""
+class StoredRows:
+    """Consecutive rows of a tensor in one file: row `first` and those after it, of `shape` together."""
 
     path: Path
     name: str
@@ -93,37 +95,37 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def _pieces(path: Path) -> Iterator[Piece]:
+def _stored_rows(path: Path) -> Iterator[StoredRows]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             offsets = json.loads((file.metadata() or {}).get(_OFFSETS, "{}"))
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
                 first, *others = offsets.get(name, {"saved_offsets": [0]})["saved_offsets"] or [0]
                 if not isinstance(first, int) or first < 0 or any(others):
                     raise BitNetError(f"damaged save: {path}: {name} starts at {[first, *others]}, expected rows")
-                yield Piece(path, name, first, tuple(file.get_slice(name).get_shape()))
+                yield StoredRows(path, name, first, tuple(file.get_slice(name).get_shape()))
     except (safetensors.SafetensorError, OSError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise BitNetError(f"damaged save: {path}: {type(error).__name__}: {error}") from error
 
 
-def _read_rows(pieces: Sequence[Piece], first: int, end: int | None) -> Tensor:
-    """Rows first .. end - 1 (None: the last) of a tensor whose pieces follow one another without a gap."""
+def _read_rows(stored: Sequence[StoredRows], first: int, end: int | None) -> Tensor:
+    """Rows first .. end - 1 (None: to the last) of a tensor from its parts, which must leave no gap."""
     parts: list[Tensor] = []
     at = 0
-    for piece in pieces:
+    for piece in stored:
         rows = piece.shape[0] if piece.shape else 1
-        if piece.first != at or piece.shape[1:] != pieces[0].shape[1:]:
+        if piece.first != at or piece.shape[1:] != stored[0].shape[1:]:
             raise BitNetError(f"damaged save: {piece.path}: {piece.name} has rows from {piece.first}, expected {at}")
         at += rows
         low, high = max(first, piece.first), min(at if end is None else end, at)
-        if low < high or not parts:  # an empty one, too, says what shape a row has
+        if low < high or not parts:  # an empty part still gives the shape of a row
             with safetensors.safe_open(piece.path, "pt") as file:
                 if not piece.shape:
                     return file.get_tensor(piece.name)
                 part = slice(low - piece.first, max(low, high) - piece.first) if low < high else slice(0, 0)
                 parts.append(file.get_slice(piece.name)[part])
     if end is not None and end > at:
-        raise BitNetError(f"damaged save: {pieces[0].path}: {pieces[0].name} has {at} rows, expected {end}")
+        raise BitNetError(f"damaged save: {stored[0].path}: {stored[0].name} has {at} rows, expected {end}")
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -133,14 +135,14 @@ def write_save(
     """Write a save and drop all but the newest `keep`. Returns its folder.
 
     groups: tensors by group and name. state: JSON values. Raises OSError when the disk is full or read-only;
-    the saves before this one are then untouched.
+    earlier saves are then untouched.
     """
     work = begin(saves, step)
     try:
         files = write_files(work, groups)
         return finish(work, step, files, state, keep)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # half a save on a full disk would keep it full
+        shutil.rmtree(work, ignore_errors=True)  # a partial save would keep a full disk full
         raise
 
 
@@ -148,7 +150,7 @@ def begin(saves: Path, step: int) -> Path:
     """An empty folder to write the save of this step into. Raises OSError."""
     saves.mkdir(parents=True, exist_ok=True)
     sync(saves.parent)
-    for leftover in saves.glob("step-*.tmp"):  # of a run that was killed while it saved or dropped a save
+    for leftover in saves.glob("step-*.tmp"):  # of a run that was killed while it wrote or removed a save
         shutil.rmtree(leftover, ignore_errors=True)
     work = saves / f"step-{step:08d}.tmp"
     work.mkdir()
@@ -161,10 +163,10 @@ def write_files(
     shard: int | None = None,
     first_rows: Mapping[str, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write one file a group and sync it. Returns sizes and sha256 by file name, for the manifest.
+    """Write and sync one file per group. Returns sizes and sha256 by file name, for the manifest.
 
-    shard: number of the writing process among several, from 0; None for one that holds everything. first_rows: the row
-    of the whole tensor with which a tensor begins, by name; 0 where it is left out. Raises OSError.
+    shard: rank of the writing process among several; None for one that holds everything. first_rows: by name, the row
+    of the complete tensor at which this part starts; 0 by default. Raises OSError.
     """
     names = []
     for group, tensors in groups.items():
@@ -178,23 +180,23 @@ def write_files(
             metadata = {_OFFSETS: json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
         write_tensors(work / name, tensors, metadata)
         names.append(name)
-    return {name: _measure(work / name) for name in names}
+    return {name: _size_and_digest(work / name) for name in names}
 
 
 def finish(work: Path, step: int, files: Mapping[str, Any], state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Make a save of a folder that all files are in, and drop all but the newest `keep`. Returns its folder."""
+    """Turn a folder with all files of a save into that save, and drop all but the newest `keep`. Returns its folder."""
     (work / "state.json").write_text(json.dumps(dict(state), indent=1))
-    listed = dict(sorted({**files, "state.json": _measure(work / "state.json")}.items()))
+    listed = dict(sorted({**files, "state.json": _size_and_digest(work / "state.json")}.items()))
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": listed}
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for name in ("state.json", "manifest.json"):
         sync(work / name)
     sync(work)
     final = work.with_suffix("")
-    _drop(final)  # the same step again, after a resume from an older save
+    _drop(final)  # the same step, written again after a resume from an older save
     work.rename(final)
     sync(final.parent)
-    # A save of a later step was passed over as damaged when this run resumed: it is not one of the `keep`.
+    # Saves of later steps were skipped as damaged when this run resumed: they are not among the `keep`.
     newest_first = folders(final.parent)
     for old in newest_first[newest_first.index(final) + max(keep, 1) :]:
         _drop(old)
@@ -202,15 +204,15 @@ def finish(work: Path, step: int, files: Mapping[str, Any], state: Mapping[str, 
 
 
 def _drop(folder: Path) -> None:
-    """Remove a save, if it is there; a kill in between leaves a .tmp and never half a save."""
+    """Remove a save if it exists; a process killed meanwhile leaves a .tmp, never a partial save."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")), ignore_errors=True)
 
 
 def latest_save(saves: Path) -> Save | None:
-    """The newest save that is whole, or None where there is none at all.
+    """The newest undamaged save, or None where there are no saves.
 
-    Raises BitNetError when there are saves and every one of them is damaged.
+    Raises BitNetError when every save is damaged.
     """
     found = folders(saves)
     for folder in found:
@@ -219,10 +221,10 @@ def latest_save(saves: Path) -> Save | None:
         except BitNetError as error:
             _log.warning("%s; trying the save before it", error)
     if found != folders(saves):
-        return latest_save(saves)  # the run went on while we read and dropped what we looked at
+        return latest_save(saves)  # a run in progress dropped what was being read
     if found:
         raise BitNetError(
-            f"{saves}: got {len(found)} damaged saves, expected at least one whole; train into a new folder (--out)"
+            f"{saves}: got {len(found)} damaged saves, expected at least one undamaged; train into a new folder (--out)"
         )
     return None
 
@@ -230,7 +232,7 @@ def latest_save(saves: Path) -> Save | None:
 def read_save(folder: Path, verify: bool = True) -> Save:
     """Verify one save against its manifest. Raises BitNetError when anything is missing or altered.
 
-    verify=False: another process has just done so; files are not read through once more.
+    verify=False: skip the checksums, where another process has just verified them.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -242,9 +244,9 @@ def read_save(folder: Path, verify: bool = True) -> Save:
         for name, expected in manifest["files"].items():
             path = folder / Path(name).name
             if path.stat().st_size != expected["size"] or (verify and _sha256(path) != expected["sha256"]):
-                raise BitNetError(f"damaged save: {path} is not what its manifest says")
+                raise BitNetError(f"damaged save: {path} does not match its manifest")
         if folder.name != f"step-{manifest['step']:08d}":
-            raise BitNetError(f"damaged save: {folder} says that it is step {manifest['step']}")
+            raise BitNetError(f"damaged save: {folder} has the manifest of step {manifest['step']}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return Save(folder, manifest["step"], dict(state))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -254,13 +256,13 @@ def read_save(folder: Path, verify: bool = True) -> Save:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, readable by everybody the umask allows, and sync it."""
+    """Write one safetensors file with the permissions that the umask gives, and sync it. Raises OSError."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.touch()
-    mode = path.stat().st_mode & 0o777  # what the umask makes of 0666; asked for, it is changed for all threads
+    mode = path.stat().st_mode & 0o777  # 0666 after the umask; reading the umask itself would change it for all threads
     try:
         safetensors.torch.save_file(on_cpu, path, dict(metadata))
-    except safetensors.SafetensorError as error:  # what it makes of a full disk
+    except safetensors.SafetensorError as error:  # such as a full disk
         raise OSError(errno.EIO, str(error), str(path)) from error
     path.chmod(mode)  # safetensors creates files as 0600 and does not sync them
     sync(path)
@@ -277,7 +279,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block succeeds and disappears when it does not."""
+    """A temporary path that is renamed to `path` when the block succeeds, and removed when it fails."""
     work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield work
@@ -289,7 +291,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What `replacing` left of `path` where it was killed."""
+    """The temporary files of `path` that a killed process left."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
@@ -301,7 +303,7 @@ def folders(saves: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _measure(path: Path) -> dict[str, Any]:
+def _size_and_digest(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 

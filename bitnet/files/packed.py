@@ -1,20 +1,12 @@
-"""The packed model: one self-contained safetensors file, and the way into and out of it.
+"""The packed model: one self-contained safetensors file, and the way into and out of it. Its content: packed_layout.py.
 
-    metadata   format "bitnet-packed", version, layout (kernels/packing.py), config (JSON), tokenizer kind,
-               sha256 over config, layout, tokenizer kind and all tensors
-    tensors    names of transformers' BitNetForCausalLM
-      *_proj.weight        [N, ceil(K / 4)] uint8   two bits a weight; bf16 [N, K] in a plain (float) model
-      *_proj.weight_scale  [1] fp32                 mean |W|: the output is multiplied by it
-      embed_tokens, lm_head [V, D] bf16, or int8 with .scale [V, 1] fp32
-      *norm.weight         fp32
-      tokenizer            [bytes] uint8            as bitnet/text/tokenizer.py reads it
-
-Everything is checked before it is used: a file that is cut, altered or unknown is refused with one line.
+A file is written tensor by tensor under a temporary name with room for its checksum, read back for it, and renamed when
+it is complete: the memory needed is that of the largest tensor. Reading checks everything before it is used; a file
+that is cut, altered or unknown is refused with one line.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +17,33 @@ from torch import Tensor, nn
 
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError, is_thread_shortage
-from bitnet.files.checkpoint import replacing, write_tensors
+from bitnet.files.checkpoint import replacing
+from bitnet.files.packed_layout import (
+    EMBEDDINGS,
+    FORMAT,
+    NO_DIGEST,
+    NO_TOKENIZER,
+    TOKENIZER,
+    check_tensors,
+    check_tokenizer,
+    content_digest,
+    make_metadata,
+    parse_metadata,
+    plan_bytes,
+    plan_tensors,
+    row_scale,
+)
+from bitnet.files.safetensors_file import TensorFiles, TensorWriter
+from bitnet.files.source import Source, TrainedSource, no_masters
+from bitnet.files.tensors import dense_shapes, is_embedding, projection_shape, projections
 from bitnet.kernels import packing, reference
+from bitnet.kernels.reference import WeightCodes
 from bitnet.layers import BitLinear, Embedding, PackedLinear
-from bitnet.model import Transformer, in_features
+from bitnet.model import Transformer
 from bitnet.text.load import load_tokenizer
 from bitnet.text.tokenizer import Tokenizer
 
-FORMAT, VERSION = "bitnet-packed", 1
-EMBEDDINGS = ("bf16", "int8")
-_TOKENIZER = "tokenizer"
-_MAX_TENSORS = 65_536  # a model of 7 x 9,000 layers; a header that claims more is not a model
+Report = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,43 @@ class PackedModel:
     config: ModelConfig
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer | None
-    info: dict[str, Any]  # what training said of itself: steps, tokens, validation figures
+    info: dict[str, Any]  # what training recorded: steps, tokens, validation figures
+
+
+class PackedSource:
+    """A packed file as a source: codes, and masters only where the model is a float one."""
+
+    kind = "a packed file"
+
+    def __init__(self, packed: PackedModel) -> None:
+        """Raises BitNetError for `info` that is not a JSON object: the file may come from anywhere."""
+        self._packed = packed
+        self.config, self.tokenizer = packed.config, packed.tokenizer
+        if not isinstance(packed.info, Mapping):
+            raise BitNetError(
+                f"got a packed file whose info is {packed.info!r:.40}, expected a JSON object; pack the model again"
+            )
+        self.info: Mapping[str, Any] = packed.info
+        self.notes: list[str] = []
+
+    def codes(self, name: str) -> WeightCodes:
+        tensors = self._packed.tensors
+        codes = packing.unpack(tensors[f"{name}.weight"], projection_shape(self.config, name)[1])
+        return WeightCodes(codes, tensors[f"{name}.weight_scale"].reshape(()))
+
+    def dense(self, name: str) -> Tensor:
+        value = self._packed.tensors[name]
+        if value.dtype == torch.int8:
+            return value.float() * self._packed.tensors[row_scale(name)]
+        return value
+
+    def master(self, name: str) -> Tensor:
+        if self.config.linear != "float":
+            raise no_masters("a packed file")
+        return self._packed.tensors[f"{name}.weight"]
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def write_packed(
@@ -59,194 +103,99 @@ def write_packed(
     """Pack a trained model into one file. Atomic; an existing packed file is replaced, anything else refused.
 
     embedding: "bf16" (exact: training uses bf16 values) or "int8" per row (half the bytes, a small loss).
+    Raises BitNetError for a tokenizer of another size and for a target that is something else; OSError for a full disk.
     """
     if embedding not in EMBEDDINGS:
         raise BitNetError(f"pack: got embedding '{embedding}', expected one of {', '.join(EMBEDDINGS)}")
     check_tokenizer(model.config, tokenizer)
     check_target(path, "pack")
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        tensors.update(_packed_tensors(name, module, embedding))
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "layout": packing.LAYOUT_ID,
-        "config": json.dumps(model.config.to_dict()),
-        "tokenizer": "none",
-        "info": json.dumps(dict(info or {})),
-    }
-    if tokenizer is not None:
-        metadata["tokenizer"] = tokenizer.kind
-        tensors[_TOKENIZER] = torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
-    metadata["sha256"] = content_digest(metadata, tensors)
+    tensors = packed_tensors(TrainedSource(model, tokenizer, {}), embedding)
+    return write_file(path, model.config, tensors, tokenizer, embedding=embedding, info=info)
+
+
+def packed_tensors(source: Source, embedding: str = "bf16") -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a source's model as a packed file holds them (`expected_tensors`), one at a time."""
+    config = source.config
+    for name in dense_shapes(config):
+        value = source.dense(name)
+        if not is_embedding(name):
+            yield name, value.float()
+        elif embedding == "int8":
+            codes, inv_scale = reference.quantize_activations(value)  # one scale a row, as for activations
+            yield name, codes
+            yield row_scale(name), inv_scale.reciprocal()
+        else:
+            yield name, value.to(torch.bfloat16)
+    for name in projections(config):
+        if config.linear == "float":
+            yield f"{name}.weight", source.master(name).to(torch.bfloat16)
+            continue
+        codes, scale = source.codes(name)
+        yield f"{name}.weight", packing.pack(codes)
+        yield f"{name}.weight_scale", scale.float().reshape(1)
+
+
+def write_file(
+    path: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Tokenizer | None = None,
+    *,
+    embedding: str = "bf16",
+    info: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Path:
+    """Write a packed file from its tensors, in any order and read one at a time. Atomic; raises OSError.
+
+    tensors: all of `packed_tensors`, the tokenizer excluded. report: called after each tensor.
+    """
+    metadata = make_metadata(config, tokenizer, info or {})
+    spelling = None if tokenizer is None else torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
+    plan = plan_tensors(config, embedding, spelling)
+    total, done = plan_bytes(plan), 0
     with replacing(path) as work:
-        write_tensors(work, tensors, metadata)
+        with work.open("w+b") as file:
+            writer = TensorWriter(file, plan, metadata)
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+                done += tensor.nbytes
+                if report:
+                    report(done, total)
+            if spelling is not None:
+                writer.write(TOKENIZER, spelling)
+            writer.finish()
+        _write_checksum(work, metadata)
+    if report:
+        report(total, total)
     return path
 
 
-def _packed_tensors(name: str, module: nn.Module, embedding: str) -> Iterable[tuple[str, Tensor]]:
-    if isinstance(module, BitLinear):
-        codes, scale = module.quantized_weight()
-        return [(f"{name}.weight", packing.pack(codes)), (f"{name}.weight_scale", scale.reshape(1))]
-    if isinstance(module, nn.Linear):
-        return [(f"{name}.weight", module.weight.to(torch.bfloat16))]
-    if isinstance(module, Embedding) and embedding == "int8":
-        codes, inv_scale = reference.quantize_activations(module.values())
-        return [(f"{name}.weight", codes), (f"{name}.scale", inv_scale.reciprocal())]
-    if isinstance(module, Embedding):
-        return [(f"{name}.weight", module.values().to(torch.bfloat16))]
-    return [(f"{name}.{key}", value.float()) for key, value in module.named_parameters(recurse=False)]
+class _TensorsOnDisk(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for; a map of the file would count as memory in use."""
+
+    def __init__(self, path: Path) -> None:
+        self._files = TensorFiles(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files.entries)
+
+    def __len__(self) -> int:
+        return len(self._files.entries)
 
 
-def read_packed(path: str | Path) -> PackedModel:
-    """Read and check a packed file. Raises BitNetError for anything that is not a whole, known model."""
-    path = Path(path)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "nothing"
-        hint = f"; pack the run first: bitnet pack {path} -o model.safetensors" if path.is_dir() else ""
-        raise BitNetError(f"model: got {kind} at '{path}', expected a packed model file{hint}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            _check_header(path, metadata, names)
-            config = ModelConfig.from_dict(json.loads(metadata["config"]))
-            tensors = {name: file.get_tensor(name) for name in names}
-        if content_digest(metadata, tensors) != metadata["sha256"]:
-            raise BitNetError(f"{path}: the content does not match its checksum: the file is damaged; pack it again")
-        spelling = tensors.pop(_TOKENIZER) if metadata["tokenizer"] != "none" else None
-        _check_tensors(path, config, tensors)
-        tokenizer = None if spelling is None else load_tokenizer(metadata["tokenizer"], spelling.numpy().tobytes())
-        check_tokenizer(config, tokenizer)
-        return PackedModel(config, tensors, tokenizer, json.loads(metadata["info"]))
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, BitNetError) or is_thread_shortage(error):  # of threads: the file is not to blame
-            raise
-        raise BitNetError(
-            f"{path}: got a file that cannot be read ({type(error).__name__}: {error}), expected a packed model; "
-            "it may be cut short: pack or copy it again"
-        ) from error
-
-
-def read_config(path: Path) -> ModelConfig:
-    """The config in a packed file's header; nothing else is read. Raises BitNetError for anything but a packed file."""
-    if not path.is_file():
-        raise BitNetError(f"model: got nothing to read at '{path}', expected a packed model file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-        _check_header(path, metadata, names)
-        return ModelConfig.from_dict(json.loads(metadata["config"]))
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, BitNetError):
-            raise
-        raise BitNetError(f"{path}: got a file that cannot be read ({error}), expected a packed model") from error
-
-
-def build(packed: PackedModel) -> Transformer:
-    """The model of a packed file as modules: PackedLinear projections, exact tables, fp32 norms."""
-    with torch.device("meta"):
-        model = Transformer(packed.config)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BitLinear):
-            weight, scale = packed.tensors[f"{name}.weight"], packed.tensors[f"{name}.weight_scale"]
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(weight, scale, module.in_features))
-            continue
-        for key, _ in list(module.named_parameters(recurse=False)):
-            value = packed.tensors[f"{name}.{key}"].float()
-            if isinstance(module, Embedding):
-                value = value * packed.tensors.get(f"{name}.scale", 1.0)
-                module.exact = True
-            setattr(module, key, nn.Parameter(value, requires_grad=False))
-    return model
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], frozenset[torch.dtype]]]:
-    """Shape and allowed dtypes of every tensor in a packed file of this config (tokenizer and int8 scales aside)."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected: dict[str, tuple[tuple[int, ...], frozenset[torch.dtype]]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BitLinear):
-            shape = (module.out_features, packing.packed_width(module.in_features))
-            expected[f"{name}.weight"] = (shape, frozenset({torch.uint8}))
-            expected[f"{name}.weight_scale"] = ((1,), frozenset({torch.float32}))
-            continue
-        tables = (
-            frozenset({torch.bfloat16, torch.int8}) if isinstance(module, Embedding) else frozenset({torch.float32})
-        )
-        dtypes = frozenset({torch.bfloat16}) if isinstance(module, nn.Linear) else tables
-        for key, value in module.named_parameters(recurse=False):
-            expected[f"{name}.{key}"] = (tuple(value.shape), dtypes)
-    return expected
-
-
-def _check_header(path: Path, metadata: Mapping[str, str], names: list[str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise BitNetError(
-            f"{path}: got a safetensors file of format '{metadata.get('format')}', expected '{FORMAT}'; "
-            "write one with: bitnet pack RUN -o FILE"
-        )
-    if metadata.get("version") != str(VERSION) or metadata.get("layout") != packing.LAYOUT_ID:
-        raise BitNetError(
-            f"{path}: got version {metadata.get('version')}, layout '{metadata.get('layout')}', expected version "
-            f"{VERSION}, layout '{packing.LAYOUT_ID}'; pack the run again with this version of bitnet"
-        )
-    if len(names) > _MAX_TENSORS:
-        raise BitNetError(f"{path}: got {len(names)} tensors, expected at most {_MAX_TENSORS}")
-
-
-def _check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    # A config that lies about its size must not make us build a huge skeleton: the file has to hold its layers.
-    if config.num_hidden_layers > len(tensors):
-        raise BitNetError(
-            f"{path}: got {len(tensors)} tensors for {config.num_hidden_layers} layers, expected seven "
-            "projections a layer: the file is damaged"
-        )
-    expected = expected_tensors(config)
-    for name, (shape, dtypes) in expected.items():
-        if name not in tensors:
-            raise BitNetError(
-                f"{path}: got no tensor '{name}', expected one of shape {list(shape)}: the file is damaged"
-            )
-        got = tensors[name]
-        if tuple(got.shape) != shape or got.dtype not in dtypes:
-            allowed = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            raise BitNetError(
-                f"{path}: tensor '{name}': got {str(got.dtype).removeprefix('torch.')} {list(got.shape)}, "
-                f"expected {allowed} {list(shape)}"
-            )
-        if got.dtype == torch.uint8:
-            packing.check(got, in_features(config, name))
-        if name.endswith("_scale"):
-            _check_scale(path, name, got)
-        if got.dtype == torch.int8:
-            scale = tensors.get(name.removesuffix("weight") + "scale")
-            if scale is None or tuple(scale.shape) != (shape[0], 1) or scale.dtype != torch.float32:
-                raise BitNetError(
-                    f"{path}: tensor '{name}' is int8, expected a float32 scale of [{shape[0]}, 1] with it"
-                )
-            _check_scale(path, name.removesuffix("weight") + "scale", scale)
-    scales = {name.removesuffix("weight") + "scale" for name in expected if tensors[name].dtype == torch.int8}
-    extra = sorted(set(tensors) - set(expected) - scales)
-    if extra:
-        raise BitNetError(f"{path}: got unknown tensor '{extra[0]}', expected only those of the config")
-
-
-def _check_scale(path: Path, name: str, scale: Tensor) -> None:
-    wrong = scale[~(torch.isfinite(scale) & (scale > 0))]
-    if wrong.numel():
-        raise BitNetError(f"{path}: tensor '{name}': got {float(wrong[0])}, expected finite scales above 0")
-
-
-def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    """Raise BitNetError for a tokenizer that has another number of tokens than the model."""
-    if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
-        raise BitNetError(
-            f"tokenizer and model do not match: got {tokenizer.vocab_size} tokens in the tokenizer, expected "
-            f"{config.vocab_size} as in the model; use the tokenizer the model was trained with"
-        )
+def _write_checksum(path: Path, metadata: Mapping[str, str]) -> None:
+    """Replace the placeholder in the header by the checksum of all that was written."""
+    digest = content_digest(metadata, _TensorsOnDisk(path))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        old, new = f'"sha256":"{NO_DIGEST}"'.encode(), f'"sha256":"{digest}"'.encode()
+        assert header.count(old) == 1, header[:200]
+        file.seek(8 + header.index(old))
+        file.write(new)
 
 
 def check_target(path: Path, verb: str) -> None:
@@ -269,13 +218,64 @@ def check_target(path: Path, verb: str) -> None:
             )
 
 
-def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over everything a model depends on, in an order that does not depend on the writer."""
-    digest = hashlib.sha256()
-    for key in sorted(set(metadata) - {"sha256"}):
-        digest.update(json.dumps([key, metadata[key]]).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_packed(path: str | Path) -> PackedModel:
+    """Read and check a packed file. Raises BitNetError for anything that is not a complete, known model."""
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "nothing"
+        hint = f"; pack the run first: bitnet pack {path} -o model.safetensors" if path.is_dir() else ""
+        raise BitNetError(f"model: got {kind} at '{path}', expected a packed model file{hint}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            config = parse_metadata(path, metadata, len(names))
+            tensors = {name: file.get_tensor(name) for name in names}
+        if content_digest(metadata, tensors) != metadata["sha256"]:
+            raise BitNetError(f"{path}: the content does not match its checksum: the file is damaged; pack it again")
+        spelling = tensors.pop(TOKENIZER) if metadata["tokenizer"] != NO_TOKENIZER else None
+        check_tensors(path, config, tensors)
+        tokenizer = None if spelling is None else load_tokenizer(metadata["tokenizer"], spelling.numpy().tobytes())
+        check_tokenizer(config, tokenizer)
+        return PackedModel(config, tensors, tokenizer, json.loads(metadata["info"]))
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, BitNetError) or is_thread_shortage(error):  # of threads: the file is not to blame
+            raise
+        raise BitNetError(
+            f"{path}: got a file that cannot be read ({type(error).__name__}: {error}), expected a packed model; "
+            "it may be cut short: pack or copy it again"
+        ) from error
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The config in a packed file's header; nothing else is read. Raises BitNetError for anything but a packed file."""
+    if not path.is_file():
+        raise BitNetError(f"model: got nothing to read at '{path}', expected a packed model file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return parse_metadata(path, file.metadata() or {}, len(file.keys()))
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BitNetError):
+            raise
+        raise BitNetError(f"{path}: got a file that cannot be read ({error}), expected a packed model") from error
+
+
+def build(packed: PackedModel) -> Transformer:
+    """The model of a packed file as modules: PackedLinear projections, exact embeddings, fp32 norms."""
+    with torch.device("meta"):
+        model = Transformer(packed.config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BitLinear):
+            weight, scale = packed.tensors[f"{name}.weight"], packed.tensors[f"{name}.weight_scale"]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedLinear(weight, scale, module.in_features))
+            continue
+        for key, _ in list(module.named_parameters(recurse=False)):
+            value = packed.tensors[f"{name}.{key}"].float()
+            if isinstance(module, Embedding):
+                value = value * packed.tensors.get(f"{name}.scale", 1.0)
+                module.exact = True
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+    return model

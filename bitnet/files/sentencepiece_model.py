@@ -1,9 +1,9 @@
-"""The file form of a SentencePiece model: pieces in, pieces out, without the protobuf package.
+"""The file form of a SentencePiece model, read and written without the protobuf package.
 
     ModelProto     1 pieces (SentencePiece), 2 trainer_spec, 3 normalizer_spec
     SentencePiece  1 piece (text), 2 score (float), 3 type (1 normal, 2 unknown, 3 control, 4 user, 5 unused, 6 byte)
 
-Only what other formats carry is written: the pieces, and how text is brought to them.
+Only what other formats hold as well is written: the pieces, and how text is normalised.
 """
 
 import struct
@@ -26,14 +26,14 @@ class Piece(NamedTuple):
     type: int
 
 
-class Pieces(NamedTuple):
+class SentencePieceModel(NamedTuple):
     """A SentencePiece BPE model."""
 
     pieces: list[Piece]
-    dummy_prefix: bool  # a space is put before the text
+    dummy_prefix: bool  # a space is added before the text
 
 
-def read_pieces(data: bytes) -> Pieces:
+def read_pieces(data: bytes) -> SentencePieceModel:
     """The pieces of a serialised model. Raises BitNetError for damaged bytes and for a model that is not BPE."""
     pieces: list[Piece] = []
     model_type, prefix = 1, True  # the format's defaults
@@ -58,25 +58,25 @@ def read_pieces(data: bytes) -> Pieces:
         raise BitNetError("got a SentencePiece model that cannot be read, expected an undamaged file") from error
     if model_type != _BPE:
         raise BitNetError("got a SentencePiece model that is not BPE (unigram, say), expected BPE; train one here")
-    return Pieces(pieces, prefix)
+    return SentencePieceModel(pieces, prefix)
 
 
-def write_pieces(model: Pieces) -> bytes:
+def write_pieces(model: SentencePieceModel) -> bytes:
     """A serialised BPE model with byte fallback and no normalisation, as sentencepiece reads it."""
-    ids = {piece.type: id for id, piece in reversed(list(enumerate(model.pieces)))}
+    first_of_type = {piece.type: id for id, piece in reversed(list(enumerate(model.pieces)))}
     controls = {piece.text: id for id, piece in enumerate(model.pieces) if piece.type == CONTROL}
     out = bytearray()
     for piece in model.pieces:
         body = _field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score) + _field(3, piece.type)
         out += _field(1, body)
-    trainer = _field(3, _BPE) + _field(4, len(model.pieces)) + _field(35, 1) + _field(40, ids.get(UNKNOWN, 0))
+    trainer = _field(3, _BPE) + _field(4, len(model.pieces)) + _field(35, 1) + _field(40, first_of_type.get(UNKNOWN, 0))
     trainer += _field(41, controls.get("<s>", -1)) + _field(42, controls.get("</s>", -1)) + _field(43, -1)
     normalizer = _field(1, b"identity") + _field(3, int(model.dummy_prefix)) + _field(4, 0) + _field(5, 1)
     return bytes(out + _field(2, trainer) + _field(3, normalizer))
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """The merge rules behind the scores, best first: every cut of a piece into two pieces, by the piece's score."""
+    """The merge rules that the scores imply, best first: every cut of a piece into two pieces, by the piece's score."""
     ids = {piece.text: id for id, piece in enumerate(pieces) if piece.type in (NORMAL, USER, UNUSED)}
     rules = [
         (-piece.score, ids[piece.text[:cut]], ids[piece.text[cut:]])
@@ -91,7 +91,7 @@ def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
 def _field(number: int, value: int | bytes) -> bytes:
     if isinstance(value, bytes):
         return _varint(number << 3 | 2) + _varint(len(value)) + value
-    return _varint(number << 3) + _varint(value % 2**64)  # a negative number is its two's complement
+    return _varint(number << 3) + _varint(value % 2**64)  # negative numbers in two's complement
 
 
 def _varint(value: int) -> bytes:
@@ -130,7 +130,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise ValueError("a number without end")
+    raise ValueError("a varint of more than 70 bits")
 
 
 def _slice(data: bytes, start: int, size: int) -> bytes:

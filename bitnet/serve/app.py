@@ -54,7 +54,6 @@ from bitnet.serve.scheduler import (
     usable,
 )
 from bitnet.serve.text import Speller
-from bitnet.text.json_tokenizer import JsonTokenizer
 from bitnet.text.tokenizer import Tokenizer
 
 SEND_SECONDS = 60.0  # a client that takes nothing for so long is gone
@@ -215,7 +214,7 @@ async def _chat(request: Request) -> Response:
     loaded, params = service.loaded, asked.params
     service.check_model(params.model)
     tokenizer = loaded.tokenizer
-    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.settings.chat_template is None:
+    if tokenizer.chat_template is None:
         raise RequestError(
             400, "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
         )
@@ -435,11 +434,10 @@ async def _detokenize(request: Request) -> Response:
 async def _tokenizer_info(request: Request) -> Response:
     """What lm-eval asks before it leaves tokenising to the server. /tokenize gives the id of a name."""
     tokenizer = _service(request).loaded.tokenizer
-    template = tokenizer.settings.chat_template if isinstance(tokenizer, JsonTokenizer) else None
     speller = Speller(tokenizer)
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {name: None if id is None else speller.name(id) for name, id in ids.items()}
-    return json_reply({**names, "pad_token": None, "chat_template": template})
+    return json_reply({**names, "pad_token": None, "chat_template": tokenizer.chat_template})
 
 
 # ---- the server itself -------------------------------------------------------------------------------------

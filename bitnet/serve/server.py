@@ -33,7 +33,7 @@ from bitnet.serve.metrics import Metrics
 from bitnet.serve.protocol import RequestError
 from bitnet.serve.replies import json_bytes
 from bitnet.serve.scheduler import Scheduler
-from bitnet.text.json_tokenizer import JsonTokenizer
+from bitnet.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("bitnet")
 
@@ -287,16 +287,15 @@ class Facts:
     """What /info tells. The inside of the file is counted once, in a thread that starts with the first question."""
 
     def __init__(
-        self, model: Path, engine: Engine, slots: SequenceBatch, tokenizer: object, options: dict[str, str]
+        self, model: Path, engine: Engine, slots: SequenceBatch, tokenizer: Tokenizer, options: dict[str, str]
     ) -> None:
         self._model, self._lock = model, threading.Lock()
         self._inside: Future[dict[str, Any]] | None = None
-        template = isinstance(tokenizer, JsonTokenizer) and tokenizer.settings.chat_template is not None
         self._facts = {
             "name": model.stem,
             "context": slots.limit,
             "slots": slots.count,
-            "chat": template,
+            "chat": tokenizer.chat_template is not None,
             "engine": describe_engine(engine, options),
         }
 

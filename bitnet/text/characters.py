@@ -6,29 +6,31 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bitnet.errors import BitNetError
-from bitnet.text.tokenizer import TableTokenizer, check_unicode
+from bitnet.text.tokenizer import BaseTokenizer, check_unicode
 
 CHAR_FORMAT = "bitnet-char"
 
 
-class CharTokenizer(TableTokenizer):
+class CharTokenizer(BaseTokenizer):
     """One id for each character of the training text, in code point order; no control tokens."""
 
     kind = "char"
-    bos_id: int | None = None
-    eos_id: int | None = None
+    bos_id = None
+    eos_id = None
 
     def __init__(self, characters: Iterable[str]) -> None:
+        """Raises BitNetError where `characters`, repeated or not, are empty or hold a lone surrogate."""
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise BitNetError("got no characters, expected at least one; give some text to train on")
         check_unicode(self.characters)
         super().__init__([character.encode() for character in self.characters])
-        # Code point -> id, or -1 when unknown. The last slot stands for all code points above.
+        # Code point -> id, or -1 when unknown. The last entry stands for all code points above.
         self._ids = np.full(ord(self.characters[-1]) + 2, -1, dtype=np.int32)
         self._ids[[ord(character) for character in self.characters]] = np.arange(len(self.characters))
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Raises BitNetError for a character that was not in the training text."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if (ids < 0).any():
@@ -37,7 +39,7 @@ class CharTokenizer(TableTokenizer):
             raise BitNetError(
                 f"got the character {text[position]!a} at position {position}{after}, expected one of the "
                 f"{self.vocab_size} characters of the training text; use the sentencepiece tokenizer, which "
-                "writes any text"
+                "encodes any text"
             )
         result: list[int] = ids.tolist()
         return result
@@ -51,7 +53,7 @@ class CharTokenizer(TableTokenizer):
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
-    """The vocabulary of all characters in `texts`, which are read once and not kept."""
+    """A tokenizer of all characters in `texts`, which are read once and not kept. Raises BitNetError for no text."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
@@ -59,13 +61,14 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
 
 
 def load_char(data: bytes) -> CharTokenizer:
+    """The tokenizer that `to_bytes` wrote. Raises BitNetError for damaged bytes."""
     wrong = "expected the JSON that the char tokenizer writes; copy the file again or train a new tokenizer"
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BitNetError(f"got a char tokenizer that cannot be read ({error}), {wrong}") from error
     if not isinstance(content, dict) or content.get("format") != CHAR_FORMAT or content.get("version") != 1:
-        raise BitNetError(f"got a file without format {CHAR_FORMAT!r} and version 1, {wrong}")
+        raise BitNetError(f"got a char tokenizer without format {CHAR_FORMAT!r} and version 1, {wrong}")
     characters = content.get("characters")
     if not isinstance(characters, str) or not characters or sorted(set(characters)) != list(characters):
         raise BitNetError(f"got characters that are not sorted and distinct, {wrong}")

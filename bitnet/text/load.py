@@ -1,4 +1,4 @@
-"""The tokenizer behind stored bytes."""
+"""From stored bytes to the tokenizer that wrote them."""
 
 from bitnet.errors import BitNetError
 from bitnet.text.characters import load_char
@@ -7,9 +7,9 @@ from bitnet.text.tokenizer import Tokenizer
 
 
 def load_tokenizer(kind: str, data: bytes) -> Tokenizer:
-    """The tokenizer that to_bytes() of the same `kind` wrote.
+    """The tokenizer whose `to_bytes` gave `data`.
 
-    Damaged bytes, an unknown kind and a foreign model that loses text give a BitNetError.
+    Raises BitNetError for damaged bytes, an unknown kind, and a SentencePiece model that loses text.
     """
     if kind == "sentencepiece":
         return SentencePieceTokenizer(data)

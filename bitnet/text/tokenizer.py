@@ -1,11 +1,12 @@
-"""Text to token ids and back, without loss: what every tokenizer is, and what follows from its table.
+"""Text to token ids and back, without loss: what every tokenizer answers, and what follows from its spellings.
 
-A tokenizer reduces to one table, id -> UTF-8 bytes. Decoding joins the bytes, so decode(encode(text)) == text holds for
-every valid Unicode string, streaming is an incremental UTF-8 decoder, and the table's lengths give bits per byte.
+Every tokenizer reduces to one list of spellings, id -> UTF-8 bytes. Decoding joins the bytes: decode(encode(text)) is
+text for every valid Unicode string, streaming is an incremental UTF-8 decoder, and the lengths of the spellings give
+bits per byte.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,13 +21,13 @@ class StreamDecoder:
     The texts of all push() calls and the final flush() add up to decode() of the same ids.
     """
 
-    def __init__(self, table: Sequence[bytes]) -> None:
-        self._table = table
+    def __init__(self, spellings: Sequence[bytes]) -> None:
+        self._spellings = spellings
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """The text that `id` completes, possibly empty."""
-        return self._utf8.decode(token_bytes(self._table, id))
+        """The text that `id` completes, possibly empty. Raises BitNetError for an id that no token has."""
+        return self._utf8.decode(_spelling(self._spellings, id))
 
     def flush(self) -> str:
         """What is left: U+FFFD for an unfinished character, otherwise nothing. The decoder is then as new."""
@@ -37,13 +38,32 @@ class Tokenizer(Protocol):
     """What the rest of the project needs of a tokenizer; ids are 0 .. vocab_size - 1."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The name of its file form, for `load_tokenizer`."""
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
     @property
-    def bos_id(self) -> int | None: ...
+    def bos_id(self) -> int | None:
+        """The id that marks the beginning of a text, None where there is none."""
+
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> int | None:
+        """The id that marks the end of a text, None where there is none."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids that end a text, the end of a turn included; `eos_id` is the first."""
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether the model expects a text to start with `bos_id`."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template (Jinja), None for a model that was not trained to chat."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, with no control token added and none recognised in it."""
@@ -51,6 +71,13 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """encode() of each text; the number of threads does not change the result."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a conversation, ready for the model's turn. messages: {"role", "content"} each.
+
+        Raises BitNetError where `chat_template` is None or fails.
+        """
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -62,11 +89,11 @@ class Tokenizer(Protocol):
         ...
 
     def spelling(self, id: int) -> bytes:
-        """The bytes of text behind one id; none for a control id."""
+        """The UTF-8 bytes that one id stands for; none for a control id."""
         ...
 
     def byte_lengths(self) -> NDArray[np.int64]:
-        """UTF-8 bytes of text behind each id, int64 [vocab_size]; 0 for control ids. For bits per byte."""
+        """UTF-8 bytes that each id stands for, int64 [vocab_size]; 0 for control ids. For bits per byte."""
         ...
 
     def to_bytes(self) -> bytes:
@@ -74,34 +101,57 @@ class Tokenizer(Protocol):
         ...
 
 
-class TableTokenizer:
-    """The half that both kinds share: everything that follows from the table id -> bytes."""
+class BaseTokenizer:
+    """What all tokenizers share: everything that follows from their spellings, and no chat."""
 
-    def __init__(self, table: list[bytes]) -> None:
-        self._table = table
+    kind: str
+    bos_id: int | None
+    eos_id: int | None
+
+    def __init__(self, spellings: list[bytes]) -> None:
+        self._spellings = spellings
 
     @property
     def vocab_size(self) -> int:
-        return len(self._table)
+        return len(self._spellings)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return () if self.eos_id is None else (self.eos_id,)
+
+    @property
+    def add_bos(self) -> bool:
+        return self.bos_id is not None
+
+    @property
+    def chat_template(self) -> str | None:
+        return None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        raise BitNetError(
+            f"chat: got a model without a chat template (tokenizer '{self.kind}'), expected an imported chat model, "
+            "which has one; omit --chat"
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join([token_bytes(self._table, id) for id in ids]).decode("utf-8", errors="replace")
+        return b"".join([_spelling(self._spellings, id) for id in ids]).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
-        return StreamDecoder(self._table)
+        return StreamDecoder(self._spellings)
 
     def spelling(self, id: int) -> bytes:
-        return token_bytes(self._table, id)
+        return _spelling(self._spellings, id)
 
     def byte_lengths(self) -> NDArray[np.int64]:
-        return np.array([len(piece) for piece in self._table], dtype=np.int64)
+        return np.array([len(spelling) for spelling in self._spellings], dtype=np.int64)
 
 
-def token_bytes(table: Sequence[bytes], id: int) -> bytes:
-    """The bytes of one id. Raises BitNetError for an id outside the table."""
-    if not 0 <= id < len(table):  # a negative index would silently read from the end
-        raise BitNetError(f"got the token id {id}, expected 0 .. {len(table) - 1}; use the tokenizer of the same model")
-    return table[id]
+def _spelling(spellings: Sequence[bytes], id: int) -> bytes:
+    if not 0 <= id < len(spellings):  # a negative index would silently read from the end
+        raise BitNetError(
+            f"got the token id {id}, expected 0 .. {len(spellings) - 1}; use the tokenizer of the same model"
+        )
+    return spellings[id]
 
 
 def check_unicode(text: str) -> None:

@@ -47,8 +47,8 @@ from bitnet.cli.bench import packed_to_gguf
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.packed import read_config, read_packed
+from bitnet.files.tensors import linear_parameters
 from bitnet.kernels import native, ops, packing
-from bitnet.model import linear_parameters
 
 Captured = pytest.CaptureFixture[str]
 TINY = ModelConfig(300, 64, 96, 2, 4, 2, 64)

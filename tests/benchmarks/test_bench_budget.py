@@ -25,7 +25,7 @@ from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.dense_products import Timed, Way
 from bitnet.errors import BitNetError
-from bitnet.model import linear_parameters
+from bitnet.files.tensors import linear_parameters
 
 TINY = ModelConfig(300, 64, 96, 2, 4, 2, 64)
 FACTS = {

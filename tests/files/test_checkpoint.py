@@ -1,4 +1,4 @@
-"""Saves: whole or not there. Crashes at every system call that matters, damage of every file, no pickle anywhere."""
+"""Saves: complete or absent. Crashes at every system call that matters, damage of every file, no pickle anywhere."""
 
 import hashlib
 import json
@@ -156,7 +156,7 @@ DAMAGES: tuple[Callable[[Path], None], ...] = (truncated, flipped, grown, Path.u
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_newest_is_passed_over(
+def test_damaged_newest_save_is_skipped(
     name: str, damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 100)
@@ -182,7 +182,9 @@ def test_damaged_newest_is_passed_over(
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     for step in (100, 200):
         truncated(save(tmp_path, step) / "model.safetensors")
-    with pytest.raises(BitNetError, match=r"got 2 damaged saves, expected at least one whole; train into a new folder"):
+    with pytest.raises(
+        BitNetError, match=r"got 2 damaged saves, expected at least one undamaged; train into a new folder"
+    ):
         latest_save(tmp_path)
 
 
@@ -252,7 +254,7 @@ def crash_at(n: int, patch: pytest.MonkeyPatch, error: BaseException, after: boo
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")], ids=["kill", "full"])
 @pytest.mark.parametrize("again", [False, True], ids=["new", "same-step"])
 def test_crash_at_every_call(error: BaseException, after: bool, again: bool, tmp_path: Path) -> None:
-    """The newest save or the one before is always whole, and the next save succeeds whatever was left behind."""
+    """The newest save or the one before is always complete, and the next save succeeds whatever a crash left."""
     for n in range(1, 200):
         saves = tmp_path / str(n)
         for step in (100, 200, *((300,) if again else ())):

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 
 from bitnet.errors import BitNetError
-from bitnet.files.safetensors_file import DTYPES, INDEX, MAX_HEADER, TensorFiles, TensorWriter, read_json
+from bitnet.files.json_file import read_json
+from bitnet.files.safetensors_file import DTYPES, INDEX, MAX_HEADER, TensorFiles, TensorWriter
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -123,7 +124,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "part"), HOSTILE.values(), ids=list(HOSTILE))
-def test_a_hostile_file(data: bytes, part: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused(data: bytes, part: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     with pytest.raises(BitNetError, match=part) as caught:

@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitnet import model as arithmetic
 from bitnet.config import PRESETS, ModelConfig
-from bitnet.files.packed import expected_tensors
+from bitnet.files import tensors as arithmetic
+from bitnet.files.packed_layout import expected_tensors, packed_bytes
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
 
@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_real_tensors(config: ModelConfig) -> None:
     for shape, dtypes in expected_tensors(config).values():
         (dtype,) = dtypes - {torch.int8}
         total += torch.Size(shape).numel() * width[dtype]
-    assert arithmetic.packed_bytes(config) == total
+    assert packed_bytes(config) == total
 
 
 def test_2b4t_is_the_published_size() -> None:

@@ -317,7 +317,12 @@ def test_foreign_models_that_lose_text_are_refused() -> None:
             load_tokenizer("sentencepiece", file.getvalue())
 
 
-def test_protocol_is_met(model: SentencePieceTokenizer) -> None:
+def test_every_tokenizer_follows_the_protocol(model: SentencePieceTokenizer) -> None:
     both: list[Tokenizer] = [model, CharTokenizer("ab")]
     for tokenizer in both:
         assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
+        assert tokenizer.end_ids == tuple(id for id in [tokenizer.eos_id] if id is not None)
+        assert tokenizer.add_bos == (tokenizer.bos_id is not None)
+        assert tokenizer.chat_template is None
+        with pytest.raises(BitNetError, match="without a chat template"):
+            tokenizer.encode_chat([{"role": "user", "content": "ab"}])

@@ -26,8 +26,9 @@ from bitnet.config import PRESETS, ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import latest_save
 from bitnet.files.packed import read_packed
+from bitnet.files.tensors import embedding_parameters, linear_parameters, norm_parameters, parameters
 from bitnet.layers import set_quant_warmup
-from bitnet.model import Transformer, embedding_parameters, linear_parameters, norm_parameters, parameters
+from bitnet.model import Transformer
 from bitnet.train import network
 from bitnet.train.config import TrainConfig
 from bitnet.train.parallel.batches import micro_batches, sequences_a_step, share

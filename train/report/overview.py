@@ -1,7 +1,8 @@
 """What a run is about to do, in a line a subject."""
 
 from bitnet.config import ModelConfig
-from bitnet.model import float16_bytes, packed_bytes, parameters
+from bitnet.files.packed_layout import packed_bytes
+from bitnet.files.tensors import float16_bytes, parameters
 from bitnet.train.config import RunConfig
 from bitnet.train.data.shards import TokenDataset
 from bitnet.train.parallel.distributed import Processes

@@ -106,7 +106,7 @@ class RunState:
         for name, rows in save.rows("model", {name: span(p) for name, p in parameters.items()}).items():
             assign(parameters[name], rows)
         wanted = {}
-        for name, pieces in save.pieces("optimizer").items():
+        for name, pieces in save.stored_rows("optimizer").items():
             parameter = parameters[name.rpartition("/")[0]]
             wanted[name] = span(parameter) if pieces[0].shape else (0, 1)
         self._optimizer.load_tensors(save.rows("optimizer", wanted))

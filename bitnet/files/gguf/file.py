@@ -1,13 +1,13 @@
-"""The GGUF container: a header of keys and tensor places, then the tensors' bytes. Reader and writer.
+"""The GGUF container, reader and writer: a header of keys and tensor entries, then the tensors' bytes.
 
     "GGUF", version u32, tensors u64, keys u64
     keys      string name, u32 type, value         string = u64 length + UTF-8; array = u32 type, u64 count, values
     tensors   string name, u32 dimensions, u64 each (fastest first), u32 type, u64 offset
-    padding to general.alignment (32), then each tensor at its offset, padded alike
+    padding to general.alignment (32), then each tensor at its offset, with the same padding
 
-Little-endian, versions 2 and 3. The reader trusts nothing: every count and length is held against what is left of the
-file before memory is taken for it, since parsers of this format had integer overflows (CVE-2026-27940, CVE-2026-33298).
-Arrays of strings are kept as offsets into the header: objects of their own would take ten times the file.
+Little-endian, versions 2 and 3. The reader checks every count and length against what is left of the file before it
+takes memory for it, since parsers of this format had integer overflows (CVE-2026-27940, CVE-2026-33298). Arrays of
+strings are kept as offsets into the header: as Python strings they would take ten times the file's size.
 """
 
 import math
@@ -47,7 +47,7 @@ TYPES = {
     42: ("Q2_0", 64, 18),
 }
 TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}
-# What a file may hold that we do not read, by name, for the refusal.
+# Types that are not read, for the error message.
 _OTHER_TYPES = {
     2: "Q4_0",
     3: "Q4_1",
@@ -70,8 +70,8 @@ _OTHER_TYPES = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: its shape as torch has it (slowest dimension first), type and bytes."""
+class GgufEntry:
+    """What a header records of a tensor; `shape` as in torch, slowest dimension first."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,7 +81,7 @@ class Place:
 
 
 class StringArray(Sequence[str]):
-    """An array of strings, decoded when asked for."""
+    """An array of strings, decoded on access."""
 
     def __init__(self, header: bytes | mmap.mmap, offsets: "array[int]") -> None:
         self._header, self._offsets = header, offsets
@@ -95,27 +95,27 @@ class StringArray(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [self._at(offset) for offset in self._offsets[index]]
-        return self._at(self._offsets[index])
+            return [self._decode_at(offset) for offset in self._offsets[index]]
+        return self._decode_at(self._offsets[index])
 
-    def _at(self, offset: int) -> str:
+    def _decode_at(self, offset: int) -> str:
         (length,) = struct.unpack_from("<Q", self._header, offset)
         return _utf8(self._header[offset + 8 : offset + 8 + length])
 
 
 class _Cursor:
-    """Reads forward through the header, never past its end."""
+    """A position in the header that moves forward, never past the end."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.position, self.texts = data, 0, 0
+        self.data, self.position, self.string_bytes = data, 0, 0
         self.end = min(len(data), MAX_HEADER)
 
     def skip(self, size: int) -> int:
-        """The position before `size` bytes, which are passed over."""
+        """Move over `size` bytes. Returns the position before them."""
         start = self.position
         if size > self.end - start:
             limit = "the limit of 100 MB" if self.end < len(self.data) else f"{self.end:,} bytes"
-            raise BitNetError(f"got a header that goes on past {limit}, expected it to end before")
+            raise BitNetError(f"got a header longer than {limit}, expected it to end before")
         self.position = start + size
         return start
 
@@ -123,7 +123,7 @@ class _Cursor:
         return struct.unpack_from("<" + code, self.data, self.skip(struct.calcsize("<" + code)))[0]
 
     def string_at(self) -> int:
-        """The position of a string, which is passed over."""
+        """Move over a string. Returns the position before it."""
         start = self.position
         length = self.number("Q")
         if length > MAX_STRING:
@@ -133,9 +133,9 @@ class _Cursor:
 
     def string(self) -> str:
         start = self.string_at() + 8
-        self.texts += self.position - start
-        if self.texts > MAX_STRING:  # decoded, a text may take four times its bytes
-            raise BitNetError(f"got texts of more than {MAX_STRING:,} bytes together, expected less outside arrays")
+        self.string_bytes += self.position - start
+        if self.string_bytes > MAX_STRING:  # a decoded string may take four times its bytes
+            raise BitNetError(f"got strings of more than {MAX_STRING:,} bytes in total, expected fewer outside arrays")
         return _utf8(self.data[start : self.position])
 
     def value(self, kind: int) -> Any:
@@ -157,7 +157,7 @@ class _Cursor:
 
 def _code(kind: int) -> str:
     if kind not in _NUMBERS:
-        raise BitNetError(f"got a value of type {kind}, expected one of 0 to 12, and no array of arrays")
+        raise BitNetError(f"got a value of type {kind}, expected 0 to 12, and no array of arrays")
     return _NUMBERS[kind]
 
 
@@ -170,14 +170,14 @@ def _utf8(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything before the tensors' bytes, checked."""
+    """The keys and tensors of a file, checked."""
 
     keys: Mapping[str, Any]
-    tensors: Mapping[str, Place]
+    tensors: Mapping[str, GgufEntry]
 
 
 def parse_header(data: bytes | mmap.mmap) -> Header:
-    """Parse and check a whole file's header. Raises BitNetError for anything out of line."""
+    """Parse and check a header. data: the whole file. Raises BitNetError for anything invalid."""
     cursor = _Cursor(data)
     if data[:4] != MAGIC:
         raise BitNetError(f"got {data[:4]!r} at the start, expected {MAGIC!r}: not a GGUF file")
@@ -200,25 +200,25 @@ def parse_header(data: bytes | mmap.mmap) -> Header:
     alignment = keys.get("general.alignment", ALIGNMENT)
     if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= 65_536:
         raise BitNetError(f"general.alignment: got {alignment!r}, expected 1 to 65,536")
-    places = [_place(cursor, alignment) for _ in range(tensor_count)]
+    entries = [_read_entry(cursor, alignment) for _ in range(tensor_count)]
     start = -(-cursor.position // alignment) * alignment
-    tensors: dict[str, Place] = {}
+    tensors: dict[str, GgufEntry] = {}
     end = 0
-    for place in sorted(places, key=lambda place: place.offset):
-        if place.name in tensors:
-            raise BitNetError(f"got the tensor '{place.name}' twice")
-        if place.offset < end:
-            raise BitNetError(f"tensor '{place.name}': lies over the one before it")
-        end = place.offset + place.size
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        if entry.name in tensors:
+            raise BitNetError(f"got the tensor '{entry.name}' twice")
+        if entry.offset < end:
+            raise BitNetError(f"tensor '{entry.name}': overlaps the one before it")
+        end = entry.offset + entry.size
         if start + end > len(data):
             raise BitNetError(
-                f"tensor '{place.name}': ends at byte {start + end:,}, got a file of {len(data):,}: it was cut short"
+                f"tensor '{entry.name}': ends at byte {start + end:,}, got a file of {len(data):,}: it was cut short"
             )
-        tensors[place.name] = Place(place.name, place.shape, place.type, start + place.offset, place.size)
+        tensors[entry.name] = GgufEntry(entry.name, entry.shape, entry.type, start + entry.offset, entry.size)
     return Header(keys, tensors)
 
 
-def _place(cursor: _Cursor, alignment: int) -> Place:
+def _read_entry(cursor: _Cursor, alignment: int) -> GgufEntry:
     name = cursor.string()
     dimensions = cursor.number("I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -229,14 +229,14 @@ def _place(cursor: _Cursor, alignment: int) -> Place:
         got = _OTHER_TYPES.get(number, f"number {number}")
         known = ", ".join(name for name, _, _ in TYPES.values())
         raise BitNetError(
-            f"tensor '{name}': got type {got}, expected one of {known}; make the file again with one of these"
+            f"tensor '{name}': got type {got}, expected one of {known}; convert the model again, to one of these"
         )
     kind, block, _ = TYPES[number]
     if not math.prod(shape) or (shape[-1] % block and kind != "I2_S"):
         raise BitNetError(f"tensor '{name}': got shape {list(shape)} as {kind}, expected rows in blocks of {block}")
     if offset % alignment:
         raise BitNetError(f"tensor '{name}': starts at {offset}, expected a multiple of {alignment}")
-    return Place(name, shape, kind, offset, _size(shape, kind))
+    return GgufEntry(name, shape, kind, offset, _size(shape, kind))
 
 
 def _size(shape: tuple[int, ...], kind: str) -> int:
@@ -250,14 +250,14 @@ class GgufFile:
     """A GGUF file open for reading: `keys`, `tensors`, and their bytes on request."""
 
     def __init__(self, path: Path) -> None:
-        """Raises BitNetError for a file that is not there or whose header is out of line."""
+        """Raises BitNetError for a missing file and for an invalid header."""
         self.path = path
         try:
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < 24:
                     raise BitNetError(f"got {os.fstat(file.fileno()).st_size} bytes, expected a GGUF file")
-                with_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            header = parse_header(with_map)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header = parse_header(mapped)
         except OSError as error:
             raise BitNetError(f"{path}: {error.strerror}; check the path") from error
         except BitNetError as error:
@@ -266,11 +266,11 @@ class GgufFile:
 
     def read(self, name: str) -> Bytes:
         """The bytes of a tensor, [size] uint8."""
-        place = self.tensors[name]
+        entry = self.tensors[name]
         with self.path.open("rb") as file:
-            file.seek(place.offset)
-            data = np.empty(place.size, np.uint8)
-            if file.readinto(data.data) != place.size:
+            file.seek(entry.offset)
+            data = np.empty(entry.size, np.uint8)
+            if file.readinto(data.data) != entry.size:
                 raise BitNetError(f"{self.path}: tensor '{name}': the file became shorter while it was read")
         return data
 
@@ -280,7 +280,7 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class Float32:
-    """A key's value that is stored as a 32-bit float; a Python float has no width of its own."""
+    """A value to be stored as a 32-bit float."""
 
     value: float
 
@@ -288,10 +288,10 @@ class Float32:
 def write_gguf(
     file: BinaryIO, keys: Mapping[str, Any], tensors: Sequence[tuple[str, tuple[int, ...], str]], data: Iterator[Bytes]
 ) -> None:
-    """Write a whole file, the tensors' bytes one after the other as `data` gives them.
+    """Write a complete file; `data` gives the bytes of each tensor in order.
 
-    keys: str, bool, int (as u32), Float32, and lists of str, of int (as i32) or of float (as f32);
-    an empty list is one of str.
+    keys: values may be str, bool, int (as u32), Float32, and lists of str, int (as i32) or float (as f32); an empty
+    list counts as one of str.
     tensors: name, shape (slowest first) and type name of each.
     """
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(keys)))

@@ -1,13 +1,13 @@
 """config.json of a Hugging Face folder: our configuration in it, and what its quantization_config means.
 
-    kind        quant_method  linear_class   mode      weight                weight_scale
+    form        quant_method  linear_class   mode      weight                weight_scale
     master      bitnet        autobitlinear  online    float [N, K]          none: quantised in every forward pass
     multiply    bitnet        autobitlinear  offline   uint8 [N / 4, K]      mean |W|, the output is multiplied
     divide      bitnet        bitlinear, or  -         uint8 [N / 4, K]      1 / mean |W|, the output is divided
                               none
-    plain       none                                   float [N, K]          none: not quantised
+    float       none                                   float [N, K]          none: not quantised
 
-The last column is the trap: the same name means two opposite numbers, and nothing but linear_class tells which.
+Beware of the last column: one name has two opposite meanings, and only linear_class decides which.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,30 +19,30 @@ from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 
 
-class Kind(StrEnum):
-    """How a folder holds its projections."""
+class WeightForm(StrEnum):
+    """How a folder holds its projections: the table above."""
 
     MASTER = "master"
     MULTIPLY = "multiply"
     DIVIDE = "divide"
-    PLAIN = "float"
+    FLOAT = "float"
 
 
-# Where 1bitLLM's first models call a norm differently.
+# The sub-norms in 1bitLLM's first models.
 OLD_NAMES = {"self_attn.attn_sub_norm": "self_attn.inner_attn_ln", "mlp.ffn_sub_norm": "mlp.ffn_layernorm"}
 _THETA = {"bitnet": 500_000.0, "llama": 10_000.0}  # transformers' defaults
 _EPSILON = {"bitnet": 1e-5, "llama": 1e-6}
-_MAY_BE_SKIPPED = ("lm_head", "embed_tokens", "model.embed_tokens")  # modules that we keep in float, too
+_MAY_BE_SKIPPED = ("lm_head", "embed_tokens", "model.embed_tokens")  # modules that are float in our models as well
 
 
-def to_config(config: ModelConfig, kind: Kind, ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model. ids: bos_token_id, eos_token_id. Raises BitNetError for what they cannot hold."""
+def to_config(config: ModelConfig, form: WeightForm, ids: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model. ids: bos_token_id, eos_token_id. Raises BitNetError for a model it cannot hold."""
     if config.qk_norm:
         raise BitNetError(
             "export: got a model with QK norm, which neither BitNetForCausalLM nor LlamaForCausalLM has; train one "
             "without it: --preset nano-portable, or --set model.qk_norm=false"
         )
-    if config.linear == "binary" and kind is Kind.MASTER:
+    if config.linear == "binary" and form is WeightForm.MASTER:
         raise BitNetError(
             "export: got a binary model, whose masters transformers makes ternary; export its codes: --to hf-packed"
         )
@@ -61,7 +61,7 @@ def to_config(config: ModelConfig, kind: Kind, ids: Mapping[str, Any]) -> dict[s
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,
-        # Readers' defaults differ (true or false), and some know only one way to write the rotary base.
+        # Readers' defaults differ (true or false), and some support only one spelling of the rotary base.
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -69,37 +69,44 @@ def to_config(config: ModelConfig, kind: Kind, ids: Mapping[str, Any]) -> dict[s
         "mlp_bias": False,
         "use_cache": True,
         **ids,
-        "dtype": "float32",  # what we compute in: norms and scales keep all of their bits
+        "dtype": "float32",  # norms and scales keep all of their bits
         "torch_dtype": "float32",
     }
-    quantization: dict[str, Any] = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
-    if kind is Kind.MASTER:
-        quantization |= {"linear_class": "autobitlinear", "quantization_mode": "online"}
-    if kind is Kind.MULTIPLY:
-        quantization |= {"linear_class": "autobitlinear", "quantization_mode": "offline"}
-    return values if kind is Kind.PLAIN else {**values, "quantization_config": quantization}
+    return values if form is WeightForm.FLOAT else {**values, "quantization_config": _quantization_config(form)}
 
 
-def kind_of(path: Path, values: Mapping[str, Any]) -> Kind:
+def _quantization_config(form: WeightForm) -> dict[str, Any]:
+    values = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    if form is WeightForm.DIVIDE:
+        return values  # no linear_class, as in Falcon-E
+    mode = "online" if form is WeightForm.MASTER else "offline"
+    return {**values, "linear_class": "autobitlinear", "quantization_mode": mode}
+
+
+def read_form(path: Path, values: Mapping[str, Any]) -> WeightForm:
     """How a folder holds its projections. Raises BitNetError for another quantisation than BitNet's."""
     quantization = values.get("quantization_config")
     if quantization is None:
-        # 1bitLLM's class quantises in every forward pass without a word in its configuration.
+        # 1bitLLM's class quantises in every forward pass without a quantization_config.
         old = "BitnetForCausalLM" in _architectures(values)
-        return Kind.MASTER if old else Kind.PLAIN
+        return WeightForm.MASTER if old else WeightForm.FLOAT
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
         got = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise BitNetError(f"{path}: got quantization '{got!s:.40}', expected 'bitnet'; import the unquantised model")
     if quantization.get("use_rms_norm"):
-        raise BitNetError(f"{path}: got use_rms_norm, a norm inside every linear, which our blocks do not have")
+        raise BitNetError(
+            f"{path}: got use_rms_norm, a norm inside every linear layer, expected none: our blocks do not have it"
+        )
     skipped = quantization.get("modules_to_not_convert")
     skipped = [] if skipped is None else skipped
     if not isinstance(skipped, list) or any(name not in _MAY_BE_SKIPPED for name in skipped):
-        raise BitNetError(f"{path}: got modules_to_not_convert {skipped!r:.80}, expected the head at most")
+        raise BitNetError(
+            f"{path}: got modules_to_not_convert {skipped!r:.80}, expected nothing but embedding and head"
+        )
     linear_class = _text(path, quantization, "linear_class", "bitlinear")
     mode = _text(path, quantization, "quantization_mode", "offline")
-    found = {("bitlinear", "offline"): Kind.DIVIDE, ("autobitlinear", "offline"): Kind.MULTIPLY}
-    found |= {("autobitlinear", "online"): Kind.MASTER}
+    found = {("bitlinear", "offline"): WeightForm.DIVIDE, ("autobitlinear", "offline"): WeightForm.MULTIPLY}
+    found |= {("autobitlinear", "online"): WeightForm.MASTER}
     if (linear_class, mode) not in found:
         raise BitNetError(
             f"{path}: got linear_class {linear_class!r:.40} and quantization_mode {mode!r:.40}, expected bitlinear, or "
@@ -108,7 +115,7 @@ def kind_of(path: Path, values: Mapping[str, Any]) -> Kind:
     return found[linear_class, mode]
 
 
-def from_config(path: Path, values: Mapping[str, Any], kind: Kind, tensors: Collection[str]) -> ModelConfig:
+def from_config(path: Path, values: Mapping[str, Any], form: WeightForm, tensors: Collection[str]) -> ModelConfig:
     """Our configuration of a config.json; tensors: the names in the files. Raises BitNetError for other models."""
     model_type = _text(path, values, "model_type", "")
     old = "model.layers.0.self_attn.inner_attn_ln.weight" in tensors
@@ -120,7 +127,7 @@ def from_config(path: Path, values: Mapping[str, Any], kind: Kind, tensors: Coll
     for key in ("attention_bias", "mlp_bias", "sliding_window", "layer_types"):
         full = key == "layer_types" and isinstance(values.get(key), list)
         if values.get(key) and not (full and all(kind == "full_attention" for kind in values[key])):
-            raise BitNetError(f"{path}: got {key} {values[key]!r:.40}, expected none: our layers have no such thing")
+            raise BitNetError(f"{path}: got {key} {values[key]!r:.40}, expected none: our layers do not support it")
     heads = _count(path, values, "num_attention_heads")
     config = ModelConfig(
         vocab_size=_count(path, values, "vocab_size"),
@@ -130,7 +137,7 @@ def from_config(path: Path, values: Mapping[str, Any], kind: Kind, tensors: Coll
         num_attention_heads=heads,
         num_key_value_heads=_count(path, values, "num_key_value_heads", heads),
         max_position_embeddings=_count(path, values, "max_position_embeddings", 2048),
-        linear="float" if kind is Kind.PLAIN else "ternary",
+        linear="float" if form is WeightForm.FLOAT else "ternary",
         hidden_act=_activation(path, values, model_type),
         sub_norms=model_type == "bitnet" or old,
         qk_norm=False,
@@ -141,8 +148,8 @@ def from_config(path: Path, values: Mapping[str, Any], kind: Kind, tensors: Coll
     )
     if _count(path, values, "head_dim", config.head_dim) != config.head_dim:
         raise BitNetError(
-            f"{path}: got head_dim {values['head_dim']}, expected {config.head_dim}, which is width by heads; "
-            "other head sizes are not supported"
+            f"{path}: got head_dim {values['head_dim']}, expected {config.head_dim}, hidden_size by "
+            "num_attention_heads; other head sizes are not supported"
         )
     return config
 
@@ -165,7 +172,7 @@ def _tied(path: Path, values: Mapping[str, Any], tensors: Collection[str]) -> bo
     if not isinstance(tied, bool) or (not tied and not has_head):
         raise BitNetError(
             f"{path}: got tie_word_embeddings {tied!r:.40} and {'a' if has_head else 'no'} tensor 'lm_head.weight', "
-            "expected a head where it is not tied"
+            "expected a head where the embedding is not tied"
         )
     return tied
 
@@ -173,11 +180,11 @@ def _tied(path: Path, values: Mapping[str, Any], tensors: Collection[str]) -> bo
 def _theta(path: Path, values: Mapping[str, Any], model_type: str) -> float:
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise BitNetError(f"{path}: got rope_parameters {scaling!r:.40}, expected an object of them; download it again")
+        raise BitNetError(f"{path}: got rope_parameters {scaling!r:.40}, expected an object; download it again")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise BitNetError(
-            f"{path}: got rotary positions of type {kind!r:.40}, expected default: no scaling is supported"
+            f"{path}: got rotary positions of type {kind!r:.40}, expected default: scaling is not supported"
         )
     default = _number(path, values, "rope_theta", _THETA[model_type])
     return _number(path, scaling, "rope_theta", default)
@@ -186,7 +193,7 @@ def _theta(path: Path, values: Mapping[str, Any], model_type: str) -> float:
 def _text(path: Path, values: Mapping[str, Any], key: str, default: str) -> str:
     value = values.get(key, default)
     if not isinstance(value, str):
-        raise BitNetError(f"{path}: {key}: got {value!r:.40}, expected a text; download it again")
+        raise BitNetError(f"{path}: {key}: got {value!r:.40}, expected a string; download it again")
     return value
 
 

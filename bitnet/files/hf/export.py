@@ -1,7 +1,7 @@
 """Writing a Hugging Face folder: masters to train on ("hf"), or packed codes to run ("hf-packed").
 
-BitNet-shaped models (sub-norms) are packed in the convention of 2B4T, where the scale multiplies; llama-shaped ones in
-that of Falcon-E, where it divides. Tables hold the bf16 values that training uses, norms and scales all of their bits.
+Models with sub-norms are packed in the convention of 2B4T, where the scale multiplies; llama-shaped ones in that of
+Falcon-E, where it divides. Embeddings hold the bf16 values that training uses; norms and scales keep all of their bits.
 """
 
 import json
@@ -16,37 +16,39 @@ from torch import Tensor
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import sync
-from bitnet.files.hf.config import Kind, to_config
+from bitnet.files.hf.config import WeightForm, to_config
 from bitnet.files.hf.tokenizer import token_ids, write_tokenizer
-from bitnet.files.safetensors_file import TensorWriter
+from bitnet.files.safetensors_file import Plan, TensorWriter
 from bitnet.files.source import Source
 from bitnet.files.tensors import dense_shapes, projection_shape, projections
 from bitnet.files.ternary import pack_hf
 
 
-def export_kind(config: ModelConfig, packed: bool) -> Kind:
-    """How a model of this kind is written. Raises BitNetError for a plain one that is to be packed."""
+def export_form(config: ModelConfig, packed: bool) -> WeightForm:
+    """How a model's projections are written. Raises BitNetError for a float model that is to be packed."""
     if config.linear == "float":
         if packed:
-            raise BitNetError("export: got a model with plain weights, which are not ternary, to pack; use --to hf")
-        return Kind.PLAIN
+            raise BitNetError(
+                "export: got a model with float weights for hf-packed, expected ternary ones; use --to hf"
+            )
+        return WeightForm.FLOAT
     if not packed:
-        return Kind.MASTER
-    return Kind.MULTIPLY if config.sub_norms else Kind.DIVIDE
+        return WeightForm.MASTER
+    return WeightForm.MULTIPLY if config.sub_norms else WeightForm.DIVIDE
 
 
 def export_hf(source: Source, folder: Path, *, packed: bool) -> Path:
-    """Write a folder that transformers loads; it appears when it is whole.
+    """Write a folder that transformers loads; it appears under its name once it is complete.
 
-    Raises BitNetError, and writes nothing, for a model that does not fit, for codes where masters are asked for, and
-    for a folder that is not empty.
+    Raises BitNetError, and writes nothing, for a model that the format cannot hold, for codes where masters are needed,
+    and for a folder that is not empty.
     """
     config = source.config
-    kind = export_kind(config, packed)
-    values = to_config(config, kind, token_ids(source.tokenizer))
-    if kind is Kind.MASTER:
+    form = export_form(config, packed)
+    values = to_config(config, form, token_ids(source.tokenizer))
+    if form is WeightForm.MASTER:
         try:
-            source.master(projections(config)[0])  # refused now where there are codes only
+            source.master(projections(config)[0])  # raises now where there are codes only
         except BitNetError as error:
             raise BitNetError(f"export: {error}; or export the codes: --to hf-packed") from error
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -56,7 +58,7 @@ def export_hf(source: Source, folder: Path, *, packed: bool) -> Path:
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     work.mkdir()
     try:
-        _write_weights(work / "model.safetensors", source, kind)
+        _write_weights(work / "model.safetensors", source, form)
         (work / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         ids = {key: values[key] for key in ("bos_token_id", "eos_token_id") if values[key] is not None}
         generation = {**ids, "do_sample": True, "max_length": config.context}
@@ -75,31 +77,33 @@ def export_hf(source: Source, folder: Path, *, packed: bool) -> Path:
     return folder
 
 
-def _write_weights(path: Path, source: Source, kind: Kind) -> None:
+def _write_weights(path: Path, source: Source, form: WeightForm) -> None:
     config = source.config
-    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    plan: Plan = {}
     for name, shape in dense_shapes(config).items():
         plan[name] = torch.float32, shape
     for name in projections(config):
         n, k = projection_shape(config, name)
-        if kind in (Kind.MASTER, Kind.PLAIN):
+        if form in (WeightForm.MASTER, WeightForm.FLOAT):
             plan[f"{name}.weight"] = torch.float32, (n, k)
         else:
             plan[f"{name}.weight"] = torch.uint8, (n // 4, k)
             plan[f"{name}.weight_scale"] = torch.float32, (1,)
-    metadata = {"format": "pt"} | ({"weight_scale": str(kind)} if kind in (Kind.MULTIPLY, Kind.DIVIDE) else {})
+    metadata = {"format": "pt"} | (
+        {"weight_scale": str(form)} if form in (WeightForm.MULTIPLY, WeightForm.DIVIDE) else {}
+    )
     with path.open("wb") as file:
         writer = TensorWriter(file, plan, metadata)
-        for name, tensor in _tensors(source, kind):
+        for name, tensor in _converted_tensors(source, form):
             writer.write(name, tensor)
         writer.finish()
 
 
-def steady(master: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Masters [N, K] whose codes do not hang on the last bit of mean |W|, which every program sums in its own order.
+def move_from_edges(master: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Masters [N, K] whose codes do not depend on the last bit of mean |W|, which programs sum in different orders.
 
-    Weights within 2^-18 of the edge between two codes (one in 100,000 or so) move to 2^-17 from it, on the side they
-    are on: far beyond a rounding of the sum, and nothing to training.
+    Weights within 2^-18 of the edge between two codes (one in 100,000 or so) move to 2^-17 from it, on the same
+    side: far more than the rounding of the sum, and negligible for training.
     """
     distance = master.abs() / scale  # in units of the scale; the edge is at 0.5
     near = (distance - 0.5).abs() < 2.0**-18
@@ -107,18 +111,18 @@ def steady(master: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return torch.where(near, torch.copysign(moved, master), master)
 
 
-def _tensors(source: Source, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+def _converted_tensors(source: Source, form: WeightForm) -> Iterator[tuple[str, Tensor]]:
     config = source.config
     for name in dense_shapes(config):
         yield name, source.dense(name).float()
     for name in projections(config):
-        if kind is Kind.PLAIN:
+        if form is WeightForm.FLOAT:
             yield f"{name}.weight", source.master(name).float()
             continue
         codes, scale = source.codes(name)
-        if kind is Kind.MASTER:
-            yield f"{name}.weight", steady(source.master(name).float(), codes, scale)
+        if form is WeightForm.MASTER:
+            yield f"{name}.weight", move_from_edges(source.master(name).float(), codes, scale)
             continue
         yield f"{name}.weight", pack_hf(codes)
-        stored = scale.reciprocal() if kind is Kind.DIVIDE else scale
+        stored = scale.reciprocal() if form is WeightForm.DIVIDE else scale
         yield f"{name}.weight_scale", stored.float().reshape(1)

@@ -1,19 +1,19 @@
-"""Models by their name on the Hugging Face hub, where a network is there."""
+"""Models by their name on the Hugging Face hub, where there is a network."""
 
 import re
 from pathlib import Path
 
 from bitnet.errors import BitNetError
 
-# No pickles, no code: a model here is safetensors, GGUF and JSON.
+# Safetensors, GGUF and JSON only: no pickles, no code.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
-_BELOW = ["*/*"]  # the patterns' star takes slashes as well: other models lie in sub-folders
+_BELOW = ["*/*"]  # a star matches slashes as well, and other models lie in sub-folders
 
 
 def download(name: str) -> Path:
-    """The folder of a model that is fetched (or was), by its name "owner/model".
+    """The folder or GGUF file of a model "owner/model", fetched unless it is in the cache.
 
-    Raises BitNetError for a name that is none, without huggingface_hub, and where the hub cannot be reached.
+    Raises BitNetError for an invalid name, without huggingface_hub, and where the hub cannot be reached.
     """
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
         raise BitNetError(f"got nothing at '{name}', expected a file, a folder, or a hub name such as owner/model")
@@ -39,5 +39,5 @@ def download(name: str) -> Path:
     listed = ", ".join(found) if len(found) < 20 else f"{len(found)} of them"
     raise BitNetError(
         f"got the hub name '{name}', which has no config.json and the GGUF files [{listed}], expected one such file; "
-        "download the one you want and give its path"
+        "download one and give its path"
     )

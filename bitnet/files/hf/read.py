@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bitnet.errors import BitNetError
 from bitnet.files import ternary
-from bitnet.files.hf.config import OLD_NAMES, Kind, from_config, kind_of
+from bitnet.files.hf.config import OLD_NAMES, WeightForm, from_config, read_form
 from bitnet.files.hf.tokenizer import read_tokenizer
-from bitnet.files.safetensors_file import TensorFiles, read_json
+from bitnet.files.json_file import read_json
+from bitnet.files.safetensors_file import TensorFiles
 from bitnet.files.source import no_masters
 from bitnet.files.tensors import dense_shapes, projection_shape, projections
 from bitnet.kernels import reference
@@ -23,34 +24,34 @@ from bitnet.kernels.reference import WeightCodes
 from bitnet.text.tokenizer import Tokenizer
 
 CONVENTIONS = ("multiply", "divide")
-# mean |W| of trained models is 0.01 to 3. The other reading of a scale is its inverse: far above this, it is wrong.
+# mean |W| of trained models is 0.01 to 3. Read the wrong way, a scale is the inverse of that and far above this limit.
 _LARGEST_MEAN = 10.0
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_IGNORED = ("rotary_emb.inv_freq",)  # a table, computed anew
+_IGNORED = ("rotary_emb.inv_freq",)  # computed from the config instead
 
 
 class HfSource:
     """A model in a Hugging Face folder, checked before the first weight is read."""
 
     def __init__(self, path: Path, convention: str | None = None) -> None:
-        """convention: "multiply" or "divide" instead of what config.json says of weight_scale.
+        """convention: "multiply" or "divide", to override what config.json implies for weight_scale.
 
         Raises BitNetError for a folder that is damaged, incomplete, or holds a model we cannot run.
         """
         self.path = path
         values = read_json(path / "config.json")
         self._files = TensorFiles(path)
-        self.mode = kind_of(path / "config.json", values)
+        self.form = read_form(path / "config.json", values)
         if convention is not None:
-            self.mode = self._forced(convention)
-        self.config = from_config(path / "config.json", values, self.mode, self._files.places)
-        self.kind = f"Hugging Face, {values['model_type']}, {self.mode}"
+            self.form = self._forced_form(convention)
+        self.config = from_config(path / "config.json", values, self.form, self._files.entries)
+        self.kind = f"Hugging Face, {values['model_type']}, {self.form}"
         self.info: Mapping[str, Any] = {}
         self.notes: list[str] = []
         self._values = values
         self._check_tensors()
-        if self.mode in (Kind.MULTIPLY, Kind.DIVIDE):
-            self._check_convention("set linear_class right, or" if convention is None else "leave it away, or give")
+        if self.form in (WeightForm.MULTIPLY, WeightForm.DIVIDE):
+            self._check_convention("correct linear_class, or give" if convention is None else "omit it, or give")
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_read = False
 
@@ -64,7 +65,7 @@ class HfSource:
 
     def codes(self, name: str) -> WeightCodes:
         n, k = projection_shape(self.config, name)
-        if self.mode is Kind.MASTER:
+        if self.form is WeightForm.MASTER:
             return reference.ternary_weights(self.master(name).float())
         where = f"{self.path}: tensor '{name}.weight'"
         weight = self._files.read(f"{name}.weight")
@@ -74,12 +75,12 @@ class HfSource:
                 raise BitNetError(f"{where}: got weights that are not packed, expected -1, 0 and 1")
         else:
             codes = ternary.unpack_hf(weight, where)
-        return WeightCodes(codes, self._scale(name))
+        return WeightCodes(codes, self._read_scale(name))
 
-    def _scale(self, name: str) -> Tensor:
-        """mean |W|, [] fp32, whichever way it is stored."""
+    def _read_scale(self, name: str) -> Tensor:
+        """mean |W|, [] fp32, in either convention."""
         stored = self._files.read(f"{name}.weight_scale").float().reshape(())
-        scale = stored.reciprocal() if self.mode is Kind.DIVIDE else stored
+        scale = stored.reciprocal() if self.form is WeightForm.DIVIDE else stored
         if not bool(torch.isfinite(scale)) or not float(scale) > 0:
             raise BitNetError(
                 f"{self.path}: tensor '{name}.weight_scale': got {float(stored)}, expected a finite number above 0"
@@ -87,75 +88,75 @@ class HfSource:
         return scale
 
     def dense(self, name: str) -> Tensor:
-        return self._files.read(self._name(name))
+        return self._files.read(self._stored_name(name))
 
     def master(self, name: str) -> Tensor:
-        if self.mode in (Kind.MULTIPLY, Kind.DIVIDE):
+        if self.form in (WeightForm.MULTIPLY, WeightForm.DIVIDE):
             raise no_masters(str(self.path))
         return self._files.read(f"{name}.weight")
 
-    def _name(self, name: str) -> str:
-        """A parameter's name in the files, which in 1bitLLM's is another for the sub-norms."""
-        if name in self._files.places:
+    def _stored_name(self, name: str) -> str:
+        """A parameter's name in the files: 1bitLLM's have other names for the sub-norms."""
+        if name in self._files.entries:
             return name
         for ours, theirs in OLD_NAMES.items():
-            if ours in name and name.replace(ours, theirs) in self._files.places:
+            if ours in name and name.replace(ours, theirs) in self._files.entries:
                 return name.replace(ours, theirs)
         return name
 
-    def _forced(self, convention: str) -> Kind:
+    def _forced_form(self, convention: str) -> WeightForm:
         if convention not in CONVENTIONS:
             raise BitNetError(f"import: got weight scale '{convention}', expected one of {', '.join(CONVENTIONS)}")
-        if self.mode not in (Kind.MULTIPLY, Kind.DIVIDE):
+        if self.form not in (WeightForm.MULTIPLY, WeightForm.DIVIDE):
             raise BitNetError(f"import: got --weight-scale {convention} for {self.path}, which holds no packed weights")
-        return Kind(convention)
+        return WeightForm(convention)
 
     def _check_tensors(self) -> None:
-        places, config = self._files.places, self.config
-        if config.num_hidden_layers > len(places):
-            raise BitNetError(f"{self.path}: got {len(places)} tensors for {config.num_hidden_layers} layers: damaged")
-        expected = {self._name(name) for name in dense_shapes(config)}
+        entries, config = self._files.entries, self.config
+        if config.num_hidden_layers > len(entries):
+            raise BitNetError(f"{self.path}: got {len(entries)} tensors for {config.num_hidden_layers} layers: damaged")
+        expected = {self._stored_name(name) for name in dense_shapes(config)}
         for name, shape in dense_shapes(config).items():
-            self._expect(self._name(name), {shape: _FLOATS})
+            self._expect(self._stored_name(name), {shape: _FLOATS})
         for name in projections(config):
             n, k = projection_shape(config, name)
             expected.add(f"{name}.weight")
-            if self.mode in (Kind.MULTIPLY, Kind.DIVIDE):
+            if self.form in (WeightForm.MULTIPLY, WeightForm.DIVIDE):
                 expected.add(f"{name}.weight_scale")
                 self._expect(f"{name}.weight", self._packed_forms(n, k))
                 self._expect(f"{name}.weight_scale", {(1,): _FLOATS, (): _FLOATS})
             else:
                 self._expect(f"{name}.weight", {(n, k): _FLOATS})
         expected.add("lm_head.weight")  # some files repeat the embedding there
-        for name in places:
+        for name in entries:
             if name not in expected and not name.endswith(_IGNORED):
-                raise BitNetError(f"{self.path}: got the tensor '{name}', which no such model of ours has")
+                raise BitNetError(f"{self.path}: got the tensor '{name}', which is not part of such a model")
 
     def _packed_forms(self, n: int, k: int) -> dict[tuple[int, ...], tuple[torch.dtype, ...]]:
         forms: dict[tuple[int, ...], tuple[torch.dtype, ...]] = {(n // 4, k): (torch.uint8,)} if n % 4 == 0 else {}
-        if self.mode is Kind.MULTIPLY:
+        if self.form is WeightForm.MULTIPLY:
             forms[n, k] = _FLOATS
         return forms
 
     def _expect(self, name: str, forms: dict[tuple[int, ...], tuple[torch.dtype, ...]]) -> None:
-        """Refuse a tensor that is missing or has none of the shapes and dtypes in `forms`."""
+        """Raise BitNetError for a tensor that is missing or has none of the shapes and dtypes in `forms`."""
         spelt = " or ".join(f"{'/'.join(_short(dtype) for dtype in forms[shape])} {list(shape)}" for shape in forms)
-        if name not in self._files.places:
-            raise BitNetError(f"{self.path}: got no tensor '{name}', expected {spelt}: not a whole model")
-        place = self._files.places[name][1]
-        if place.dtype not in forms.get(place.shape, ()):
-            got = f"{_short(place.dtype)} {list(place.shape)}"
+        if name not in self._files.entries:
+            raise BitNetError(f"{self.path}: got no tensor '{name}', expected {spelt}: the model is incomplete")
+        entry = self._files.entries[name][1]
+        if entry.dtype not in forms.get(entry.shape, ()):
+            got = f"{_short(entry.dtype)} {list(entry.shape)}"
             raise BitNetError(f"{self.path}: tensor '{name}': got {got}, expected {spelt or 'rows in multiples of 4'}")
 
-    def _check_convention(self, way_out: str) -> None:
-        """Refuse scales that make sense only the other way round; read as they stand they would give noise."""
+    def _check_convention(self, remedy: str) -> None:
+        """Raise BitNetError for scales that are plausible only in the other convention: the model would write noise."""
         claimed = self._files.metadata.get("weight_scale")
-        other = "divide" if self.mode is Kind.MULTIPLY else "multiply"
-        median = statistics.median(float(self._scale(name)) for name in projections(self.config))
+        other = "divide" if self.form is WeightForm.MULTIPLY else "multiply"
+        median = statistics.median(float(self._read_scale(name)) for name in projections(self.config))
         if claimed == other or (median > _LARGEST_MEAN and 1 / median < _LARGEST_MEAN):
             raise BitNetError(
-                f"{self.path}: got weight scales of the other sense: read as '{self.mode}', mean |W| is "
-                f"{median:.3g}, expected below {_LARGEST_MEAN:g}; {way_out} --weight-scale {other}"
+                f"{self.path}: got weight scales of the other convention: read as '{self.form}', mean |W| is "
+                f"{median:.3g}, expected below {_LARGEST_MEAN:g}; {remedy} --weight-scale {other}"
             )
 
 

@@ -1,7 +1,9 @@
-"""The `tokenizer.json` of Hugging Face's tokenizers, made from what other formats hold, and taken apart for them.
+"""The `tokenizer.json` of Hugging Face's tokenizers, built from what other formats hold, and parsed for them.
 
-SentencePiece BPE   pieces and scores <-> merges in the order of the scores; characters without a piece in bytes
-byte-level BPE      tokens and merges, plus the pattern that cuts text into words
+    SentencePiece BPE   pieces and scores <-> merges in the order of the scores; byte tokens for other characters
+    byte-level BPE      tokens and merges, and the pattern that splits text into words
+
+Other tokenizers are refused.
 """
 
 import json
@@ -9,10 +11,10 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from bitnet.errors import BitNetError
-from bitnet.files.sentencepiece_model import CONTROL, UNKNOWN, USER, Pieces, merges
+from bitnet.files.sentencepiece_model import CONTROL, UNKNOWN, USER, SentencePieceModel, merges
 
-# How text is cut before byte pairs are merged, by llama.cpp's names; it writes the first name of a pattern. The pattern
-# is LLaMA-3's, as its tokenizer.json and llama.cpp spell it.
+# How text is split before byte pairs are merged, by llama.cpp's names; of those of one pattern, llama.cpp writes the
+# first. The pattern is LLaMA-3's, as in its tokenizer.json and in llama.cpp.
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -20,7 +22,7 @@ _LLAMA_3 = (
 _PATTERNS = {"llama-bpe": _LLAMA_3, "llama3": _LLAMA_3, "llama-v3": _LLAMA_3}
 
 
-def sentencepiece_json(model: Pieces, bos_id: int | None) -> str:
+def sentencepiece_json(model: SentencePieceModel, bos_id: int | None) -> str:
     """The tokenizer.json of a SentencePiece BPE model with byte fallback; encoding starts with `bos_id`, if any."""
     unknown = next((piece.text for piece in model.pieces if piece.type == UNKNOWN), None)
     added = [
@@ -37,25 +39,19 @@ def sentencepiece_json(model: Pieces, bos_id: int | None) -> str:
     if model.dummy_prefix:
         normalizers.insert(0, {"type": "Prepend", "prepend": "\u2581"})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    bpe = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unknown,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": {piece.text: id for id, piece in enumerate(model.pieces)},
-        "merges": [list(pair) for pair in merges(model.pieces)],
-    }
     return _document(
         added,
         normalizer={"type": "Sequence", "normalizers": normalizers},
         pre_tokenizer=None,
-        post_processor=_start_with(bos_id, [piece.text for piece in model.pieces]),
+        post_processor=_add_bos_processor(bos_id, [piece.text for piece in model.pieces]),
         decoder={"type": "Sequence", "decoders": decoders},
-        model=bpe,
+        model=_bpe(
+            {piece.text: id for id, piece in enumerate(model.pieces)},
+            merges(model.pieces),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
     )
 
 
@@ -67,10 +63,11 @@ def byte_level_json(
     pre: Any,
     bos_id: int | None,
 ) -> str:
-    """The tokenizer.json of a byte-level BPE model. merge_lines: "left right", best first; added: ids outside the BPE.
+    """The tokenizer.json of a byte-level BPE model.
 
-    tokens: by id, "" where an id has none.
-    Raises BitNetError for a pre-tokenizer that is not known and for merges that are not two words.
+    tokens: by id, "" where an id has none. merge_lines: "left right", best first. added: ids outside the BPE, special:
+    those that are control tokens. pre: llama.cpp's name of the pre-tokenizer. bos_id: encoding starts with it, if any.
+    Raises BitNetError for an unknown pre-tokenizer and for merges that are not two words.
     """
     if not isinstance(pre, str) or pre not in _PATTERNS:
         raise BitNetError(f"got the pre-tokenizer {pre!r:.40}, expected one of {', '.join(_PATTERNS)}")
@@ -83,66 +80,58 @@ def byte_level_json(
         raise BitNetError("got a token twice, expected all tokens to differ")
     pattern = {"type": "Split", "pattern": {"Regex": _PATTERNS[pre]}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    bpe = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,  # LLaMA-3: a whole word that is a token needs no merges
-        "vocab": vocab,
-        "merges": pairs,
-    }
     return _document(
         [_added(id, tokens[id], id in special) for id in added],
         normalizer=None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": [pattern, to_bytes]},
-        post_processor=_start_with(bos_id, tokens),
+        post_processor=_add_bos_processor(bos_id, tokens),
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        model=bpe,
+        # ignore_merges as in LLaMA-3: a word that is a token needs no merges.
+        model=_bpe(vocab, pairs, ignore_merges=True),
     )
 
 
-class Bpe(NamedTuple):
-    """What a GGUF file says of a tokenizer besides its tokens."""
+class BpeParts(NamedTuple):
+    """What a GGUF file holds of a tokenizer besides its tokens."""
 
     pre: str  # llama.cpp's name of the pre-tokenizer; "" for SentencePiece
     merges: list[tuple[str, str]]  # best first
-    prefix: bool = False  # a space is put before the text
+    prefix: bool = False  # a space is added before the text
 
 
-def take_apart(text: str) -> Bpe:
+def parse_tokenizer_json(text: str) -> BpeParts:
     """The inverse of `byte_level_json` and `sentencepiece_json`, for tokenizer.json files from anywhere.
 
-    Raises BitNetError for one that does anything else: llama.cpp would cut or spell text another way.
+    Raises BitNetError for any other tokenizer, which llama.cpp would not reproduce.
     """
     document = json.loads(text)
     model = document.get("model") or {}
     if model.get("type") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
-        raise BitNetError(f"got a tokenizer of type {model.get('type')!r:.40}, expected a plain BPE")
+        raise BitNetError(
+            f"got a tokenizer of type {model.get('type')!r:.40}, expected BPE without dropout or prefixes"
+        )
     if model.get("end_of_word_suffix"):
-        raise BitNetError(f"got a BPE with the suffix {model['end_of_word_suffix']!r:.40} behind words, expected none")
+        raise BitNetError(f"got a BPE with the suffix {model['end_of_word_suffix']!r:.40} after words, expected none")
     for token in document.get("added_tokens") or []:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise BitNetError(
-                f"got the token {token.get('content')!r:.40}, which takes spaces with it; no GGUF can say so"
+                f"got the token {token.get('content')!r:.40}, which strips spaces around it, expected none that does: "
+                "GGUF cannot express it"
             )
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges") or []]
     rules = [(left, right) for left, right in pairs]
     if any(" " in left + right for left, right in rules):
-        raise BitNetError("got a merge of pieces with a space in them, which a GGUF file cannot spell")
+        raise BitNetError("got a merge of pieces with a space in them, expected none: GGUF separates pieces by a space")
     if model.get("byte_fallback"):
-        return Bpe("", rules, _spaces(document))
-    return Bpe(_pre(document, bool(model.get("ignore_merges"))), rules)
+        return BpeParts("", rules, _adds_prefix(document))
+    return BpeParts(_pre_tokenizer_name(document, bool(model.get("ignore_merges"))), rules)
 
 
-def _pre(document: dict[str, Any], ignore_merges: bool) -> str:
-    """llama.cpp's name of the way a byte-level BPE cuts text."""
+def _pre_tokenizer_name(document: dict[str, Any], ignore_merges: bool) -> str:
+    """llama.cpp's name of the way a byte-level BPE splits text."""
     if document.get("normalizer") is not None:
         raise BitNetError(
-            f"got the normalizer {_short(document['normalizer'])}, expected none: llama.cpp changes no text"
+            f"got the normalizer {_short(document['normalizer'])}, expected none: llama.cpp does not normalise text"
         )
     parts = document.get("pre_tokenizer") or {}
     parts = parts.get("pretokenizers", []) if parts.get("type") == "Sequence" else [parts]
@@ -159,8 +148,8 @@ def _pre(document: dict[str, Any], ignore_merges: bool) -> str:
     )
 
 
-def _spaces(document: dict[str, Any]) -> bool:
-    """Whether a SentencePiece-like tokenizer puts a space before a text; all of them write spaces as U+2581."""
+def _adds_prefix(document: dict[str, Any]) -> bool:
+    """Whether a SentencePiece-like tokenizer adds a space before a text. Raises BitNetError for other normalizers."""
     parts = document.get("normalizer") or {}
     parts = parts.get("normalizers", []) if parts.get("type") == "Sequence" else [parts]
     mark = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
@@ -181,12 +170,27 @@ def _document(added: list[dict[str, Any]], **parts: Any) -> str:
     return json.dumps({**head, **parts}, ensure_ascii=False)
 
 
+def _bpe(vocab: dict[str, int], merges: Sequence[Sequence[str]], **options: Any) -> dict[str, Any]:
+    """The "model" of a tokenizer.json. merges: (left, right), best first. options: other values than the defaults."""
+    defaults = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
+    return {**defaults, **options, "vocab": vocab, "merges": [list(pair) for pair in merges]}
+
+
 def _added(id: int, text: str, special: bool) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": id, "content": text, **flags, "special": special}
 
 
-def _start_with(bos_id: int | None, tokens: Sequence[str]) -> dict[str, Any] | None:
+def _add_bos_processor(bos_id: int | None, tokens: Sequence[str]) -> dict[str, Any] | None:
     if bos_id is None:
         return None
     name = tokens[bos_id]
