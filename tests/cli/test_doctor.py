@@ -92,7 +92,7 @@ SLOWER = {
     "container": ({"quota": 1.5}, "a container limits this process to 1.5 of 64 CPUs"),
     "affinity": ({"affinity": 4, "busy_cpus": 0.1}, "this process may run on 4 of 64 CPUs (affinity)"),
     "busy": ({"busy_cpus": 20.0}, "a busy machine: other processes keep 20.0 of 64 CPUs busy"),
-    "no huge pages": ({"huge_pages": {"rule": "never", "asked": 9, "given": 0}}, "switched off"),
+    "no huge pages": ({"huge_pages": {"rule": "never", "asked": 9, "given": 0}}, "huge pages are off"),
     "huge pages not given": (
         {"huge_pages": {"rule": "madvise", "asked": 2**25, "given": 0}},
         "huge pages: 0 of 32 MiB given though the rule is 'madvise'",
@@ -112,7 +112,7 @@ def test_what_makes_a_machine_slower_than_it_looks_is_said(
     assert doctor.remarks(QUIET) == []
     (remark,) = doctor.remarks(QUIET | changes)
     assert sentence in remark
-    monkeypatch.setattr(doctor, "surroundings", lambda: QUIET | changes | {"remarks": [remark]})
+    monkeypatch.setattr(doctor, "describe_machine", lambda: QUIET | changes | {"remarks": [remark]})
     monkeypatch.setenv("COLUMNS", "250")
     assert main(["doctor"]) == 0
     assert f"note: {remark}" in capsys.readouterr().out
