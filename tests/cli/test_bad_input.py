@@ -454,7 +454,7 @@ def test_a_run_whose_shape_was_changed(place: Path, capsys: Captured) -> None:
 USAGE = {
     "no such verb": (["paint"], "paint"),
     "no data": (["eval", "-m", "x"], "--data"),
-    "no run": (["pack", "-o", "x"], "'run'"),
+    "no run": (["pack", "-o", "x"], "'RUN'"),
     "no output": (["pack", "x"], "--output"),
     "a model twice": (["inspect", "x", "-m", "y"], "one of them"),
     "unknown flag": (["doctor", "--fast"], "--fast"),

@@ -1,5 +1,6 @@
 """The command line from end to end on one tiny run: text to a run, a packed file, figures and text again."""
 
+import inspect
 import io
 import json
 import math
@@ -20,9 +21,16 @@ import typer.main
 
 import bitnet
 from bitnet import cli
+from bitnet.benchmarks.compare.command import Options
+from bitnet.benchmarks.compare.method import Settings
 from bitnet.cli import app, main, spread_lists
+from bitnet.cli.options import EngineOptions
+from bitnet.config import ModelConfig
 from bitnet.engine.cpu import CACHES, HEADS, CpuEngine
+from bitnet.engine.load import ENGINES
+from bitnet.engine.sampling import GREEDY, Sampling
 from bitnet.kernels import native
+from bitnet.train.config import TokenizerConfig, TrainConfig, default_config
 from bitnet.train.data.shards import open_dataset
 
 VERBS = (
@@ -269,7 +277,7 @@ def test_inspect_as_a_table(made: Made, capsys: Captured, monkeypatch: pytest.Mo
         "ternary",
         "SiLU",
         "no sub-norms",
-        "bits a weight",
+        "bits per weight",
         "zeros by layer",
         "sentencepiece",
         "2 layers, width 32",
@@ -390,7 +398,7 @@ def test_text_streams_to_stdout_and_figures_to_stderr(made: Made, capsys: Captur
     assert main(args) == 0
     captured = capsys.readouterr()
     assert captured.out == "né 한" + values["text"] + "\n"
-    assert "30 written" in captured.err
+    assert "30 generated" in captured.err
     assert "seed 4" in captured.err
 
 
@@ -407,15 +415,9 @@ def test_a_small_context_limits_what_is_seen(made: Made, capsys: Captured) -> No
     args = ["-n", "3", "--temp", "0", "-c", "6", "--ignore-eos"]
     long = report(capsys, "generate", "-m", made.model, "-p", "def return cabbage the of the of if", *args)
     ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode("def return cabbage the of the of if")][-3:]
-    assert long["ids"] == engine.generate(ids, 3, bitnet_greedy())
+    assert long["ids"] == engine.generate(ids, 3, GREEDY)
     values = report(capsys, "generate", "-m", made.model, "-p", "the", "-n", "60", "--temp", "0", "-c", "6")
     assert len(values["ids"]) <= 60
-
-
-def bitnet_greedy() -> Any:
-    from bitnet.engine.sampling import GREEDY
-
-    return GREEDY
 
 
 def test_a_prompt_from_standard_input(made: Made, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,16 +483,19 @@ def test_help_lists_the_verbs_in_order(capsys: Captured) -> None:
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_prints_what_is_declared(verb: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every word of it: rich takes [word] for markup and drops it, unless a backslash stands before it.
+    """Every word of it: rich reads [word] as markup and drops it, unless a backslash precedes it.
 
-    In a terminal wide enough for the longest help to stay on one line, so that columns do not mix.
+    In a terminal wide enough for the longest help text to fit on one line, so that columns do not mix.
     """
     monkeypatch.setenv("COLUMNS", "500")
     command = typer.main.get_command(app)
-    command = command.commands[verb] if verb else command
+    if verb:
+        command = command.commands[verb]
+        command.fill_help()
     declared = [command.help or "", *(getattr(param, "help", None) or "" for param in command.params)]
     assert main([*verb.split(), "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"\{[a-z]", printed.partition("Options")[2])  # every {name} has been replaced by its value
     for text in filter(None, declared):
         for paragraph in text.replace("\\[", "[").split("\n\n"):
             assert " ".join(paragraph.split()) in printed
@@ -499,7 +504,7 @@ def test_help_prints_what_is_declared(verb: str, capsys: Captured, monkeypatch: 
 def test_brackets_survive_in_help(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["sweep", "--help"]) == 0
-    assert "TOML: seeds, linears, [base], [grid], [[runs]]." in capsys.readouterr().out
+    assert "Sweep spec in TOML: seeds, linears, [base], [grid], [[runs]]." in capsys.readouterr().out
 
 
 def test_version_of_the_module() -> None:
@@ -554,14 +559,91 @@ def test_memory_and_disk_errors_are_one_line(capsys: Captured) -> None:
         cli.guarded(fail(SystemExit(3)))
 
 
-def test_help_names_the_real_defaults() -> None:
-    from bitnet.train.config import TokenizerConfig, TrainConfig
+OWNERS: dict[str, Callable[[], dict[str, object]]] = {  # by verb: the dataclass that defines a default, by option
+    "train": lambda: {
+        **dict.fromkeys(("steps", "seed", "batch_size", "lr", "optimizer", "dtype"), TrainConfig()),
+        "linear": ModelConfig(),
+    },
+    "generate": lambda: dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), Sampling()),
+    "compare": lambda: {
+        **dict.fromkeys(("max_tokens", "kl_tokens", "rounds", "budget"), Options(())),
+        "qat_steps": Settings(1),
+    },
+}
 
-    shown = {}
-    for parameter in typer.main.get_command(app).commands["train"].params:
-        if match := re.search(r"Default: (\S+)\.$", getattr(parameter, "help", None) or ""):
-            shown[parameter.name] = match[1]
-    defaults = TrainConfig()
-    for name in ("steps", "seed", "batch_size", "lr", "optimizer", "dtype"):
-        assert shown[name] == str(getattr(defaults, name)), name
-    assert shown["tokenizer"] == TokenizerConfig().kind
+
+def shown_defaults(verb: str) -> dict[str, str]:
+    """By option: the word after "Default:" in its help."""
+    command = typer.main.get_command(app).commands[verb]
+    command.fill_help()
+    found = {
+        param.name: re.search(r"Default: (\S+)\.$", getattr(param, "help", None) or "") for param in command.params
+    }
+    return {name: match[1] for name, match in found.items() if match}
+
+
+@pytest.mark.parametrize("verb", OWNERS)
+def test_help_names_the_real_defaults(verb: str) -> None:
+    shown = shown_defaults(verb)
+    for name, owner in OWNERS[verb]().items():
+        assert shown[name] == str(getattr(owner, name)), name
+    if verb == "train":
+        assert shown["tokenizer"] == TokenizerConfig().kind
+        assert default_config(shown["preset"]) == default_config()
+
+
+def test_engine_options_are_those_of_load() -> None:
+    """The same defaults, and every value that the engines know is in the help."""
+    parameters = inspect.signature(bitnet.load).parameters
+    defaults = EngineOptions().load_options()
+    assert defaults == {name: parameters[name].default for name in defaults}
+    command = typer.main.get_command(app).commands["generate"]
+    texts = {param.name: getattr(param, "help", None) or "" for param in command.params}
+    for option, values in (("engine", ENGINES), ("head", HEADS), ("cache", CACHES)):
+        assert all(value in texts[option] for value in values)
+
+
+# ---- old spellings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--twin", "{}"], ["--twin={}"], ["--baseline", "{}"]], ids=" ".join)
+def test_compare_takes_a_baseline_under_both_names(
+    args: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path | None] = []
+
+    def spy(run: Path, baseline: Path | None, *rest: Any, **options: Any) -> dict[str, Any]:
+        seen.append(baseline)
+        return {"results": []}
+
+    monkeypatch.setattr("bitnet.benchmarks.compare.command.compare_runs", spy)
+    monkeypatch.setattr("bitnet.benchmarks.compare.command.write_report", lambda *args: None)
+    command = ["compare", "run", "--data", "text", *(arg.format(tmp_path) for arg in args), "--json"]
+    assert main(command) == 0
+    assert seen == [tmp_path]
+
+
+@pytest.mark.parametrize("option", ["--slots", "--sequences"])
+def test_serve_takes_a_number_of_sequences_under_both_names(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvicorn")
+    seen: list[int] = []
+
+    def spy(model: Path, device: Any, options: Any, *rest: Any, **engine: Any) -> int:
+        seen.append(options.sequences)
+        return 0
+
+    monkeypatch.setattr("bitnet.serve.server.serve", spy)
+    assert main(["serve", option, "7"]) == 0
+    assert seen == [7]
+
+
+def test_train_takes_linear_plain_for_float(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
+    assert main(small(tmp_path / "run", "--data", parts, "--linear", "plain")) == 0
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["model"]["linear"] == "float"
+
+
+@pytest.mark.parametrize(("verb", "old"), [("compare", "--twin"), ("serve", "--slots"), ("train", "plain")])
+def test_help_shows_no_old_spelling(verb: str, old: str, capsys: Captured) -> None:
+    assert main([verb, "--help"]) == 0
+    assert old not in capsys.readouterr().out

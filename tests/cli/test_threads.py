@@ -259,7 +259,7 @@ def test_a_refused_thread_of_torch_is_one_line(cores: Cores, monkeypatch: pytest
 
 @pytest.mark.parametrize("message", ["Resource temporarily unavailable", "can't start new thread"])
 def test_a_shortage_is_not_blamed_on_the_file(message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitnet.cli import describe
+    from bitnet.cli.errors import describe
 
     def refused(*args: object) -> None:
         raise RuntimeError(message)
@@ -269,7 +269,7 @@ def test_a_shortage_is_not_blamed_on_the_file(message: str, tmp_path: Path, monk
         load()
     assert not isinstance(caught.value, ValueError)
     assert is_thread_shortage(caught.value)
-    assert "starts no more threads; use fewer (-t)" in describe(caught.value)
+    assert "refused to start another thread; use fewer (-t)" in describe(caught.value)
 
 
 # ---- pinning -----------------------------------------------------------------------------------------------
