@@ -66,7 +66,7 @@ def bench(
         ),
     ] = "",
     repetitions: Annotated[
-        int, typer.Option("-r", "--repetitions", min=1, max=1000, help="Times each test is repeated.")
+        int, typer.Option("-r", "--repetitions", min=1, max=1000, metavar="N", help="Times each test is repeated.")
     ] = 5,
     backend: Annotated[str, typer.Option(metavar="NAME,...", help="auto, cpu (C++), torch, triton.")] = "auto",
     isa: Annotated[str, typer.Option(metavar="NAME,...", help="Instruction sets of the C++ kernels.")] = "",

@@ -35,19 +35,20 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Picture to draw, as FILE.png and FILE.svg.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that every model scores. Default: {options.max_tokens}.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens that every model scores. Default: {options.max_tokens}."),
     ] = None,
     kl_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens compared with the float baseline. Default: {options.kl_tokens}."),
+        typer.Option(min=1, metavar="N", help="Tokens compared with the float baseline. Default: {options.kl_tokens}."),
     ] = None,
     qat_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of quantisation-aware training. Default: {settings.qat_steps}."),
+        typer.Option(min=1, metavar="N", help="Steps of quantisation-aware training. Default: {settings.qat_steps}."),
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Rounds in which each model is timed once. Default: {options.rounds}."),
+        typer.Option(min=1, metavar="N", help="Rounds in which each model is timed once. Default: {options.rounds}."),
     ] = None,
     llama: Annotated[
         str, typer.Option(metavar="PYTHON", help="A Python that has llama-cpp-python. Default: this one.")
@@ -56,7 +57,7 @@ def compare(
     budget: Annotated[
         float | None,
         typer.Option(
-            min=1, metavar="SECONDS", help="Time limit for making or measuring a model. Default: {options.budget}."
+            min=1, metavar="SECONDS", help="Time limit for making or measuring a model. Default: {options.budget:g}."
         ),
     ] = None,
     threads: Threads = None,

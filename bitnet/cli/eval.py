@@ -16,7 +16,9 @@ def evaluate(
         list[str], typer.Option(metavar="PATH...", help="Text: files, folders, globs or - (standard input).")
     ],
     model: Model = BOOKS,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Score only the first N tokens; 0: all.")] = 0,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, metavar="N", help="Score only the first N tokens; 0: all.")
+    ] = 0,
     documents: Annotated[
         str, typer.Option(help="What a document is: file, line, paragraph or row; use the same as in training.")
     ] = "file",

@@ -2,8 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +27,9 @@ def help_values() -> dict[str, object]:
 class SamplingOptions:
     """How tokens are drawn. None: the default of `Sampling`; for the seed, a random one."""
 
-    seed: Annotated[int | None, typer.Option("-s", "--seed", min=0, help="Random seed. Default: a new one.")] = None
+    seed: Annotated[
+        int | None, typer.Option("-s", "--seed", min=0, metavar="N", help="Random seed. Default: a new one.")
+    ] = None
     temperature: Annotated[float | None, typer.Option("--temp", help="0: greedy. Default: {sampling.temperature}.")] = (
         None
     )
@@ -50,7 +51,7 @@ def generate(
     *,
     model: Model = BOOKS,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue; -: standard input.")] = "",
-    predict: Annotated[int, typer.Option("-n", "--predict", min=0, help="Most tokens to generate.")] = 128,
+    predict: Annotated[int, typer.Option("-n", "--predict", min=0, metavar="N", help="Most tokens to generate.")] = 128,
     sampling: SamplingOptions,
     chat: Annotated[
         bool, typer.Option("--chat", help="Treat the prompt as a message and apply the model's chat template.")
@@ -64,55 +65,22 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a text, printed as it is generated."""
+    from bitnet.generation import write_text
     from bitnet.threads import use_threads
 
     use_threads(engine.threads)
+    drawn, device = sampling.sampling(), pick_device(engine.device)
+    options: dict[str, Any] = {"context": engine.context, "ignore_eos": ignore_eos, "chat": chat}
+    options |= engine.load_options()
     if interactive:
         from bitnet.cli.chat import run_chat
 
         if as_json or prompt == "-":
             raise BitNetError("generate -i: got --json or -p -, expected prompts from a terminal; omit one of them")
-        run_chat(
-            model,
-            predict,
-            sampling.sampling(),
-            pick_device(engine.device),
-            first=prompt,
-            context=engine.context,
-            ignore_eos=ignore_eos,
-            chat=chat,
-            **engine.load_options(),
-        )
+        run_chat(model, predict, drawn, device, first=prompt, **options)
         return
-    _generate_once(
-        model, read_stdin() if prompt == "-" else prompt, predict, sampling, chat, ignore_eos, engine, as_json
-    )
-
-
-def _generate_once(
-    model: Path,
-    prompt: str,
-    predict: int,
-    sampling: SamplingOptions,
-    chat: bool,
-    ignore_eos: bool,
-    engine: EngineOptions,
-    as_json: bool,
-) -> None:
-    from bitnet.generation import write_text
-
-    report = write_text(
-        model,
-        prompt,
-        predict,
-        sampling.sampling(),
-        pick_device(engine.device),
-        context=engine.context,
-        ignore_eos=ignore_eos,
-        show=None if as_json else write_now,
-        chat=chat,
-        **engine.load_options(),
-    )
+    text = read_stdin() if prompt == "-" else prompt
+    report = write_text(model, text, predict, drawn, device, show=None if as_json else write_now, **options)
     if as_json:
         print_json(report)
         return

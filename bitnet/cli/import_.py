@@ -18,7 +18,7 @@ def import_(
         str | None, typer.Option(metavar="PATH", help="Tokenizer to use instead; none: omit it.")
     ] = None,
     weight_scale: Annotated[
-        str | None, typer.Option(help="multiply or divide; for a config.json that is wrong about it.")
+        str | None, typer.Option(help="multiply or divide, for a config.json that is wrong about it.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -57,7 +57,9 @@ Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is o
 class EngineOptions:
     """Which engine runs a packed model, where and how: the options that generate, eval and serve share."""
 
-    context: Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")] = 0
+    context: Annotated[
+        int, typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's.")
+    ] = 0
     threads: Threads = None
     device: Device = "auto"
     engine: Annotated[str, typer.Option(help="auto (C++ on a CPU, Triton on a GPU), cpu, triton or torch.")] = "auto"

@@ -26,7 +26,9 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0: every address of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8080,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0: any free one.")
+    ] = 8080,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -35,10 +37,8 @@ def serve(
             help="Key that every client has to send; safer in the environment, where other users cannot see it.",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Sequences decoded at once.")] = 4,
-    queue: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Requests that may wait; further ones get status 429.")
-    ] = 64,
+    sequences: Annotated[int, typer.Option(metavar="N", help="Sequences decoded at once.")] = 4,
+    queue: Annotated[int, typer.Option(metavar="N", help="Requests that may wait; further ones get status 429.")] = 64,
     engine: ServerEngineOptions,
     debug: Debug = False,
 ) -> None:

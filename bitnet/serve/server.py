@@ -35,6 +35,8 @@ from bitnet.serve.service import ServedModel, Service
 
 _log = logging.getLogger("bitnet")
 
+MOST_SEQUENCES = 256  # each takes memory for a whole context
+MOST_QUEUED = 100_000  # jobs, each with its prompt in memory
 GRACE = 30.0  # seconds that running requests have to finish after SIGINT or SIGTERM
 _MARGIN = 5.0  # seconds more, for their last bytes
 _HEAD_SECONDS = 15.0  # for the header of the first request of a connection to arrive
@@ -45,15 +47,14 @@ _CONNECTIONS = 1000  # further ones get status 503; below the usual limit of 1,0
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where to listen and how much to take on; the defaults are those of `bitnet serve`."""
+    """Where to listen, and how many requests to take. `bitnet serve` defines the defaults."""
 
     host: str
     port: int  # 0: any free one
     api_key: str | None  # None: no key is needed
-    sequences: int  # decoded at once; each takes memory for a whole context
+    sequences: int  # decoded at once
     context: int  # tokens; 0: the model's
     queue: int  # jobs that may wait
-    grace: float = GRACE  # seconds
 
 
 def serve(
@@ -65,12 +66,12 @@ def serve(
 ) -> int:
     """Serve a packed model until a signal ends it. Returns the exit code: 130 for SIGINT, 143 for SIGTERM.
 
-    announce: called with the page's URL once the model is ready. engine: engine, head and cache of `bitnet.load`.
-    Raises BitNetError for an address that cannot be used and for what `load_for_text` refuses.
+    announce: called with the page's URL once the model is ready. engine: engine, head and cache of `bitnet.load`, all
+    three. Raises BitNetError for an address that cannot be used and for what `load_for_text` refuses.
     """
     check_options(options)
     opened = open_socket(options.host, options.port)
-    return _Run(model, device, options, engine, opened, announce).run()
+    return _Lifecycle(model, device, options, engine, opened, announce).run()
 
 
 def check_options(options: ServerOptions) -> None:
@@ -80,10 +81,10 @@ def check_options(options: ServerOptions) -> None:
         raise BitNetError(
             "api-key: got a key that is empty or cannot be sent in a header, expected visible ASCII characters"
         )
-    if not 1 <= options.sequences <= 256:
-        raise BitNetError(f"sequences: got {options.sequences}, expected 1 to 256")
-    if not 0 <= options.queue <= 100_000:
-        raise BitNetError(f"queue: got {options.queue}, expected 0 to 100,000")
+    if not 1 <= options.sequences <= MOST_SEQUENCES:
+        raise BitNetError(f"sequences: got {options.sequences}, expected 1 to {MOST_SEQUENCES}")
+    if not 0 <= options.queue <= MOST_QUEUED:
+        raise BitNetError(f"queue: got {options.queue}, expected 0 to {MOST_QUEUED:,}")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -156,8 +157,8 @@ class _Stopped(Exception):  # noqa: N818 - not an error: it ends loading
     """A signal came while the model was loading."""
 
 
-class _Run:
-    """One run of the server."""
+class _Lifecycle:
+    """The server from its open socket to its end: `run` returns the exit code."""
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class _Run:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=_IDLE_SECONDS,
-                timeout_graceful_shutdown=int(options.grace + _MARGIN),
+                timeout_graceful_shutdown=int(GRACE + _MARGIN),
             )
         )
         self._scheduler: Scheduler | None = None
@@ -223,8 +224,8 @@ class _Run:
         self._signal = int(number)
         busy = self._scheduler is not None and self._scheduler.busy
         if busy:
-            _log.info("stopping: running requests have %.0f s to finish; repeat to stop at once", self._options.grace)
-        self._stop(self._options.grace)
+            _log.info("stopping: running requests have %.0f s to finish; repeat to stop at once", GRACE)
+        self._stop(GRACE)
 
     def _stop(self, seconds: float) -> None:
         self._stopping.set()

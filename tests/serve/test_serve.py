@@ -604,6 +604,8 @@ def test_what_cannot_be_served_is_reported_in_one_line(
         ([model, "--port", server.port], "expected a free one"),
         ([model, "--host", "no such host"], "expected an address of this machine"),
         ([model, "--api-key", ""], "api-key"),
+        ([model, "--sequences", 0], "sequences: got 0, expected 1 to 256"),
+        ([model, "--queue", -1], "queue: got -1, expected 0 to 100,000"),
         ([model, "--api-key", "schlüssel"], "api-key"),
         ([model, "-c", CONTEXT + 1, "--port", 0], "context"),
         ([tmp_path / "x.safetensors", "--port", 0], "expected a packed model"),

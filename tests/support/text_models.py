@@ -1,4 +1,4 @@
-"""Tiny models with a tokenizer, for tests of what people start: the chat, the server and its page."""
+"""Tiny models for tests of what people start: the verbs, the chat, the server and its page."""
 
 from pathlib import Path
 
@@ -11,8 +11,21 @@ from bitnet.text.json_tokenizer import JsonTokenizer, Settings
 from bitnet.text.sentencepiece import train_sentencepiece
 from bitnet.text.tokenizer import Tokenizer
 
+TINY = {  # a model that `bitnet train` trains in a second, see `set_options`
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+}
 WORDS = "the quick brown fox jumps over the lazy dog, né 한국 🙂 "
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}bot: "
+
+
+def set_options(shape: dict[str, int]) -> list[str]:
+    """The options of `bitnet train` that give a model this shape."""
+    return [part for key, value in shape.items() for part in ("--set", f"model.{key}={value}")]
 
 
 def model_for(tokenizer: Tokenizer, seed: int, context: int, width: int = 48, layers: int = 2) -> Transformer:
