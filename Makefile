@@ -1,4 +1,4 @@
-# `make demo` and `make test` each take a fresh clone to the result. PYTHON=python3.12 picks another interpreter.
+# `make demo` and `make test` work in a fresh clone. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 SHELL := /bin/bash
@@ -11,30 +11,30 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-help:  ## this list
-	@awk -F ':|## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$NF }' Makefile
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-# DEMO="--steps 40" for a look in a minute or two: the same, of a model that has learnt less.
-demo: $(STAMP)  ## train a small ternary model, pack it, generate with it
+# DEMO="--steps 40" takes a minute or two: the same steps with a model that is trained less.
+demo: $(STAMP)  ## train a small ternary model, pack it and generate with it: about four minutes
 	@$(BIN)/python -m bitnet.cli.demo $(DEMO)
 
-test: $(STAMP) lint types pytest  ## formatting, lint, types and every test
+test: $(STAMP) lint types pytest  ## check format, lint and types, and run every test
 
-check: $(STAMP) lint types quick  ## formatting, lint, types and the quick tests of every part: two minutes
+check: $(STAMP) lint types quick  ## check format, lint and types, and run the quick tests: two minutes
 
-install: $(STAMP)  ## virtual environment .venv with the project in it (editable)
+install: $(STAMP)  ## create the virtual environment .venv with the project in it (editable)
 
-format: $(STAMP)  ## rewrite the sources in the project's format
+format: $(STAMP)  ## format the sources
 	@$(BIN)/ruff check --quiet --fix-only
 	@$(BIN)/ruff format --quiet
 
-lint: $(STAMP)  ## check format and lint, change nothing
+lint: $(STAMP)  ## check format and lint without changing anything
 	@echo "checking format and lint"
-	@$(BIN)/ruff format --check --quiet --output-format concise || { echo "make format mends this"; exit 1; }
+	@$(BIN)/ruff format --check --quiet --output-format concise || { echo "run make format to fix this"; exit 1; }
 	@$(BIN)/ruff check --quiet --output-format concise
 
-# In the checkout kernels/ and train/ lie beside bitnet/; installed they lie inside it. Links in build/types give mypy the
-# installed shape, and sed turns the paths in its messages back into those of the checkout.
+# In the checkout kernels/, train/ and benchmarks/ are next to bitnet/; installed, they are inside it. Links in build/types
+# give mypy the installed layout, and sed turns the paths in its messages back into those of the checkout.
 types: $(STAMP)  ## check types
 	@echo "checking types"
 	@rm -rf build/types && mkdir -p build/types/bitnet/benchmarks
@@ -43,8 +43,8 @@ types: $(STAMP)  ## check types
 	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 	  --no-error-summary -p bitnet | sed -E 's,^bitnet/(kernels|train|benchmarks)/,\1/,'
 
-# On all cores this process may use (tests/conftest.py counts them); JOBS=0 runs them in one process. Idle workers take
-# over tests of busy ones (worksteal): files differ too much in length to be handed out whole.
+# On all cores that this process may use (tests/conftest.py counts them); JOBS=0 runs everything in one process. Idle
+# workers take tests from busy ones (worksteal), since test files differ much in duration.
 JOBS ?= auto
 pytest: $(STAMP)
 	@echo "running the tests"
@@ -54,8 +54,8 @@ quick: $(STAMP)
 	@echo "running the quick tests"
 	@$(BIN)/pytest --quiet -n $(JOBS) --dist worksteal -m 'not slow'
 
-# Needs cmake and a C++20 compiler, no Python. Rounds for two minutes on two slow cores, the builds included.
-sanitize:  ## C++ tests under the address, undefined behaviour and thread sanitizers
+# Needs cmake and a C++20 compiler, but no Python. Takes two minutes on two slow cores, including the builds.
+sanitize:  ## run the C++ tests under the address, undefined behaviour and thread sanitizers
 	@mkdir -p build
 	@for kinds in address,undefined thread; do \
 	  echo "building the C++ tests for the sanitizers: $$kinds"; \
@@ -67,17 +67,17 @@ sanitize:  ## C++ tests under the address, undefined behaviour and thread saniti
 	  $$build/forward $$forward; \
 	done
 
-# The bar is a million inputs; FUZZ=20000 for a quick look.
+# The target is a million inputs; FUZZ=20000 for a quick run.
 FUZZ ?= 1000000
-fuzz: $(STAMP)  ## mutated files against every reader of files
+fuzz: $(STAMP)  ## feed mutated files to every reader of files
 	@$(BIN)/python benchmarks/fuzz.py --inputs $(FUZZ)
 
-# At most ten minutes; KILLS=20 for a quick look.
+# Takes up to ten minutes; KILLS=20 for a quick run.
 KILLS ?= 200
-reliability: $(STAMP)  ## kill -9, full disk, read-only folder, two writers: what a run survives, counted
+reliability: $(STAMP)  ## count what a training run survives: kill -9, full disk, read-only folder, two writers
 	@$(BIN)/python benchmarks/reliability.py --kills $(KILLS)
 
-# Made again when a dependency or a pin changes; a change of source needs nothing, the install is editable.
+# Repeated when a dependency or a pin changes; sources may change, since the install is editable.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null \
 	  || { echo "error: no '$(PYTHON)' found; bitnet needs Python 3.11 or newer (make PYTHON=/path/to/python ...)" >&2; exit 1; }

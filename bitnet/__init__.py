@@ -1,4 +1,4 @@
-"""BitNet b1.58: ternary language models, from text to a packed model that runs.
+"""BitNet b1.58: ternary language models, from training to a packed model that runs.
 
 import bitnet
 model = bitnet.load("model.safetensors")            # an engine: token ids in, token ids out
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "BitLinear", "BitNetError", "ModelConfig", "Transformer", "convert", "load"]
 
-# Loaded on first use: `bitnet --help` must not wait for torch, and kernels can import their own package first.
-_HOMES = {
+# Imported on first use: `bitnet --help` must not wait for torch, and bitnet.kernels can be imported without the rest.
+_MODULES = {
     "PRESETS": "config",
     "ModelConfig": "config",
-    "convert": "conversion",  # not convert.py: the module would take the place of the function
+    "convert": "conversion",  # a module named convert would replace the function as an attribute of the package
     "BitNetError": "errors",
     "BitLinear": "layers",
     "Transformer": "model",
@@ -36,6 +36,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'bitnet' has no attribute '{name}'")
-    return getattr(import_module(f"bitnet.{_HOMES[name]}"), name)
+    return getattr(import_module(f"bitnet.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
-"""Is everything in place? Versions, CPU features, devices, kernel backends with reasons, and a self-test.
+"""Check an installation: versions, CPU features, devices, and a self-test of every kernel backend.
 
-`surroundings` looks at what decides how fast this machine is: cores, memory, huge pages, other processes, and which
-kernels torch has for it. All of it takes seconds; no check may take longer than LIMIT.
+`describe_machine` reports what decides the speed of this machine: cores, memory, huge pages, other processes, and the
+kernels that torch has for it. All of it takes seconds; a check that takes longer than LIMIT counts as failed.
 """
 
 import importlib.metadata
@@ -32,20 +32,20 @@ OPTIONAL = {
     "uvicorn": "serve",
     "prometheus-client": "serve",
 }
-LIMIT = 30.0  # seconds of one check, each of which takes a second at most on a machine at hand: past that it hangs
-_HUGE_BYTES = 32 * 2**20  # asked for to see whether huge pages are given: sixteen of them
-# The instruction sets that kernels for ternary weights care about.
+LIMIT = 30.0  # seconds for one check, which takes a second at most on an idle machine
+_HUGE_BYTES = 32 * 2**20  # requested to see whether huge pages are given: sixteen of 2 MiB
+# The instruction sets that matter to kernels for ternary weights.
 CPU_FEATURES = (
     "avx2 fma3 avx512_f avx512_bw avx512_vl avx512_vbmi avx512_vnni avx512_bf16 avx_vnni amx_int8 amx_bf16".split()
 )
 
 
-# As Linux writes those of them that it writes in another way.
-_LINUX = {"fma3": "fma"} | {f"avx512_{part}": f"avx512{part}" for part in ("f", "bw", "vl", "vbmi")}
+# Those that Linux spells differently.
+_LINUX_NAMES = {"fma3": "fma"} | {f"avx512_{part}": f"avx512{part}" for part in ("f", "bw", "vl", "vbmi")}
 
 
 def examine() -> dict[str, Any]:
-    """Look at the machine and test every backend that can run. JSON values; `healthy` is the verdict."""
+    """Versions, devices and a test of every backend that can run, as JSON values; `healthy` is the verdict."""
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     backends = [_backend(backend, torch.device(device)) for device in devices for backend in ops.BACKENDS]
     instruction_sets = [_instruction_set(one) for one in native.instruction_sets()]
@@ -113,15 +113,15 @@ def _tested(backend: ops.Backend, device: torch.device, reason: str | None) -> d
 
 
 def within(limit: float, check: Callable[[], None]) -> bool:
-    """Whether a check ends in so many seconds. One that does not is left alone; it ends with the process."""
+    """Whether a check ends within `limit` seconds. One that does not keeps running in its daemon thread."""
     running = threading.Thread(target=check, daemon=True)
     running.start()
     running.join(limit)
     return not running.is_alive()
 
 
-def surroundings(root: Path = machine.ROOT) -> dict[str, Any]:
-    """What decides how fast this machine is, as JSON values; `remarks` are the sentences a person should read."""
+def describe_machine(root: Path = machine.ROOT) -> dict[str, Any]:
+    """What decides the speed of this machine, as JSON values; `remarks` are sentences about what slows it down."""
     cpus = machine.affinity()
     report: dict[str, Any] = {
         "cpus": os.cpu_count(),
@@ -139,13 +139,14 @@ def surroundings(root: Path = machine.ROOT) -> dict[str, Any]:
 
 
 def dense_kernels() -> list[dict[str, Any]]:
-    """Torch's products on this CPU, the kernels that rivals run on: the fastest way, its rate, and what is missing.
+    """Torch's matrix products on this CPU, by type: the fastest way, its rate, and which kernel is missing.
 
-    Of each, a product of a million multiply-adds: enough to tell a kernel from reference code, no benchmark.
+    Other engines depend on them. Each is timed on a million multiply-adds, which is enough to distinguish an optimised
+    kernel from reference code but is no benchmark.
     """
     found: list[dict[str, Any]] = []
 
-    def look() -> None:
+    def probe() -> None:
         with torch.inference_mode():
             timed = {dtype: dense_products.probe(dtype) for dtype in ("fp32", "bf16", "int8")}
         features = _features()
@@ -156,35 +157,35 @@ def dense_kernels() -> list[dict[str, Any]]:
             rate = best.rate / 1e9 if best.rate else None
             found.append({"type": dtype, "way": best.way.name, "gigamacs_per_second": rate, "missing": missing or None})
 
-    return list(found) if within(LIMIT, look) else [{"type": "all", "missing": f"no answer within {LIMIT:.0f} s"}]
+    return list(found) if within(LIMIT, probe) else [{"type": "all", "missing": f"no answer within {LIMIT:.0f} s"}]
 
 
 def huge_bytes_given(size: int = _HUGE_BYTES) -> int | None:
-    """Bytes that really lie on huge pages after asking for `size` on them; None where the system cannot tell.
+    """Bytes that are on huge pages after requesting `size` bytes on them; None where the system does not report it.
 
-    A virtual machine may have the rule and give none.
+    A virtual machine may allow huge pages and still give none.
     """
     advice, smaps = getattr(mmap, "MADV_HUGEPAGE", None), Path("/proc/self/smaps_rollup")
     if advice is None or not smaps.exists():
         return None
 
-    def counted() -> int:
+    def huge_bytes() -> int:
         lines = smaps.read_text(encoding="ascii").splitlines()
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
 
-    before = counted()
+    before = huge_bytes()
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
         try:
             pages.madvise(advice)
-        except OSError:  # a kernel without them
+        except OSError:  # the Linux kernel was built without them
             return 0
         for at in range(0, size, mmap.PAGESIZE):
             pages[at] = 1
-        return max(0, counted() - before)
+        return max(0, huge_bytes() - before)
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What of `surroundings` makes this machine slower than it looks."""
+    """Sentences about everything in `describe_machine` that makes this machine slower than it looks."""
     found = []
     cpus, quota, affinity = report["cpus"], report["quota"], report["affinity"]
     if quota is not None and quota < cpus:
@@ -193,14 +194,14 @@ def remarks(report: dict[str, Any]) -> list[str]:
         found.append(f"this process may run on {affinity} of {cpus} CPUs (affinity)")
     busy, of = report["busy_cpus"], affinity or cpus
     if busy is not None and busy > machine.BUSY * of:
-        found.append(f"a busy machine: other processes keep {busy:.1f} of {of} CPUs busy; measure later")
+        found.append(f"a busy machine: other processes keep {busy:.1f} of {of} CPUs busy; measure when it is idle")
     huge = report["huge_pages"]
     if huge["rule"] == "never":
-        found.append("huge pages are switched off (transparent_hugepage: never): large models read memory slower")
+        found.append("huge pages are off (transparent_hugepage: never): reading the weights of large models is slower")
     elif huge["given"] is not None and huge["given"] < huge["asked"] // 2:
         found.append(
             f"huge pages: {huge['given'] >> 20} of {huge['asked'] >> 20} MiB given though the rule is "
-            f"'{huge['rule']}': large models read memory slower"
+            f"'{huge['rule']}': reading the weights of large models is slower"
         )
     found += [f"torch {one['type']}: {one['missing']}" for one in report["products"] if one["missing"]]
     return found
@@ -220,8 +221,8 @@ def _features() -> list[str]:
     if read:
         capabilities = read()
         return [name for name in CPU_FEATURES if capabilities.get(name)]
-    flags = _cpu_line("flags").split()  # torch before 2.12 cannot tell
-    return [name for name in CPU_FEATURES if _LINUX.get(name, name) in flags]
+    flags = _cpu_line("flags").split()  # torch before 2.12 does not report them
+    return [name for name in CPU_FEATURES if _LINUX_NAMES.get(name, name) in flags]
 
 
 def _cpu_name() -> str:
@@ -229,7 +230,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_line(key: str) -> str:
-    """The first value of a key that Linux tells of its CPUs; empty elsewhere."""
+    """The first value of a key in /proc/cpuinfo; empty where there is none."""
     if sys.platform == "linux":
         with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             for line in file:

@@ -1,6 +1,6 @@
-"""The top level, the frozen command line, the rules of the C++ core, words that stay out.
+"""The top level, the frozen command line, the rules of the C++ core, and what no source may contain.
 
-Every rule is a function from source text to complaints, so that the tests at the end can show it a violation.
+Every rule is a function from source text to complaints, so that the tests at the end can check it on a violation.
 """
 
 import ast
@@ -14,14 +14,14 @@ import child_process
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("bitnet", "kernels", "train", "tests", "benchmarks")
-TOP_FOLDERS = {*ROOMS, ".ci", ".github", "docs"}
+FOLDERS = ("bitnet", "kernels", "train", "tests", "benchmarks")
+TOP_LEVEL = {*FOLDERS, ".ci", ".github", "docs"}
 
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 NATIVE = sorted(
     path.relative_to(ROOT).as_posix()
-    for room in ("kernels", "tests")
-    for path in (ROOT / room).rglob("*")
+    for folder in ("kernels", "tests")
+    for path in (ROOT / folder).rglob("*")
     if path.suffix in {".cpp", ".h", ".inl"}
 )
 PLAIN = ["Makefile", "CMakeLists.txt", ".ci/run", "pyproject.toml", "README.md", "CONTRIBUTING.md"]
@@ -32,76 +32,44 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-# ---- rooms and packaging -----------------------------------------------------------------------------------
+# ---- folders and packaging ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["kernels", "train"])
 def test_mapped_folders_stay_namespaces(folder: str) -> None:
-    """With an __init__.py it would shadow an installed package of its name, Hugging Face's `kernels` for one."""
+    """With an __init__.py it would shadow an installed package of its name, such as Hugging Face's `kernels`."""
     assert not (ROOT / folder / "__init__.py").exists()
 
 
 def test_top_level_is_fixed() -> None:
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: cannot tell the project's folders from the user's")
+        pytest.skip("not a git checkout: the project's folders cannot be told from the user's")
     git = ["git", "ls-files", "-z"]
     listed = child_process.run(git, cwd=ROOT).stdout
     folders = {name.partition("/")[0] for name in listed.split("\0") if "/" in name}
-    assert folders <= TOP_FOLDERS, f"unknown at the top level: {sorted(folders - TOP_FOLDERS)}"
+    assert folders <= TOP_LEVEL, f"unknown at the top level: {sorted(folders - TOP_LEVEL)}"
 
 
 # ---- the command line --------------------------------------------------------------------------------------
 
 VERBS = {
-    "train": {"--preset", "--data", "--out", "--steps", "--seed", "--linear", "--init"},
-    "sweep": {"--out", "--plan", "--json"},
-    "pack": {"-o"},
-    "generate": {
-        *("-m", "-p", "-n", "-c", "-t", "-s", "--temp", "--top-k", "--top-p", "--min-p", "--chat", "--json"),
-        *("-i", "--engine", "--head", "--cache"),
-    },
-    "serve": {
-        *("-m", "--host", "--port", "--api-key", "-t", "--slots", "-c", "--queue"),
-        *("--engine", "--head", "--cache"),
-    },
-    "eval": {"-m", "--data", "--json", "--engine", "--head", "--cache"},
-    "compare": {
-        *(
-            "--baseline",
-            "--binary",
-            "--data",
-            "--methods",
-            "-o",
-            "--plot",
-            "--max-tokens",
-            "--kl-tokens",
-            "--qat-steps",
-        ),
-        *("--rounds", "--llama", "--keep", "--budget", "-t", "--json"),
-    },
-    "bench": {
-        *(
-            "-m",
-            "--preset",
-            "-p",
-            "-n",
-            "--pg",
-            "-d",
-            "-b",
-            "-t",
-            "-r",
-            "-o",
-            "--backend",
-            "--isa",
-            "--head",
-            "--cache",
-        ),
-        *("--against", "--llama", "--price", "--plot", "--device", "--budget"),
-    },
-    "inspect": {"--json", "--plot", "-p"},
-    "export": {"-o", "--to", "--type", "--json"},
-    "import": {"-o", "--tokenizer", "--weight-scale", "--json"},
-    "doctor": {"--json"},
+    verb: set(options.split())
+    for verb, options in {
+        "train": "--preset --data --out --steps --seed --linear --init",
+        "sweep": "--out --plan --json",
+        "pack": "-o",
+        "generate": "-m -p -n -c -t -s --temp --top-k --top-p --min-p --chat --json -i --engine --head --cache",
+        "serve": "-m --host --port --api-key -t --sequences -c --queue --engine --head --cache",
+        "eval": "-m --data --json --engine --head --cache",
+        "compare": "--baseline --binary --data --methods -o --plot --max-tokens --kl-tokens --qat-steps --rounds "
+        "--llama --keep --budget -t --json",
+        "bench": "-m --preset -p -n --pg -d -b -t -r -o --backend --isa --head --cache --against --llama --price "
+        "--plot --device --budget",
+        "inspect": "--json --plot -p",
+        "export": "-o --to --type --json",
+        "import": "-o --tokenizer --weight-scale --json",
+        "doctor": "--json",
+    }.items()
 }
 
 
@@ -120,7 +88,7 @@ def test_verbs_are_frozen(verbs: dict[str, list]) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_are_frozen(verb: str, verbs: dict[str, list]) -> None:
-    """More options may come, these stay."""
+    """Options may be added; these must stay."""
     options = {option for param in verbs[verb] for option in (*param.opts, *param.secondary_opts)}
     assert not VERBS[verb] - options, f"bitnet {verb}: missing"
 
@@ -130,18 +98,18 @@ def test_pack_takes_an_argument(verbs: dict[str, list]) -> None:
 
 
 def test_command_line_imports_little() -> None:
-    """`bitnet generate` should not pay for the trainer, for plots or for another tool's format."""
+    """`bitnet generate` should not load the trainer, plotting or other tools' formats."""
     code = "import bitnet.cli, json, sys; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(child_process.run([sys.executable, "-c", code]).stdout)
     heavy = ("bitnet.train", "bitnet.files", "bitnet.benchmarks", "bitnet.serve.", "matplotlib", "tensorboard", "wandb")
     assert not [name for name in loaded if name.startswith(heavy)]
 
 
-# ---- the C++ ----------------------------------------------------------------------------------------------
+# ---- the C++ -----------------------------------------------------------------------------------------------
 
 CORE = [path for path in NATIVE if path.startswith("kernels/cpu/")]
-# Compiled once for each instruction set: what they include must bring no inline function of its own, or the linker
-# merges the copies and a portable build runs AVX code.
+# Compiled once per instruction set. What they include must define no inline functions: the linker would merge the
+# copies, and a portable build would run AVX code.
 PER_SET = [path for path in CORE if Path(path).name in {"scalar.cpp", "avx2.cpp", "avx512.cpp", "vnni.cpp", "isa.h"}]
 PER_SET += [path for path in CORE if path.endswith(".inl")]
 PLAIN_HEADERS = {"<immintrin.h>", "<string.h>", "<stddef.h>", "<stdint.h>"}
@@ -156,11 +124,11 @@ def native_complaints(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{number}: not ASCII"
         include = re.match(r"\s*#\s*include\s+(\S+)", code) if path in PER_SET else None
         if include and include[1] not in PLAIN_HEADERS and not re.fullmatch(r'"(?:isa\.h|\w+\.inl)"', include[1]):
-            yield f"{path}:{number}: includes {include[1]}: only plain C headers in a file of one instruction set"
+            yield f"{path}:{number}: includes {include[1]}: only C headers where a file is compiled per instruction set"
 
 
 @pytest.mark.parametrize("path", CORE)
-def test_the_core_keeps_its_rules(path: str) -> None:
+def test_the_core_follows_its_rules(path: str) -> None:
     assert not list(native_complaints(path, text(path)))
 
 
@@ -169,7 +137,7 @@ def test_every_instruction_set_has_its_file() -> None:
     assert {"scalar.cpp", "avx2.cpp", "avx512.cpp", "vnni.cpp", "isa.h", "elementwise.inl"} <= names
 
 
-# ---- words that stay out -----------------------------------------------------------------------------------
+# ---- what no source may contain ----------------------------------------------------------------------------
 
 MACHINE_PATH = re.compile(r"(?<![\w.~$})>])/(?:home|Users|root|work|tmp|opt|mnt|scratch)/|\b[A-Z]:\\\\?Users")
 LEFT_FOR_LATER = re.compile(r"\b(?:TOD[O]|FIXM[E]|XX[X])\b")
@@ -191,7 +159,7 @@ def last_name(node: ast.expr) -> str:
 
 
 def except_complaints(path: str, source: str) -> Iterator[str]:
-    """A handler for everything hides bugs, unless it cleans up and raises again, or is a fuzzer's, which reports it."""
+    """A handler for everything hides bugs, unless it cleans up and raises again; fuzzers report what they catch."""
     if path in FUZZERS:
         return
     everything = {"Exception", "BaseException"}
@@ -208,7 +176,7 @@ def except_complaints(path: str, source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES + NATIVE + OTHER_TEXT)
-def test_words_that_stay_out(path: str) -> None:
+def test_no_machine_paths_and_no_notes(path: str) -> None:
     assert not list(word_complaints(path, text(path)))
 
 
@@ -218,7 +186,7 @@ def test_no_catch_all(path: str) -> None:
 
 
 def process_complaints(path: str, source: str) -> Iterator[str]:
-    """A process that a test starts and nothing ends would hang the run, or outlive it."""
+    """A process without a time limit may hang the test run, or outlive it."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("subprocess."):
             continue

@@ -1,4 +1,4 @@
-"""`bitnet bench`: speed beside what the machine allows."""
+"""`bitnet bench`: speed next to what the machine allows."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from bitnet.cli.options import Debug, Device, Quiet, pick_device
+from bitnet.cli.terminal import log
+
+
+def help_values() -> dict[str, object]:
+    """The defaults that the help texts name."""
+    from bitnet.benchmarks.bench import plan
+
+    return {"plan": plan}
 
 
 def bench(
@@ -16,48 +24,73 @@ def bench(
             "-m",
             "--model",
             metavar="FILE",
-            help="Packed model; may be repeated. Default, without --preset: the one that comes along.",
+            help="Packed model; may be repeated. Default, without --preset: the included one.",
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Random weights in the shape of nano, small, 2b4t ...")
+        str, typer.Option(metavar="NAME,...", help="Models of these shapes with random weights: nano, small, 2b4t ...")
     ] = "",
     prompt: Annotated[
-        str, typer.Option("-p", "--n-prompt", metavar="N,...", help="Tokens to read. Default: 512 or half a context.")
+        str,
+        typer.Option(
+            "-p",
+            "--n-prompt",
+            metavar="N,...",
+            help="Prompt lengths in tokens; 0: no such test. Default: {plan.PROMPT}, at most half the context.",
+        ),
     ] = "",
     predict: Annotated[
-        str, typer.Option("-n", "--n-gen", metavar="N,...", help="Tokens to write. Default: 128 or half a context.")
+        str,
+        typer.Option(
+            "-n",
+            "--n-gen",
+            metavar="N,...",
+            help="Tokens to generate; 0: no such test. Default: {plan.PREDICT}, at most half the context.",
+        ),
     ] = "",
     pair: Annotated[
-        list[str] | None, typer.Option("--pg", metavar="PP,TG", help="Read and write as one test; may be repeated.")
+        list[str] | None,
+        typer.Option("--pg", metavar="PP,TG", help="Prompt and generation as one test; may be repeated."),
     ] = None,
     depth: Annotated[
         str, typer.Option("-d", "--n-depth", metavar="N,...", help="Tokens in the context before a test starts.")
     ] = "0",
-    batch: Annotated[str, typer.Option("-b", "--batch", metavar="N,...", help="Sequences at once.")] = "1",
+    batch: Annotated[str, typer.Option("-b", "--batch", metavar="N,...", help="Sequences in a batch.")] = "1",
     threads: Annotated[
         str,
         typer.Option(
-            "-t", "--threads", metavar="N,...", help="CPU threads. Default: as torch finds best, at most the cores."
+            "-t",
+            "--threads",
+            metavar="N,...",
+            help="CPU threads. Default: torch's choice, at most the cores this process may use.",
         ),
     ] = "",
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, max=1000, help="Rounds.")] = 5,
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, max=1000, metavar="N", help="Times each test is repeated.")
+    ] = 5,
     backend: Annotated[str, typer.Option(metavar="NAME,...", help="auto, cpu (C++), torch, triton.")] = "auto",
     isa: Annotated[str, typer.Option(metavar="NAME,...", help="Instruction sets of the C++ kernels.")] = "",
     head: Annotated[str, typer.Option(metavar="NAME,...", help="Head of the C++ engine: file, int8, int4.")] = "file",
-    cache: Annotated[str, typer.Option(metavar="NAME,...", help="Its keys and values: fp32, bf16, int8.")] = "fp32",
+    cache: Annotated[
+        str, typer.Option(metavar="NAME,...", help="KV cache of the C++ engine: fp32, bf16, int8.")
+    ] = "fp32",
     against: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Others in the same run: torch-bf16, torch-int8, llama.cpp.")
+        str, typer.Option(metavar="NAME,...", help="Other engines to measure: torch-bf16, torch-int8, llama.cpp.")
     ] = "",
     llama: Annotated[
-        str, typer.Option(metavar="PYTHON", help="The Python that has llama-cpp-python. Default: this one.")
+        str, typer.Option(metavar="PYTHON", help="A Python that has llama-cpp-python. Default: this one.")
     ] = "",
     price: Annotated[
-        float | None, typer.Option(min=0, help="Of this machine in dollars an hour: adds $ per million tokens.")
+        float | None,
+        typer.Option(min=0, metavar="DOLLARS", help="Price of this machine per hour: adds $ per million tokens."),
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(min=1, metavar="SECONDS", help="Most a row may take: fewer rounds, or left out with the reason."),
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Time limit of a row: it gets fewer repetitions, or is left out with a reason.",
+        ),
     ] = 120,
     output: Annotated[str, typer.Option("-o", "--output", metavar="FORMAT", help="md, json or csv.")] = "md",
     plot: Annotated[
@@ -68,9 +101,9 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure tokens a second against what the machine allows and against other engines, in turns.
+    """Measure tokens per second next to what the machine allows, and other engines in the same run.
 
-    Lists separated by commas cross-multiply. -p 0 or -n 0 leaves that kind of test out.
+    An option with several values, separated by commas, multiplies the tests.
     """
     from bitnet.benchmarks.bench.command import Flags, parse, run, show
 
@@ -105,12 +138,12 @@ def bench(
         from bitnet.benchmarks.bench.plot import draw
 
         for path in draw(document, plot):
-            typer.echo(f"bitnet: wrote {path}", err=True)
+            log(f"bitnet: wrote {path}")
     typer.echo(show(document, output))
 
 
 def packed_to_gguf(packed: Path, config: Any, target: Path) -> None:
-    """A packed file as GGUF, as if it had the config `config`."""
+    """Write a packed file as GGUF, with `config` in place of its own."""
     from dataclasses import replace
 
     from bitnet.files.gguf.export import export_gguf

@@ -1,28 +1,29 @@
-"""`bitnet generate -i`: prompts from a terminal, one after the other, on a model that stays loaded.
+"""`bitnet generate -i`: prompts from a terminal, one after the other, for a model that stays loaded.
 
-Ctrl-C stops the text that is being written, Ctrl-D leaves. Keys and values of what was read stay in a slot, so that a
-conversation goes on where it was.
+Ctrl-C stops a reply, Ctrl-D exits. The KV cache is kept between prompts: only the tokens that a conversation adds are
+read.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from bitnet.cli.terminal import log, write_now
 from bitnet.engine.base import BatchEntry, Engine, common_length
 from bitnet.engine.sampling import Sampler, Sampling
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text, prompt_ids, stop_ids
 from bitnet.text.tokenizer import Tokenizer
 
-HELP = """an empty line goes on with the text; \\ at the end of a line: the next one belongs to it
-/reset forgets what was said, /help shows this, /quit (or Ctrl-D) leaves; Ctrl-C stops the model"""
+HELP = """an empty line continues the last text; a line that ends with \\ is continued on the next one
+/reset clears the conversation, /help shows this, /quit (or Ctrl-D) exits; Ctrl-C stops a reply"""
 
 
-def converse(
+def run_chat(
     model: Path,
     max_new_tokens: int,
     sampling: Sampling,
@@ -32,119 +33,120 @@ def converse(
     context: int = 0,
     ignore_eos: bool = False,
     chat: bool = False,
-    write: Callable[[str], None],
-    tell: Callable[[str], None],
     **options: str,
 ) -> None:
-    """Answer prompts from standard input until its end. write: gets text; tell: gets remarks for the terminal alone.
+    """Answer prompts from standard input until it ends.
 
-    first: a prompt to begin with. chat: prompts are messages of one conversation. options: engine, head and cache of
-    `bitnet.load`. Raises BitNetError as `load_for_text` does, and for chat without a template.
+    first: a prompt to start with. chat: prompts are messages of one conversation. options: engine, head and cache of
+    `bitnet.load`. Raises BitNetError as `load_for_text` does, and for chat with a model that has no chat template.
     """
     engine, tokenizer, limit = load_for_text(model, device, context, **options)
-    if chat and not tokenizer.chat_template:
-        raise BitNetError(f"chat: got {model}, a model without a chat template, expected one; leave --chat away")
-    ends = frozenset() if ignore_eos else frozenset(stop_ids(tokenizer))
-    chat_session = ChatSession(engine, tokenizer, limit, Sampler(sampling), max_new_tokens, ends, chat)
-    tell(f"{model.name}, context {limit} tokens; /help, Ctrl-D leaves")
-    prompts = _prompts(tell)
+    if chat and tokenizer.chat_template is None:
+        raise BitNetError(f"chat: got {model}, which has no chat template, expected a chat model; omit --chat")
+    stop = frozenset() if ignore_eos else frozenset(stop_ids(tokenizer))
+    session = ChatSession(engine, tokenizer, limit, Sampler(sampling), max_new_tokens, stop, chat)
+    log(f"{model.name}, context {limit} tokens; /help for help, Ctrl-D exits")
+    prompts = _prompts()
     if first:
-        _answer(chat_session, first, write, tell)
+        _print_answer(session, first)
     for prompt in prompts:
         if prompt == "/quit":
             return
         if prompt == "/help":
-            tell(HELP)
+            log(HELP)
         elif prompt == "/reset":
-            chat_session.reset()
-            tell("forgotten")
+            session.reset()
+            log("conversation cleared")
         else:
-            _answer(chat_session, prompt, write, tell)
+            _print_answer(session, prompt)
 
 
 @dataclass
 class ChatSession:
-    """One model and what has been said so far."""
+    """A model and the conversation so far. `full` and `ended` say how the last reply ended."""
 
     engine: Engine
     tokenizer: Tokenizer
-    limit: int
+    limit: int  # tokens of the context
     sampler: Sampler
     max_new_tokens: int
-    ends: frozenset[int]
-    chat: bool
+    stop: frozenset[int]  # ids that end a reply
+    chat: bool  # prompts are messages, and the chat template makes a conversation of them
     messages: list[dict[str, str]] = field(default_factory=list)
-    text: list[int] = field(default_factory=list)  # ids of the last text, its prompt included
-    ended: bool = False  # the model ended it by itself
-    full: bool = False  # the context ended it
+    ids: list[int] = field(default_factory=list)  # the last prompt and its reply
+    ended: bool = False  # by a stop id
+    full: bool = False  # the context is full
 
     def __post_init__(self) -> None:
-        self._slots = self.engine.slots(1, self.limit)
-        self._held: list[int] = []  # what the slot is known to hold
+        self._sequences = self.engine.slots(1, self.limit)
+        self._cached: list[int] = []  # ids known to be in the KV cache
 
     def reset(self) -> None:
-        """Forget everything said."""
-        self.messages, self.text, self.ended, self.full = [], [], False, False
+        """Clear the conversation."""
+        self.messages, self.ids, self.ended, self.full = [], [], False, False
 
     def answer(self, prompt: str) -> Iterator[str]:
-        """The pieces of what the model says; an empty prompt goes on with the last text.
+        """Yield the pieces of a reply; an empty prompt continues the last one unless the model had ended it.
 
-        Raises BitNetError for a prompt that does not fit and for one that cannot be encoded.
+        Raises BitNetError for a prompt that is longer than the context or that the tokenizer cannot encode.
         """
-        going_on = not prompt and bool(self.text) and not self.ended
-        ids = self.text if going_on else self._ids(prompt)
+        continues = not prompt and bool(self.ids) and not self.ended
+        ids = self.ids if continues else self._encode(prompt)
         if len(ids) > self.limit:
-            raise BitNetError(f"got {len(ids)} tokens, expected at most the context's {self.limit}; /reset forgets")
-        said: list[int] = []
-        self.text, self.ended, self.full = list(ids), False, False
+            raise BitNetError(f"got {len(ids)} tokens, expected at most the context's {self.limit}; /reset clears it")
+        reply: list[int] = []
+        self.ids, self.ended, self.full = list(ids), False, False
         decoder = self.tokenizer.stream()
         try:
-            for id in self._tokens(ids):
-                said.append(id)
-                self.text.append(id)
+            for id in self._generate(ids):
+                reply.append(id)
+                self.ids.append(id)
                 yield decoder.push(id)
             yield decoder.flush()
-        finally:  # also where Ctrl-C ends it: what was said counts
+        finally:  # a reply that Ctrl-C stopped is part of the conversation too
             if self.chat:
-                self._remember(prompt, self.tokenizer.decode(said), going_on)
+                self._add_messages(prompt, self.tokenizer.decode(reply), continues)
 
-    def _ids(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: str) -> list[int]:
         if not self.chat:
             return prompt_ids(self.tokenizer, prompt)
         return self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": prompt}])
 
-    def _remember(self, prompt: str, answer: str, going_on: bool) -> None:
-        if going_on:
-            self.messages[-1]["content"] += answer
+    def _add_messages(self, prompt: str, reply: str, continues: bool) -> None:
+        if continues:
+            self.messages[-1]["content"] += reply
             return
-        self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
 
-    def _tokens(self, ids: list[int]) -> Iterator[int]:
-        new = self._settle(ids)
+    def _generate(self, ids: list[int]) -> Iterator[int]:
+        new = self._reuse_cache(ids)
         for _ in range(self.max_new_tokens):
-            if len(self._held) + len(new) > self.limit:
+            if len(self._cached) + len(new) > self.limit:
                 self.full = True
                 return
-            logits = self._slots.forward([BatchEntry(0, new)])[0]
-            self._held += new
+            logits = self._sequences.forward([BatchEntry(0, new)])[0]
+            self._cached += new
             id = int(self.sampler.draw(logits[None]))
-            if id in self.ends:
+            if id in self.stop:
                 self.ended = True
                 return
             yield id
             new = [id]
 
-    def _settle(self, ids: list[int]) -> list[int]:
-        """Keep of the slot what begins `ids`; returns the rest. An interrupt may have left the two lists apart."""
-        known = min(len(self._held), self._slots.length(0), len(ids) - 1)
-        common = common_length(self._held[: max(known, 0)], ids)
-        self._slots.truncate(0, common)
-        self._held = ids[:common]
+    def _reuse_cache(self, ids: list[int]) -> list[int]:
+        """Truncate the KV cache to what it shares with `ids`; returns the ids that remain to be read, at least one.
+
+        Ctrl-C may have come between a forward pass and its bookkeeping, so the shorter of the two lengths counts.
+        """
+        known = min(len(self._cached), self._sequences.length(0), len(ids) - 1)
+        common = common_length(self._cached[: max(known, 0)], ids)
+        self._sequences.truncate(0, common)
+        self._cached = ids[:common]
         return ids[common:]
 
 
-def _prompts(tell: Callable[[str], None]) -> Iterator[str]:
-    """Lines of standard input, with history and editing on a terminal."""
+def _prompts() -> Iterator[str]:
+    """Prompts from standard input, with line editing and history on a terminal."""
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  # input() edits lines and keeps a history once it is imported
@@ -153,12 +155,12 @@ def _prompts(tell: Callable[[str], None]) -> Iterator[str]:
         try:
             line = input(("... " if lines else "> ") if terminal else "")
         except KeyboardInterrupt:
-            tell("\nCtrl-D leaves")
+            log("\nCtrl-D exits")
             lines = []
             continue
         except EOFError:
             if terminal:
-                tell("")
+                log("")
             return
         if line.endswith("\\"):
             lines.append(line[:-1])
@@ -167,22 +169,23 @@ def _prompts(tell: Callable[[str], None]) -> Iterator[str]:
         lines = []
 
 
-def _answer(chat_session: ChatSession, prompt: str, write: Callable[[str], None], tell: Callable[[str], None]) -> None:
-    started, count = time.perf_counter(), 0
+def _print_answer(session: ChatSession, prompt: str) -> None:
+    """Print a reply as it is generated, then its speed."""
+    started, pieces = time.perf_counter(), 0
     try:
-        for piece in chat_session.answer(prompt):
-            write(piece)
-            count += 1
-        write("\n")
-        if chat_session.full:
-            tell(f"the context of {chat_session.limit} tokens is full; /reset forgets")
+        for piece in session.answer(prompt):
+            write_now(piece)
+            pieces += 1
+        write_now("\n")
+        if session.full:
+            log(f"the context of {session.limit} tokens is full; /reset clears it")
     except KeyboardInterrupt:
-        write("\n")
-        tell("stopped")
+        write_now("\n")
+        log("stopped")
         return
     except BitNetError as error:
-        tell(f"{error}")
+        log(str(error))
         return
-    seconds = time.perf_counter() - started
-    if count > 1:
-        tell(f"{count - 1} tokens, {(count - 1) / seconds:,.0f}/s")
+    seconds, tokens = time.perf_counter() - started, pieces - 1  # the last piece comes from flushing the decoder
+    if tokens > 0:
+        log(f"{tokens} tokens, {tokens / seconds:,.0f}/s")

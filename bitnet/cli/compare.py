@@ -1,52 +1,80 @@
-"""`bitnet compare`: one trained pair against other ways to shrink a model."""
+"""`bitnet compare`: a ternary run and its float baseline against other ways to shrink a model."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, Quiet, Threads
+from bitnet.cli.options import Debug, Json, Quiet, Threads, given
 from bitnet.cli.terminal import print_json, print_tables
 
 
+def help_values() -> dict[str, object]:
+    """The defaults that the help texts name."""
+    from bitnet.benchmarks.compare.command import Options
+    from bitnet.benchmarks.compare.method import Settings
+
+    return {"options": Options(()), "settings": Settings(1)}
+
+
 def compare(
-    run: Annotated[Path, typer.Argument(help="Folder of a ternary run.")],
-    data: Annotated[list[str], typer.Option(metavar="PATH...", help="Held-out text: files, folders, globs or -.")],
-    twin: Annotated[
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a ternary run.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="PATH...", help="Held-out text: files, folders, globs or - (standard input).")
+    ],
+    baseline: Annotated[
         Path | None,
-        typer.Option("--baseline", "--twin", metavar="RUN", help="Its float baseline; default: by the default names."),
+        typer.Option(metavar="RUN", help="Its float baseline. Default: RUN with 'float' in place of 'ternary'."),
     ] = None,
-    binary: Annotated[Path | None, typer.Option(metavar="RUN", help="A 1-bit run on the same tokens.")] = None,
-    methods: Annotated[str | None, typer.Option(metavar="A,B,...", help="Methods or families; default: all.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="JSON to write.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw, as .png and .svg.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens every model scores.")] = 131_072,
+    binary: Annotated[Path | None, typer.Option(metavar="RUN", help="A binary (1-bit) run on the same tokens.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Methods or families of methods. Default: all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="JSON report to write.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Picture to draw, as FILE.png and FILE.svg.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens that every model scores. Default: {options.max_tokens}."),
+    ] = None,
     kl_tokens: Annotated[
-        int, typer.Option("--kl-tokens", min=1, help="Of them compared with the float baseline.")
-    ] = 16_384,
-    qat_steps: Annotated[int, typer.Option("--qat-steps", min=1, help="Steps of quantisation-aware training.")] = 100,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns in which all models are timed.")] = 2,
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens compared with the float baseline. Default: {options.kl_tokens}."),
+    ] = None,
+    qat_steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps of quantisation-aware training. Default: {settings.qat_steps}."),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Rounds in which each model is timed once. Default: {options.rounds}."),
+    ] = None,
     llama: Annotated[
-        str, typer.Option(metavar="PYTHON", help="A Python with llama-cpp-python; default: the wheel here.")
+        str, typer.Option(metavar="PYTHON", help="A Python that has llama-cpp-python. Default: this one.")
     ] = "",
-    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models that are made.")] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the compared models in DIR.")] = None,
     budget: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Most that making or measuring a model may take.")
-    ] = 1800,
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Time limit for making or measuring a model. Default: {options.budget:g}."
+        ),
+    ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """One trained pair against every way to shrink a model: size, quality, speed, memory."""
+    """Compare a ternary run with other ways to shrink its float baseline: size, quality, speed, memory."""
     from bitnet.benchmarks.compare.command import Options, compare_runs, write_report
     from bitnet.benchmarks.compare.method import Settings
     from bitnet.threads import use_threads
 
     count = use_threads(threads)
-    options = Options(tuple(data), max_tokens, kl_tokens, rounds, keep=keep, budget=budget)
-    settings = Settings(count, qat_steps, llama=llama)
-    report = compare_runs(run, twin, binary, methods, options, settings, quiet=quiet, output=output, plot=plot)
+    limits = given(max_tokens=max_tokens, kl_tokens=kl_tokens, rounds=rounds, budget=budget)
+    options = Options(tuple(data), keep=keep, **limits)
+    settings = Settings(count, llama=llama, **given(qat_steps=qat_steps))
+    report = compare_runs(run, baseline, binary, methods, options, settings, quiet=quiet, output=output, plot=plot)
     write_report(report, output, plot)
     if as_json:
         print_json(report)

@@ -1,4 +1,4 @@
-"""The verb that looks at this machine: doctor."""
+"""`bitnet doctor`: examine this machine."""
 
 import typer
 
@@ -7,12 +7,12 @@ from bitnet.cli.terminal import print_json, print_tables
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Print versions, devices, kernels and what limits this machine; test the kernels against the reference."""
-    from bitnet.doctor import examine, surroundings
+    """Show versions, devices, kernels and what limits this machine; test the kernels against the reference."""
+    from bitnet.doctor import describe_machine, examine
     from bitnet.threads import use_threads
 
     use_threads()
-    report = {"machine": surroundings(), **examine()}  # first: the tests would count as a busy machine
+    report = {"machine": describe_machine(), **examine()}  # first: the self-tests would count as load
     if as_json:
         print_json(report)
     else:

@@ -1,56 +1,44 @@
-"""`bitnet eval`: a packed model on text."""
+"""`bitnet eval`: score a packed model on text."""
 
 from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import (
-    Cache,
-    Context,
-    Debug,
-    Device,
-    Engine,
-    Head,
-    Json,
-    Model,
-    Threads,
-    pick_device,
-)
+from bitnet.cli.options import Debug, EngineOptions, Json, Model, grouped_options, pick_device
 from bitnet.cli.terminal import print_json, print_tables
 from bitnet.included import BOOKS
 
 
+@grouped_options
 def evaluate(
-    data: Annotated[list[str], typer.Option(metavar="PATH...", help="Files, folders, globs or - (stdin).")],
+    *,
+    data: Annotated[
+        list[str], typer.Option(metavar="PATH...", help="Text: files, folders, globs or - (standard input).")
+    ],
     model: Model = BOOKS,
-    context: Context = 0,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Score only the first N tokens; 0: all.")] = 0,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, metavar="N", help="Score only the first N tokens; 0: all.")
+    ] = 0,
     documents: Annotated[
-        str, typer.Option(help="What a document is: file, line, paragraph, row; best as in training.")
+        str, typer.Option(help="What a document is: file, line, paragraph or row; use the same as in training.")
     ] = "file",
-    threads: Threads = None,
-    device: Device = "auto",
-    engine: Engine = "auto",
-    head: Head = "file",
-    cache: Cache = "fp32",
+    engine: EngineOptions,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Bits per byte and perplexity of a packed model on text, with standard errors."""
+    """Measure bits per byte and perplexity of a packed model on text, with standard errors."""
     from bitnet.threads import use_threads
     from bitnet.train.scoring import score_text
 
-    use_threads(threads)
+    use_threads(engine.threads)
     report = score_text(
         model,
         data,
-        pick_device(device),
-        context=context,
+        pick_device(engine.device),
+        context=engine.context,
         limit=tokens,
         documents=documents,
-        engine=engine,
-        head=head,
-        cache=cache,
+        **engine.load_options(),
     )
     if as_json:
         print_json(report)

@@ -5,26 +5,28 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, open_model
+from bitnet.cli.inputs import open_model
+from bitnet.cli.options import Debug, Json
 from bitnet.cli.terminal import print_json
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, packed file, or anything import reads.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run, packed file, or anything that import reads.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Folder or file to write.")],
     to: Annotated[
-        str, typer.Option(help="hf (masters, to train on), hf-packed (two bits, to run) or gguf (llama.cpp).")
+        str,
+        typer.Option(metavar="FORMAT", help="hf (full precision, to train), hf-packed (two bits, to run) or gguf."),
     ],
     type_: Annotated[
         str | None,
         typer.Option(
-            "--type", help="Of a GGUF's projections: tq2_0 (default), tq1_0, f16, f32, q2_0 (new llama.cpp only)."
+            "--type", help="Type of a GGUF's projections: tq2_0 (default), tq1_0, f16, f32, q2_0 (new llama.cpp only)."
         ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model for transformers or llama.cpp; what a target cannot hold is refused with the way out."""
+    """Write a model for transformers or llama.cpp; a model that the format cannot hold is refused."""
     from bitnet.files.exporting import export_model
     from bitnet.threads import use_threads
 

@@ -1,111 +1,91 @@
 """`bitnet generate`: continue a text."""
 
 import os
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitnet.cli.options import (
-    Cache,
-    Context,
-    Debug,
-    Device,
-    Engine,
-    Head,
-    Json,
-    Model,
-    Threads,
-    pick_device,
-    read_stdin,
-)
-from bitnet.cli.terminal import print_json, write_now
+from bitnet.cli.inputs import read_stdin
+from bitnet.cli.options import Debug, EngineOptions, Json, Model, given, grouped_options, pick_device
+from bitnet.cli.terminal import log, print_json, write_now
 from bitnet.errors import BitNetError
 from bitnet.included import BOOKS
 
+if TYPE_CHECKING:
+    from bitnet.engine.sampling import Sampling
 
+
+def help_values() -> dict[str, object]:
+    """The defaults that the help texts name."""
+    from bitnet.engine.sampling import Sampling
+
+    return {"sampling": Sampling()}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn. None: the default of `Sampling`; for the seed, a random one."""
+
+    seed: Annotated[
+        int | None, typer.Option("-s", "--seed", min=0, metavar="N", help="Random seed. Default: a new one.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option("--temp", help="0: greedy. Default: {sampling.temperature}.")] = (
+        None
+    )
+    top_k: Annotated[int | None, typer.Option("--top-k", help="0: off. Default: {sampling.top_k}.")] = None
+    top_p: Annotated[float | None, typer.Option("--top-p", help="1: off. Default: {sampling.top_p}.")] = None
+    min_p: Annotated[float | None, typer.Option("--min-p", help="0: off. Default: {sampling.min_p}.")] = None
+
+    def sampling(self) -> "Sampling":
+        """The sampling settings. Raises BitNetError for a value out of range."""
+        from bitnet.engine.sampling import Sampling
+
+        seed = int.from_bytes(os.urandom(4)) if self.seed is None else self.seed
+        filters = given(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return Sampling(**filters, seed=seed)
+
+
+@grouped_options
 def generate(
+    *,
     model: Model = BOOKS,
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue; - reads stdin.")] = "",
-    predict: Annotated[int, typer.Option("-n", "--predict", min=0, help="Tokens to write.")] = 128,
-    context: Context = 0,
-    threads: Threads = None,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", min=0, help="Default: another text each time.")] = None,
-    temperature: Annotated[float, typer.Option("--temp", help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", help="0 switches it off.")] = 40,
-    top_p: Annotated[float, typer.Option("--top-p", help="1 switches it off.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", help="0 switches it off.")] = 0.05,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue; -: standard input.")] = "",
+    predict: Annotated[int, typer.Option("-n", "--predict", min=0, metavar="N", help="Most tokens to generate.")] = 128,
+    sampling: SamplingOptions,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a message: use the model's chat template.")
+        bool, typer.Option("--chat", help="Treat the prompt as a message and apply the model's chat template.")
     ] = False,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the end of a document.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end of a document.")] = False,
     interactive: Annotated[
-        bool, typer.Option("-i", "--interactive", help="Ask for prompts, one after the other; Ctrl-C stops a text.")
+        bool, typer.Option("-i", "--interactive", help="Read prompts from the terminal; Ctrl-C stops a reply.")
     ] = False,
-    device: Device = "auto",
-    engine: Engine = "auto",
-    head: Head = "file",
-    cache: Cache = "fp32",
+    engine: EngineOptions,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a text; it appears as it is written."""
-    from bitnet.engine.sampling import Sampling
+    """Continue a text, printed as it is generated."""
     from bitnet.generation import write_text
     from bitnet.threads import use_threads
 
-    use_threads(threads)
-    sampling = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
-    )
+    use_threads(engine.threads)
+    drawn, device = sampling.sampling(), pick_device(engine.device)
+    options: dict[str, Any] = {"context": engine.context, "ignore_eos": ignore_eos, "chat": chat}
+    options |= engine.load_options()
     if interactive:
+        from bitnet.cli.chat import run_chat
+
         if as_json or prompt == "-":
-            raise BitNetError("generate -i: got --json or -p -, expected a terminal alone; leave one of them away")
-        _converse(
-            model,
-            predict,
-            sampling,
-            pick_device(device),
-            first=prompt,
-            context=context,
-            ignore_eos=ignore_eos,
-            chat=chat,
-            engine=engine,
-            head=head,
-            cache=cache,
-        )
+            raise BitNetError("generate -i: got --json or -p -, expected prompts from a terminal; omit one of them")
+        run_chat(model, predict, drawn, device, first=prompt, **options)
         return
     text = read_stdin() if prompt == "-" else prompt
-    show = None if as_json else write_now
-    report = write_text(
-        model,
-        text,
-        predict,
-        sampling,
-        pick_device(device),
-        context=context,
-        ignore_eos=ignore_eos,
-        show=show,
-        chat=chat,
-        engine=engine,
-        head=head,
-        cache=cache,
-    )
+    report = write_text(model, text, predict, drawn, device, show=None if as_json else write_now, **options)
     if as_json:
         print_json(report)
         return
     typer.echo()
-    typer.echo(
+    log(
         f"{report['prompt_tokens']} prompt tokens at {report['prompt_tokens_per_second']:,.0f}/s, "
-        f"{report['tokens']} written at {report['tokens_per_second']:,.0f}/s; seed {report['seed']}",
-        err=True,
+        f"{report['tokens']} generated at {report['tokens_per_second']:,.0f}/s; seed {report['seed']}"
     )
-
-
-def _converse(*args: Any, **options: Any) -> None:
-    from bitnet.cli.chat import converse
-
-    converse(*args, **options, write=write_now, tell=lambda line: typer.echo(line, err=True))

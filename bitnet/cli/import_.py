@@ -10,19 +10,21 @@ from bitnet.cli.terminal import print_json
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, GGUF file, or hub name.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, GGUF file, or name on the hub.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Packed model to write.")],
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Take the tokenizer from here; none: leave it out.")
+        str | None, typer.Option(metavar="PATH", help="Tokenizer to use instead; none: omit it.")
     ] = None,
     weight_scale: Annotated[
-        str | None, typer.Option(help="multiply or divide, where config.json says the wrong one.")
+        str | None, typer.Option(help="multiply or divide, for a config.json that is wrong about it.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Turn another tool's model into a packed file, tensor by tensor."""
+    """Convert a model of another tool to a packed file, one tensor at a time."""
     from bitnet.files.importing import import_model
     from bitnet.files.opening import choose_tokenizer, open_source
     from bitnet.tables import progress

@@ -1,36 +1,32 @@
-"""What the verbs share: options, and what the words given with them stand for."""
+"""Options that several verbs share, each defined once."""
 
-import logging
-import os
+import inspect
 import re
-import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from bitnet.errors import BitNetError
 
-state = {"debug": False}  # as the options of a command line have set it; `main` begins with this
+
+@dataclass
+class Settings:
+    """What a command line sets for the program as a whole rather than for its verb."""
+
+    debug: bool = False
 
 
-def _set_debug(value: bool) -> None:
-    state["debug"] = state["debug"] or value
-
-
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
-Model = Annotated[
-    Path,
-    typer.Option(
-        "-m", "--model", metavar="FILE", help="Packed model. Default: the one that comes along.", show_default=False
-    ),
-]
+def _set_debug(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.find_root().obj.debug = True
 
 
 def parse_threads(text: str) -> int:
-    """The number of a -t value. Typer names the option and the verb in front of what is wrong with it."""
+    """The number of a -t value. Raises typer.BadParameter, which adds the names of the option and the verb."""
     from bitnet.threads import check_threads
 
     try:
@@ -39,22 +35,78 @@ def parse_threads(text: str) -> int:
         raise typer.BadParameter(str(error).removeprefix("-t: ")) from error
 
 
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "-t",
-        "--threads",
-        metavar="N",
-        parser=parse_threads,
-        help="CPU threads. Default: as torch finds best, at most the cores this process may use.",
-        show_default=False,
-    ),
+def threads_option(default: str) -> Any:
+    """The -t option of a verb; default: how its help describes what happens without it."""
+    text = f"CPU threads. Default: {default}."
+    return typer.Option("-t", "--threads", metavar="N", parser=parse_threads, help=text, show_default=False)
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress on stderr.")]
+WarningsOnly = Annotated[bool, typer.Option("-q", "--quiet", help="Print only warnings and errors on stderr.")]
+Model = Annotated[
+    Path,
+    typer.Option("-m", "--model", metavar="FILE", help="Packed model. Default: the included one.", show_default=False),
 ]
+Threads = Annotated[int | None, threads_option("torch's choice, at most the cores this process may use")]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
-Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]
-Engine = Annotated[str, typer.Option(help="auto (C++ on a CPU, Triton on a GPU), cpu, triton or torch.")]
-Head = Annotated[str, typer.Option(help="Head of the C++ engine: file (exact), int8 or int4 (faster).")]
-Cache = Annotated[str, typer.Option(help="Keys and values of the C++ engine: fp32 (exact), bf16 or int8.")]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engine runs a packed model, where and how: the options that generate, eval and serve share."""
+
+    context: Annotated[
+        int, typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's.")
+    ] = 0
+    threads: Threads = None
+    device: Device = "auto"
+    engine: Annotated[str, typer.Option(help="auto (C++ on a CPU, Triton on a GPU), cpu, triton or torch.")] = "auto"
+    head: Annotated[str, typer.Option(help="Head of the C++ engine: file (exact), int8 or int4 (faster).")] = "file"
+    cache: Annotated[str, typer.Option(help="KV cache of the C++ engine: fp32 (exact), bf16 or int8.")] = "fp32"
+
+    def load_options(self) -> dict[str, str]:
+        """The keyword arguments of `bitnet.load` that choose the engine."""
+        return {"engine": self.engine, "head": self.head, "cache": self.cache}
+
+
+def grouped_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter of a verb that is a dataclass of options, such as EngineOptions, into one option per field.
+
+    The verb still receives the dataclass. Parameters have to be keyword-only, so that one without a default may follow
+    others that have one.
+    """
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[field.name]
+                )
+            )
+
+    @wraps(verb)
+    def expanded(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        verb(**values)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given: None stands for one that was not, whose default the config dataclass defines."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def pick_device(name: str) -> Any:
@@ -65,50 +117,10 @@ def pick_device(name: str) -> Any:
 
     if name == "auto":
         return indexed("cuda" if torch.cuda.is_available() else "cpu")
-    # torch.device would take more (mps, meta), and cut large numbers down to eight bits.
+    # torch.device accepts more (mps, meta) and truncates large numbers to eight bits.
     found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,9}))?", name)
     if found is None:
         raise BitNetError(f"device: got '{name}', expected auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(found[1] or 0) >= (count := torch.cuda.device_count()):
         raise BitNetError(f"device: got '{name}', expected one of the {count} GPUs torch sees; use --device cpu")
     return indexed(name)
-
-
-def open_model(name: str) -> Any:
-    """The source behind a path: the newest save of a run, or any model the formats know."""
-    from bitnet.files.opening import open_source
-    from bitnet.files.source import TrainedSource
-    from bitnet.train.runs.run import Run
-
-    run = Run(Path(name))
-    if not run.exists():
-        return open_source(name)
-    model, save = run.load()
-    note_quant_warmup(run, save)
-    return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
-
-
-def note_quant_warmup(run: Any, save: Any) -> None:
-    """Say that a save is of a model which was not yet trained with its codes alone."""
-    if save.quantised < 1 and os.environ.get("RANK", "0") == "0":
-        logging.getLogger("bitnet").info(
-            f"{run.path}: at step {save.step} its quantisers are {save.quantised:.0%} in; "
-            "at its end it loses less by them"
-        )
-
-
-def open_teacher(name: str) -> Any:
-    """The model behind a path with its tokenizer, to learn from."""
-    from bitnet.files.opening import as_model
-    from bitnet.train.initial import Teacher
-
-    source = open_model(name)
-    return Teacher(as_model(source), source.tokenizer)
-
-
-def read_stdin() -> str:
-    """The text that a prompt of `-` stands for. Raises BitNetError for bytes that are not UTF-8."""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BitNetError(f"prompt: got bytes that are not UTF-8 at {error.start}, expected UTF-8 text") from error

@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, note_quant_warmup
+from bitnet.cli.inputs import note_quant_warmup
+from bitnet.cli.options import Debug, Json
 from bitnet.cli.terminal import print_json
 
 
 def pack(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Packed model to write.")],
-    embedding: Annotated[str, typer.Option(help="Of embedding and head: bf16 (exact) or int8 (smaller).")] = "bf16",
+    embedding: Annotated[str, typer.Option(help="Embedding and head: bf16 (exact) or int8 (smaller).")] = "bf16",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pack a run's newest save to two bits a weight, in one file with its tokenizer."""
+    """Pack a run's newest save into one file: two bits per weight, tokenizer included."""
     from bitnet.files.packed import write_packed
     from bitnet.inspection import inspect_packed
     from bitnet.threads import use_threads
@@ -39,5 +40,5 @@ def pack(
         return
     typer.echo(
         f"{output}: {report['file_bytes'] / 1e6:.2f} MB, {report['ratio_to_float16']:.1f} times smaller than fp16 "
-        f"({report['float16_bytes'] / 1e6:.2f} MB); projections at {report['bits_per_weight']:.2f} bits a weight"
+        f"({report['float16_bytes'] / 1e6:.2f} MB); projections at {report['bits_per_weight']:.2f} bits per weight"
     )

@@ -1,12 +1,12 @@
 """The picture of a model's quantisation: `bitnet inspect --plot` (needs matplotlib: the extra `plot`).
 
-    left, above    the masters of each kind of projection, in units of their scale s_w: |w| < 1/2 becomes 0 in a
-                   ternary model, none does in a binary one, which takes the sign of w less their mean. A packed
-                   file holds no masters: only what became of them is drawn
-    left, below    what became of them: the shares of -1, 0 and +1
-    right, above   share of zeros by layer, a line a kind of projection
-    right, below   largest activation of a token in front of each kind of projection, by layer: median over the tokens
-                   of a text and the largest of all. int8 steps are a 127th of it
+    top left       master weights of each kind of projection in units of their scale s_w. In a ternary model those with
+                   |w / s_w| < 1/2 become 0; a binary model takes the sign of w minus the mean, and has no zeros. A
+                   packed file holds no master weights, so this is left out
+    bottom left    quantised weights: the shares of -1, 0 and +1
+    top right      share of zeros by layer, one line per kind of projection
+    bottom right   largest input of each kind of projection by layer: median over the tokens of a text, and maximum.
+                   An int8 step is 1/127 of it
 
 Dimensions: L layers, T tokens, K in-features.
 """
@@ -30,7 +30,7 @@ from bitnet.plotting import pyplot, save
 from bitnet.text.tokenizer import Tokenizer
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-# What shares an input shares a line.
+# Projections that share an input share a line.
 _INPUTS = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
 _STYLES = (
     ("#1f5aa6", "o", "-"),
@@ -41,7 +41,7 @@ _STYLES = (
     ("#6a5acd", "P", "--"),
     ("#222222", "X", "--"),
 )
-_RANGE, _BINS = 4.0, 128  # histogram of W / s_w; the few weights beyond four scales are counted and not drawn
+_RANGE, _BINS = 4.0, 128  # histogram of W / s_w; the few weights beyond four scales are not drawn
 PROMPT = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
@@ -51,18 +51,18 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class Figures:
-    """What the picture shows. By kind of projection; lists are by layer."""
+    """What the picture shows, by kind of projection; lists are by layer."""
 
-    bins: dict[str, Tensor]  # shares of W / s_w in _BINS bins over -_RANGE.._RANGE; empty without masters
+    bins: dict[str, Tensor]  # shares of W / s_w in _BINS bins over -_RANGE.._RANGE; empty without master weights
     codes: dict[str, tuple[float, float, float]]  # shares of -1, 0, +1
     zeros: dict[str, list[float]]
-    ranges: dict[str, list[tuple[float, float]]]  # median and largest absmax of a token
-    text: str  # what the activations come from
+    ranges: dict[str, list[tuple[float, float]]]  # median and maximum over tokens of the absmax
+    text: str  # what the activations were measured on
     tokens: int
 
 
 def draw(model: Transformer, tokenizer: Tokenizer | None, text: str, path: Path, name: str) -> None:
-    """Draw a ternary or binary model, trained or packed, into `path`. Raises BitNetError for a plain one."""
+    """Draw a ternary or binary model, trained or packed, into `path`. Raises BitNetError for a float one."""
     config = model.config
     title = f"{name}: {config.num_hidden_layers} layers, width {config.hidden_size}, {config.linear} weights"
     save(figure(measure(model, tokenizer, text), title), path)
@@ -70,9 +70,12 @@ def draw(model: Transformer, tokenizer: Tokenizer | None, text: str, path: Path,
 
 @torch.inference_mode()
 def measure(model: Transformer, tokenizer: Tokenizer | None, text: str) -> Figures:
-    """The figures of a model; activations on `text` (empty: a few lines of Dickens)."""
+    """The figures of a model; activations on `text` (empty: a few lines of Dickens).
+
+    Raises BitNetError for a float model and for a text that the model cannot read.
+    """
     if model.config.linear == "float":
-        raise BitNetError("inspect --plot: got a plain model, whose weights are not quantised, expected a ternary one")
+        raise BitNetError("inspect --plot: got a float model, whose weights are not quantised, expected a ternary one")
     found = {kind: _projections(model, kind) for kind in KINDS}
     counts = {kind: [_counts(layer) for layer in layers] for kind, layers in found.items()}
     shares = {kind: torch.stack(rows).sum(dim=0) for kind, rows in counts.items()}
@@ -82,7 +85,7 @@ def measure(model: Transformer, tokenizer: Tokenizer | None, text: str) -> Figur
         if isinstance(layers[0], BitLinear)
     }
     ids, source = _ids(model, tokenizer, text)
-    with _watched(model) as seen:
+    with _recorded_inputs(model) as seen:
         TorchEngine(model).logits(ids)
     return Figures(
         bins,
@@ -99,7 +102,7 @@ def _projections(model: Transformer, kind: str) -> list[nn.Module]:
 
 
 def _counts(layer: nn.Module) -> Tensor:
-    """How many weights are -1, 0, +1: [3] fp64."""
+    """How many weights are -1, 0 and +1: [3] fp64."""
     if isinstance(layer, PackedLinear):
         assert layer.packed is not None
         codes = packing.unpack(layer.packed, layer.in_features)
@@ -115,11 +118,11 @@ def _histogram(layer: BitLinear) -> Tensor:
 
 
 def _ids(model: Transformer, tokenizer: Tokenizer | None, text: str) -> tuple[Tensor, str]:
-    """Ids of at most a context, and what they are."""
+    """Ids [T] of at most a context, and a description of them."""
     most = model.config.context
     if tokenizer is None:
         if text:
-            raise BitNetError("inspect: got a text (-p) for a model without a tokenizer, expected none; leave it out")
+            raise BitNetError("inspect: got a text (-p) for a model without a tokenizer, expected none; omit it")
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, model.config.vocab_size, (min(most, 256),), generator=generator), "random tokens"
     ids = prompt_ids(tokenizer, text or PROMPT)
@@ -128,8 +131,8 @@ def _ids(model: Transformer, tokenizer: Tokenizer | None, text: str) -> tuple[Te
     return torch.tensor(ids[:most]), "the given text" if text else "a built-in text"
 
 
-class _Watched(nn.Module):
-    """A projection that notes the largest input of each token. No BitLinear: `project` calls it by itself."""
+class _Recorder(nn.Module):
+    """Wraps a projection and records the absmax of each token's input. Not a BitLinear, so `project` calls it alone."""
 
     def __init__(self, layer: nn.Module, seen: list[Tensor]) -> None:
         super().__init__()
@@ -142,8 +145,8 @@ class _Watched(nn.Module):
 
 
 @contextmanager
-def _watched(model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
-    """Absmax [T] in front of every projection, by kind and layer, of what runs inside the block."""
+def _recorded_inputs(model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the absmax [T] of every projection's input, by kind and layer, while the context lasts."""
     seen: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     places = [
         (part, f"{kind}_proj", kind)
@@ -153,7 +156,7 @@ def _watched(model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
     ]
     originals = [getattr(part, name) for part, name, _ in places]
     for (part, name, kind), layer in zip(places, originals, strict=True):
-        setattr(part, name, _Watched(layer, seen[kind]))
+        setattr(part, name, _Recorder(layer, seen[kind]))
     try:
         yield seen
     finally:
@@ -162,17 +165,17 @@ def _watched(model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def figure(figures: Figures, title: str) -> Any:
-    """The picture."""
+    """The figure in matplotlib."""
     plt = pyplot()
     drawn = plt.figure(figsize=(13, 7.4), layout="constrained")
     drawn.suptitle(title, x=0.01, ha="left", fontsize=12)
     left, right = drawn.subfigures(1, 2, width_ratios=(1, 1.1))
     if figures.bins:
-        above, below = left.subfigures(2, 1, height_ratios=(1.5, 1))
-        _masters(above, figures)
+        top, bottom = left.subfigures(2, 1, height_ratios=(1.5, 1))
+        _masters(top, figures)
     else:
-        below = left
-    _codes(below.subplots(), figures)
+        bottom = left
+    _codes(bottom.subplots(), figures)
     zeros, ranges = right.subplots(2, 1, sharex=True)
     _zeros(zeros, figures)
     _ranges(ranges, figures)
@@ -189,12 +192,12 @@ def _masters(part: Any, figures: Figures) -> None:
         colours = ["#8fa9cc" if ternary and abs(x) < 0.5 else "#1f4e8c" for x in centres]
         axis.bar(centres, density, width, color=colours)
         axis.set_title(kind, loc="left", fontsize=9, pad=2)
-        _plain(axis)
+        _add_grid(axis)
         axis.tick_params(labelsize=7)
         axis.set_xticks([-3, -1, 1, 3])
     axes.flat[7].set_axis_off()
     becomes = "light becomes 0, dark -1 or +1" if ternary else "all become -1 or +1, none 0"
-    part.suptitle(f"masters before, density of weight / scale: {becomes}", ha="left", x=0.02, fontsize=10)
+    part.suptitle(f"master weights, density of weight / scale: {becomes}", ha="left", x=0.02, fontsize=10)
 
 
 def _codes(axis: Any, figures: Figures) -> None:
@@ -215,10 +218,10 @@ def _codes(axis: Any, figures: Figures) -> None:
         axis.bar_label(bars, [f"{share:.0f}" for share in shares], fontsize=7, padding=1)
     axis.set_xticks(list(places), KINDS)
     axis.set_ylabel("% of the weights", fontsize=9)
-    axis.set_title("weights after: -1, 0, +1", loc="left", fontsize=10)
-    axis.margins(y=0.25)  # room for the legend
+    axis.set_title("quantised weights: -1, 0, +1", loc="left", fontsize=10)
+    axis.margins(y=0.25)  # space for the legend
     axis.legend(ncols=3, fontsize=8, loc="upper right")
-    _plain(axis)
+    _add_grid(axis)
 
 
 def _zeros(axis: Any, figures: Figures) -> None:
@@ -228,7 +231,7 @@ def _zeros(axis: Any, figures: Figures) -> None:
     axis.set_ylabel("% zeros", fontsize=9)
     axis.set_title("zeros by layer", loc="left", fontsize=10)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _plain(axis)
+    _add_grid(axis)
 
 
 def _ranges(axis: Any, figures: Figures) -> None:
@@ -245,15 +248,15 @@ def _ranges(axis: Any, figures: Figures) -> None:
         which(lambda value, _: f"{value:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.set_title(
-        f"activations in front of a projection, {figures.tokens} tokens of {figures.text}:\n"
-        "median token (solid), largest (dotted)",
+        f"inputs of the projections, {figures.tokens} tokens of {figures.text}:\n"
+        "median token (solid), maximum (dotted)",
         loc="left",
         fontsize=10,
     )
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _plain(axis)
+    _add_grid(axis)
 
 
-def _plain(axis: Any) -> None:
+def _add_grid(axis: Any) -> None:
     axis.grid()
     axis.set_axisbelow(True)

@@ -5,32 +5,25 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import (
-    Debug,
-    Device,
-    Json,
-    Threads,
-    open_model,
-    open_teacher,
-    pick_device,
-)
-from bitnet.cli.terminal import print_json, print_tables
+from bitnet.cli.inputs import open_model, open_teacher
+from bitnet.cli.options import Debug, Device, Json, Threads, WarningsOnly, pick_device
+from bitnet.cli.terminal import log, print_json, print_tables
 from bitnet.errors import BitNetError
 
 
 def sweep(
-    ladder: Annotated[  # a backslash keeps rich from taking [base] for markup
-        Path, typer.Argument(metavar="FILE", help="TOML: seeds, linears, \\[base], \\[grid], [\\[runs]].")
+    spec: Annotated[  # a backslash keeps rich from reading [base] as markup
+        Path, typer.Argument(metavar="FILE", help="Sweep spec in TOML: seeds, linears, \\[base], \\[grid], [\\[runs]].")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the runs; a sweep that is there goes on.")],
-    plan: Annotated[bool, typer.Option("--plan", help="Only list the runs it would make.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs; a sweep that is there is resumed.")],
+    plan: Annotated[bool, typer.Option("--plan", help="List the runs and exit.")] = False,
     device: Device = "auto",
     threads: Threads = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
+    quiet: WarningsOnly = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a ladder of runs, several seeds each, one after the other; compare them with their float twins."""
+    """Train the runs of a sweep spec one after the other and compare them with their float baselines."""
     from bitnet.benchmarks.sweep.plan import read_sweep
     from bitnet.benchmarks.sweep.plot import plot_curves, plot_scaling, plot_sweep
     from bitnet.benchmarks.sweep.run import run_sweep
@@ -38,13 +31,13 @@ def sweep(
     from bitnet.train.runs.run import Run
 
     if plan:
-        for each in read_sweep(ladder):
+        for each in read_sweep(spec):
             typer.echo(each.folder)
         return
     use_threads(threads)
-    say = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+    progress = (lambda text: None) if quiet else log
     openers = {"open_initial": open_model, "open_teacher": open_teacher}
-    report, code = run_sweep(ladder, out, pick_device(device), say, **openers)
+    report, code = run_sweep(spec, out, pick_device(device), progress, **openers)
     if report is None:
         raise typer.Exit(code)
     try:
@@ -52,8 +45,8 @@ def sweep(
         plot_curves({each["run"]: Run(out / each["run"]).metrics() for each in report["runs"]}, report, out / "curves")
         if len(report["sizes"]) > 1:
             plot_scaling(report, out / "scaling")
-    except BitNetError as error:  # no matplotlib: the figures are there all the same
-        say(str(error))
+    except BitNetError as error:  # matplotlib is not installed: the figures are still reported
+        progress(str(error))
     if as_json:
         print_json(report)
         return

@@ -1,4 +1,4 @@
-"""Reports of `eval`, `inspect` and `doctor` as tables for a terminal; the same numbers as --json."""
+"""The reports of `eval`, `inspect` and `doctor` as tables for a terminal, with the numbers of --json."""
 
 import re
 from typing import Any
@@ -16,8 +16,8 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     return facts(
         {
             "bits per byte": f"{report['bits_per_byte']:.4f}{plus_minus(report['bits_per_byte_error'], 4)}",
-            "perplexity": f"{report['perplexity']:.3f}{plus_minus(report['perplexity_error'], 3)} a token",
-            "loss": f"{report['loss']:.4f} nats a token",
+            "perplexity": f"{report['perplexity']:.3f}{plus_minus(report['perplexity_error'], 3)} per token",
+            "loss": f"{report['loss']:.4f} nats per token",
             "text": f"{report['bytes']:,} bytes, {report['tokens']:,} tokens in windows of {report['context']}",
             "speed": f"{report['tokens_per_second']:,.0f} tokens/s ({report['engine']} engine)",
         }
@@ -25,7 +25,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
 
 
 def inspection_tables(report: dict[str, Any]) -> list[RenderableType]:
-    """The result of `bitnet inspect`: the model, its bytes, and a row for each block."""
+    """The result of `bitnet inspect`: the model, its bytes, and a row per block."""
     config = report["config"]
     attention = f"{config['num_attention_heads']} heads, {config['num_key_value_heads']} for keys and values"
     options = [
@@ -43,10 +43,10 @@ def inspection_tables(report: dict[str, Any]) -> list[RenderableType]:
         f"context {config['max_position_embeddings']}",
         "file": f"{report['file_bytes']:,} bytes, {report['ratio_to_float16']:.2f} times smaller than fp16 "
         f"({report['float16_bytes']:,})",
-        "projections": f"{report['projection_bytes']:,} bytes, {report['bits_per_weight']:.3f} bits a weight",
-        "tables": f"{report['table_bytes']:,} bytes of embedding and head",
-        "KV cache": f"{report['kv_cache_bytes'] / 1e6:.1f} MB for one full context, in fp32",
-        "training": ", ".join(f"{key.replace('_', ' ')} {_short(v)}" for key, v in report["training"].items())
+        "projections": f"{report['projection_bytes']:,} bytes, {report['bits_per_weight']:.3f} bits per weight",
+        "embedding": f"{report['table_bytes']:,} bytes, the head included",
+        "KV cache": f"{report['kv_cache_bytes'] / 1e6:.1f} MB for one full context in fp32",
+        "training": ", ".join(f"{key.replace('_', ' ')} {_shorten(v)}" for key, v in report["training"].items())
         or "unknown",
     }
     if report["zero_fraction"] is None:
@@ -56,7 +56,7 @@ def inspection_tables(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def zero_table(layers: list[dict[str, Any]]) -> Table:
-    """Share of zeros by block and projection, with the scale under it."""
+    """Share of zeros by block and projection, with the weight scale below it."""
     blocks: dict[int, dict[str, dict[str, Any]]] = {}
     for layer in layers:
         parts = layer["name"].split(".")
@@ -91,29 +91,47 @@ def doctor_tables(report: dict[str, Any]) -> list[RenderableType]:
         "features": " ".join(cpu["features"]) or "unknown to this version of torch",
         "devices": ", ".join(f"{device} ({name})" for device, name in report["devices"].items()),
     }
-    table = Table(title="kernel backends", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device", "backend", "status", "why"):
-        table.add_column(column, overflow="fold")
-    styles = {"ok": "green", "failed": "bold red", "unavailable": "dim"}
-    for row in report["backends"]:
-        chosen = report["selected"].get(row["device"]) == row["backend"]
-        status = Text("in use" if chosen and row["status"] == "ok" else row["status"], style=styles[row["status"]])
-        table.add_row(row["device"], row["backend"], status, row["reason"])
-    sets = Table(title="C++ instruction sets", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("name", "status", "what", "why"):
-        sets.add_column(column, overflow="fold")
-    for row in report["instruction_sets"]:
-        used = report["instruction_set"] == row["instruction_set"] and row["status"] == "ok"
-        status = Text("in use" if used else row["status"], style=styles[row["status"]])
-        sets.add_row(row["instruction_set"], status, row["summary"], row["reason"])
-    if not report["instruction_sets"]:
-        sets.add_row("none", Text("unavailable", style=styles["unavailable"]), "", report["native_problem"])
     verdict = Text("everything works", style="bold green")
     if not report["healthy"]:
-        verdict = Text(report["problem"] or "a kernel gives wrong sums: do not trust results", style="bold red")
+        verdict = Text(report["problem"] or "a kernel computes wrong sums: do not trust results", style="bold red")
     remarks = [Text(f"note: {remark}", style="yellow") for remark in report["machine"]["remarks"]]
-    return [facts(rows), "", table, sets, *remarks, verdict]
+    return [facts(rows), "", _backend_table(report), _instruction_set_table(report), *remarks, verdict]
 
 
-def _short(value: Any) -> str:
+_STATUS_STYLES = {"ok": "green", "failed": "bold red", "unavailable": "dim"}
+
+
+def _status(row: dict[str, Any], chosen: bool) -> Text:
+    """The status of a kernel backend; "in use" for the working one that is chosen."""
+    status = row["status"]
+    return Text("in use" if chosen and status == "ok" else status, style=_STATUS_STYLES[status])
+
+
+def _check_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _backend_table(report: dict[str, Any]) -> Table:
+    table = _check_table("kernel backends", "device", "backend", "status", "reason")
+    for row in report["backends"]:
+        status = _status(row, report["selected"].get(row["device"]) == row["backend"])
+        table.add_row(row["device"], row["backend"], status, row["reason"])
+    return table
+
+
+def _instruction_set_table(report: dict[str, Any]) -> Table:
+    table = _check_table("C++ instruction sets", "name", "status", "description", "reason")
+    for row in report["instruction_sets"]:
+        status = _status(row, report["instruction_set"] == row["instruction_set"])
+        table.add_row(row["instruction_set"], status, row["summary"], row["reason"])
+    if not report["instruction_sets"]:
+        table.add_row("none", Text("unavailable", style=_STATUS_STYLES["unavailable"]), "", report["native_problem"])
+    return table
+
+
+def _shorten(value: Any) -> str:
+    """A number for people: four decimals, or thousands separated by commas."""
     return f"{value:.4f}" if isinstance(value, float) else re.sub(r"\B(?=(\d{3})+$)", ",", str(value))

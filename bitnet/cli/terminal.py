@@ -1,4 +1,4 @@
-"""How the verbs print: text as it is written, one JSON document, tables."""
+"""How the verbs print: text as it is generated, one JSON document, tables."""
 
 import json
 import os
@@ -7,22 +7,27 @@ from typing import Any
 
 import typer
 
-_WIDTH = 400  # characters, where the output is no terminal: nothing is folded away in a log
+_WIDTH = 400  # columns where the output is not a terminal: lines of a log are not wrapped
 
 
 def write_now(text: str) -> None:
-    """Text on stdout, seen at once."""
+    """Print text on stdout without a newline and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
+def log(line: str) -> None:
+    """Print a line on stderr."""
+    typer.echo(line, err=True)
+
+
 def print_json(report: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     typer.echo(json.dumps(report, indent=2))
 
 
 def print_tables(*tables: Any) -> None:
-    """Tables of rich, one below the other, as wide as the terminal, or as COLUMNS says where there is none."""
+    """Print rich tables below each other, as wide as the terminal; elsewhere as wide as COLUMNS says, if it is set."""
     from rich.console import Console
 
     console = Console()

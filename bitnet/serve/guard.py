@@ -1,8 +1,8 @@
-"""What stands before every request: the host's name, the key, the size and pace of a body; headers on every reply.
+"""Checks before every request (host name, key, size and speed of the body), and headers on every response.
 
-A page from elsewhere that a browser shows must not use a server on the same machine: no CORS header is ever sent, JSON
-must be announced as JSON (a form cannot), and a server on a loopback address answers to the names of this machine only
-(DNS rebinding gives another name the address 127.0.0.1).
+A web page from elsewhere, open in a browser on this machine, must not be able to use the server: no CORS header is ever
+sent, JSON needs its content type (a form cannot set it), and a server on a loopback address answers only to names of
+this machine (DNS rebinding points another name to 127.0.0.1).
 """
 
 import asyncio
@@ -22,9 +22,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 1 << 20  # bytes
-DRAIN = 16 << 20  # bytes of a body that is too large, read and dropped so that its sender hears the answer
-BODY_SECONDS = 30.0  # for a whole body
-OPEN_PATHS = frozenset({"/", "/style.css", "/app.js", "/icon.svg", "/health"})  # nothing secret, no work
+DRAIN = 16 << 20  # bytes of a body that is too large: read and dropped, so that the client gets to read the error
+BODY_SECONDS = 30.0  # for the whole body to arrive
+OPEN_PATHS = frozenset({"/", "/style.css", "/app.js", "/icon.svg", "/health"})  # need no key: nothing secret, no work
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -43,9 +43,9 @@ _HEADERS = [
 
 
 class Guard:
-    """Refuses what must not come in and counts what did.
+    """Refuses requests before they reach the application, and counts all of them.
 
-    key: None lets everybody in; hosts: None answers to any; crowded: whether there are too many connections.
+    key: None: none is needed. hosts: names to answer to; None: any. crowded: whether there are too many connections.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Guard:
         self._hosts, self._crowded = hosts, crowded
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """An ASGI application around another."""
+        """Handle a request, as an ASGI application."""
         if scope["type"] != "http":
             return
         path = scope["path"] if scope["path"] in self._routes else "other"
@@ -93,8 +93,8 @@ class Guard:
         if self._hosts is not None and host_name(host) not in self._hosts:
             raise RequestError(
                 421,
-                "Host: got another name than this server's, expected localhost; a proxy has to set the Host header to "
-                "localhost, and --host opens the server to other machines",
+                "Host: got a name that is not this machine's, expected localhost; a proxy has to set the Host header "
+                "to localhost, and --host makes the server reachable from other machines",
                 code="wrong_host",
             )
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -114,9 +114,9 @@ def host_name(value: str) -> str:
 
 
 def allowed_hosts(bound: str, asked: str) -> frozenset[str] | None:
-    """The names a server answers to: this machine's on a loopback address, all (None) elsewhere.
+    """The names a server answers to: on a loopback address those of this machine, elsewhere any (None).
 
-    bound: the address of its socket; asked: the name or address that was asked for.
+    bound: the address of its socket. asked: the name or address given with --host.
     """
     if not is_loopback(bound):
         return None
@@ -124,12 +124,12 @@ def allowed_hosts(bound: str, asked: str) -> frozenset[str] | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address is reachable from this machine only."""
     return ipaddress.ip_address(address).is_loopback
 
 
 class ClientGoneError(Exception):
-    """The client left before its request was whole or its answer done."""
+    """The client disconnected before its request was complete or its response sent."""
 
 
 async def read_body(receive: Receive, headers: Any) -> bytes:
@@ -143,7 +143,7 @@ async def read_body(receive: Receive, headers: Any) -> bytes:
             async with asyncio.timeout(until - time.monotonic()):
                 message = await receive()
         except TimeoutError:
-            raise RequestError(408, f"body: got part of it in {BODY_SECONDS:.0f} s, expected all") from None
+            raise RequestError(408, f"body: got only part of it in {BODY_SECONDS:.0f} s, expected all of it") from None
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         size += len(message.get("body", b""))

@@ -1,7 +1,7 @@
-"""Requests in OpenAI's shape, checked field by field, and errors as OpenAI sends them.
+"""Requests and errors in OpenAI's format; every field is checked.
 
-Fields nobody knows are ignored, as OpenAI does; fields that are known and not supported are refused by name. null
-means "not given". Beyond OpenAI's: top_k, min_p, ignore_eos.
+Unknown fields are ignored, as OpenAI does. Known fields that this server does not support are refused by name, unless
+their value asks for nothing. null means "not given". Beyond OpenAI's fields: top_k, min_p, ignore_eos.
 """
 
 import json
@@ -16,10 +16,10 @@ from bitnet.errors import BitNetError
 
 MAX_CHOICES = 16  # of one prompt (n)
 MAX_STOPS = 16  # OpenAI takes 4
-MAX_STOP_LENGTH = 1024  # characters that may be held back
-MAX_TOP = {"completion": 5, "chat": 20}  # alternatives a token, as OpenAI
+MAX_STOP_LENGTH = 1024  # characters: so much text may be held back
+MAX_TOP = {"completion": 5, "chat": 20}  # alternatives per token, as OpenAI
 _INT = 2**63
-# Known to OpenAI or to its clients, and the values that ask for nothing.
+# Fields of OpenAI or its clients that are not supported, each with the values that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
@@ -44,7 +44,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 class RequestError(Exception):
-    """A request that gets an error as its answer: HTTP status, one sentence, the field and OpenAI's code."""
+    """The error that a request is answered with: HTTP status, one sentence, the field, and OpenAI's code."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
@@ -61,14 +61,14 @@ class RequestError(Exception):
 
 
 def refuse(param: str, got: Any, expected: str) -> RequestError:
-    """The error of one wrong field."""
+    """The error for a field with a wrong value."""
     shown = json.dumps(_outline(got), default=str)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return RequestError(400, f"{param}: got {shown}, expected {expected}", param=param)
 
 
 def _outline(value: Any, depth: int = 4) -> Any:
-    """A value's first parts, of its first levels: whole, it may be nested deeper than Python goes."""
+    """The start of a value, a few levels deep: json.dumps would fail on one that is nested too deeply."""
     if not isinstance(value, list | dict):
         return value
     if not depth:
@@ -80,7 +80,7 @@ def _outline(value: Any, depth: int = 4) -> Any:
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What both kinds of request say about the text to write. max_tokens None: up to the context."""
+    """What both kinds of request say about the text to generate. max_tokens None: up to the context."""
 
     sampling: Sampling
     max_tokens: int | None
@@ -95,7 +95,7 @@ class RequestParams:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A text, or token ids, to continue; several at once."""
+    """Texts or lists of token ids to continue."""
 
     params: RequestParams
     prompts: Sequence[str | list[int]]
@@ -104,14 +104,14 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation to answer: {"role", "content"} each, content as one text."""
+    """A conversation to answer: messages with "role" and "content", the content as one text."""
 
     params: RequestParams
     messages: Sequence[dict[str, str]]
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object in a request's body. Raises RequestError (400)."""
+    """The JSON object in the body of a request. Raises RequestError (400)."""
 
     def no_constant(name: str) -> float:
         raise ValueError(f"{name} is not JSON")
@@ -126,39 +126,34 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_completion(values: Mapping[str, Any]) -> CompletionRequest:
-    """A request to /v1/completions. Raises RequestError (400)."""
-    top = whole(values, "logprobs", None, 0, MAX_TOP["completion"])
-    params = _params(values, top, whole(values, "max_tokens", 16, 0, _INT))
+    """The fields of a request to /v1/completions. Raises RequestError (400)."""
+    top = integer(values, "logprobs", None, 0, MAX_TOP["completion"])
+    params = _params(values, top, integer(values, "max_tokens", 16, 0, _INT))
     return CompletionRequest(params, _prompts(values.get("prompt")), flag(values, "echo"))
 
 
 def parse_chat(values: Mapping[str, Any]) -> ChatRequest:
-    """A request to /v1/chat/completions. Raises RequestError (400)."""
-    top = whole(values, "top_logprobs", None, 0, MAX_TOP["chat"])
+    """The fields of a request to /v1/chat/completions. Raises RequestError (400)."""
+    top = integer(values, "top_logprobs", None, 0, MAX_TOP["chat"])
     if not flag(values, "logprobs"):
         if top:
-            raise refuse("top_logprobs", top, "logprobs: true beside it")
+            raise refuse("top_logprobs", top, "it together with logprobs: true")
         top = None
     else:
         top = top or 0
-    newer = whole(values, "max_completion_tokens", None, 1, _INT)
-    limit = newer if newer is not None else whole(values, "max_tokens", None, 1, _INT)
+    newer = integer(values, "max_completion_tokens", None, 1, _INT)
+    limit = newer if newer is not None else integer(values, "max_tokens", None, 1, _INT)
     return ChatRequest(_params(values, top, limit), _messages(values.get("messages")))
 
 
 def _params(values: Mapping[str, Any], top: int | None, max_tokens: int | None) -> RequestParams:
-    for name, harmless in _UNSUPPORTED.items():
-        value = values.get(name)
-        if value is not None and not any(type(value) is type(h) and value == h for h in _as_numbers(harmless)):
-            if name == "best_of" and value == values.get("n"):
-                continue
-            raise RequestError(400, f"{name}: not supported by this server; leave it out", param=name)
-    seed = whole(values, "seed", None, -_INT, _INT - 1)
+    _refuse_unsupported(values)
+    seed = integer(values, "seed", None, -_INT, _INT - 1)
     try:
         sampling = Sampling(
             temperature=number(values, "temperature", 1.0, 0.0, 2.0),
             top_p=max(number(values, "top_p", 1.0, 0.0, 1.0), 1e-6),
-            top_k=max(whole(values, "top_k", 0, -1, _INT) or 0, 0),  # -1 is others' way to switch it off
+            top_k=max(integer(values, "top_k", 0, -1, _INT) or 0, 0),  # other servers use -1 for off
             min_p=number(values, "min_p", 0.0, 0.0, 1.0),
             seed=int.from_bytes(os.urandom(4)) if seed is None else seed % _INT,
         )
@@ -174,7 +169,7 @@ def _params(values: Mapping[str, Any], top: int | None, max_tokens: int | None) 
         sampling=sampling,
         max_tokens=max_tokens,
         stop=_stops(values.get("stop")),
-        n=whole(values, "n", 1, 1, MAX_CHOICES) or 1,
+        n=integer(values, "n", 1, 1, MAX_CHOICES) or 1,
         top=top,
         ignore_eos=flag(values, "ignore_eos"),
         stream=flag(values, "stream"),
@@ -183,8 +178,17 @@ def _params(values: Mapping[str, Any], top: int | None, max_tokens: int | None) 
     )
 
 
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    for name, harmless in _UNSUPPORTED.items():
+        value = values.get(name)
+        if value is not None and not any(type(value) is type(h) and value == h for h in _as_numbers(harmless)):
+            if name == "best_of" and value == values.get("n"):
+                continue
+            raise RequestError(400, f"{name}: not supported by this server; omit it", param=name)
+
+
 def _as_numbers(values: Sequence[Any]) -> list[Any]:
-    """The values, and whole numbers as floats too."""
+    """The values, and every whole number as a float too."""
     return [*values, *(float(value) for value in values if type(value) is int)]
 
 
@@ -198,7 +202,7 @@ def number(values: Mapping[str, Any], name: str, default: float, low: float, hig
     return float(value)
 
 
-def whole(values: Mapping[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
+def integer(values: Mapping[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
     """A whole number in low..high, or the default. Raises RequestError (400)."""
     value = values.get(name)
     if value is None:
@@ -253,7 +257,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
         if message.get(name):
             raise RequestError(400, f"{where}.{name}: not supported by this server", param=where)
     content = message.get("content")
-    if isinstance(content, list):  # parts; text is the only kind this model reads
+    if isinstance(content, list):  # parts, of which text is the only kind supported
         texts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
         ]

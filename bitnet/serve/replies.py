@@ -1,7 +1,7 @@
-"""Answers in OpenAI's shape, whole and as a stream of server-sent events.
+"""The JSON of replies in OpenAI's format, in one piece and as server-sent events.
 
-A reply is made of its choices; each choice takes the pieces of one job. JSON is written in ASCII: a model may be asked
-about, and may be sent, strings that have no UTF-8 form.
+A reply consists of choices, and each choice is the text of one job. JSON is written in ASCII, since a reply may repeat
+strings of its request, which need not have a UTF-8 form (a lone surrogate has none).
 """
 
 import json
@@ -12,25 +12,25 @@ from typing import Any, Protocol
 
 from starlette.responses import Response
 
+from bitnet.serve.jobs import Delta, Finished, Token
 from bitnet.serve.protocol import RequestError
-from bitnet.serve.scheduler import End, Piece, Token
 from bitnet.serve.text import Speller
 
-_LOWEST = -9999.0  # OpenAI's way to write a probability of nothing; JSON has no infinity
+_LOWEST = -9999.0  # what OpenAI writes for the logarithm of 0; JSON has no infinity
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as JSON."""
+    """A value as ASCII JSON."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A whole answer."""
+    """A response with a JSON body."""
     return Response(json_bytes(value), status, headers, media_type="application/json")
 
 
 def error_reply(error: RequestError) -> Response:
-    """An error as OpenAI sends it."""
+    """A response with OpenAI's error object."""
     headers = {} if error.retry is None else {"Retry-After": str(error.retry)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -43,52 +43,52 @@ def sse(value: Any) -> bytes:
 
 
 SSE_END = b"data: [DONE]\n\n"
-SSE_WAITING = b": waiting\n\n"  # a comment, so that proxies see life
+SSE_WAITING = b": waiting\n\n"  # a comment, which keeps proxies from closing an idle connection
 
 
 class Usage:
-    """Counts tokens over the jobs of a request. A prompt counts once, however many choices it has (n)."""
+    """Token counts of a request. A prompt counts once, however many choices (n) are made of it."""
 
     def __init__(self, prompt_tokens: int, n: int) -> None:
-        self.prompt, self.written, self._n = prompt_tokens, 0, n
-        self._reused: dict[int, int] = {}  # by prompt: what none of its choices had to read
+        self.prompt, self.generated, self._n = prompt_tokens, 0, n
+        self._cached: dict[int, int] = {}  # by prompt: the tokens that none of its choices had to read
 
-    def add(self, index: int, end: End) -> None:
-        """Count a job that has ended."""
-        self.written += end.tokens
+    def add(self, index: int, end: Finished) -> None:
+        """Count a job that has finished."""
+        self.generated += end.tokens
         prompt = index // self._n
-        self._reused[prompt] = min(end.reused, self._reused.get(prompt, end.reused))
+        self._cached[prompt] = min(end.cached, self._cached.get(prompt, end.cached))
 
     def to_dict(self) -> dict[str, Any]:
         """OpenAI's usage object."""
         return {
             "prompt_tokens": self.prompt,
-            "completion_tokens": self.written,
-            "total_tokens": self.prompt + self.written,
-            "prompt_tokens_details": {"cached_tokens": sum(self._reused.values())},
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompt + self.generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
 
 
 class Reply(Protocol):
-    """How one kind of request is answered."""
+    """The JSON of one kind of reply."""
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Chunks that begin a streamed choice."""
 
-    def chunk(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
-        """A streamed part of a choice."""
+    def chunk(self, index: int, delta: Delta, reason: str | None) -> dict[str, Any]:
+        """New text of a streamed choice."""
 
-    def whole(self, choices: Sequence[tuple[str, Sequence[Token], str]], usage: Usage) -> dict[str, Any]:
-        """The answer in one: text, tokens and reason of each choice."""
+    def complete(self, choices: Sequence[tuple[str, Sequence[Token], str]], usage: Usage) -> dict[str, Any]:
+        """The reply in one piece, from the text, tokens and finish reason of each choice."""
 
     def closing(self, usage: Usage) -> dict[str, Any]:
-        """The chunk with the usage."""
+        """The last chunk of a stream, which holds the usage."""
 
 
 class _Common:
-    """What both kinds share: the head of every object."""
+    """What both kinds share: the fields that every object starts with."""
 
-    prefix, whole_kind, chunk_kind = "", "", ""
+    prefix, complete_kind, chunk_kind = "", "", ""
 
     def __init__(self, model: str, speller: Speller, top: int | None, include_usage: bool) -> None:
         self._spell, self._top, self._usage = speller, top, include_usage
@@ -110,15 +110,15 @@ class _Common:
 
 
 class CompletionReply(_Common):
-    """The answer of /v1/completions."""
+    """The reply of /v1/completions."""
 
-    prefix, whole_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    prefix, complete_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def chunk(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
-        return self._object(self.chunk_kind, [self._choice(index, piece.text, piece.tokens, reason)])
+    def chunk(self, index: int, delta: Delta, reason: str | None) -> dict[str, Any]:
+        return self._object(self.chunk_kind, [self._choice(index, delta.text, delta.tokens, reason)])
 
-    def whole(self, choices: Sequence[tuple[str, Sequence[Token], str]], usage: Usage) -> dict[str, Any]:
-        return self._object(self.whole_kind, [self._choice(i, *choice) for i, choice in enumerate(choices)], usage)
+    def complete(self, choices: Sequence[tuple[str, Sequence[Token], str]], usage: Usage) -> dict[str, Any]:
+        return self._object(self.complete_kind, [self._choice(i, *choice) for i, choice in enumerate(choices)], usage)
 
     def _choice(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
         logprobs = None if self._top is None else self._logprobs(tokens)
@@ -133,7 +133,7 @@ class CompletionReply(_Common):
         }
 
     def _likeliest(self, token: Token) -> dict[str, float]:
-        """By spelling, the likeliest first; of two tokens that are spelt alike the likelier. The token itself too."""
+        """Log-probabilities by spelling, the likeliest first, the token included; of equal spellings the likelier."""
         found: dict[str, float] = {}
         for id, logprob in [*token.top, (token.id, token.logprob or 0.0)]:
             found.setdefault(self._spell.name(id), _finite(logprob))
@@ -141,24 +141,24 @@ class CompletionReply(_Common):
 
 
 class ChatReply(_Common):
-    """The answer of /v1/chat/completions."""
+    """The reply of /v1/chat/completions."""
 
-    prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    prefix, complete_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [self._object(self.chunk_kind, [self._choice(index, "delta", delta, (), None)])]
 
-    def chunk(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text or piece.tokens else {}
-        return self._object(self.chunk_kind, [self._choice(index, "delta", delta, piece.tokens, reason)])
+    def chunk(self, index: int, delta: Delta, reason: str | None) -> dict[str, Any]:
+        message = {"content": delta.text} if delta.text or delta.tokens else {}
+        return self._object(self.chunk_kind, [self._choice(index, "delta", message, delta.tokens, reason)])
 
-    def whole(self, choices: Sequence[tuple[str, Sequence[Token], str]], usage: Usage) -> dict[str, Any]:
+    def complete(self, choices: Sequence[tuple[str, Sequence[Token], str]], usage: Usage) -> dict[str, Any]:
         made = [
             self._choice(i, "message", {"role": "assistant", "content": text}, tokens, reason)
             for i, (text, tokens, reason) in enumerate(choices)
         ]
-        return self._object(self.whole_kind, made, usage)
+        return self._object(self.complete_kind, made, usage)
 
     def _choice(
         self, index: int, name: str, message: dict[str, Any], tokens: Sequence[Token], reason: str | None

@@ -1,8 +1,8 @@
-"""From a file to a server that answers, and to its polite end.
+"""The life of the server: open the socket, load the model, serve, shut down.
 
-The socket opens first, so that a port in use is told before a large model is read and /health says 503 meanwhile. The
-main thread runs the event loop; a second one loads the model and then is the scheduler. SIGINT and SIGTERM stop new
-work, give what runs GRACE seconds, and end; a second signal ends at once.
+The socket opens first, so that a port in use is reported before a large model is read; /health answers 503 until the
+model is ready. The main thread runs the event loop; a second one loads the model and then becomes the scheduler. SIGINT
+and SIGTERM refuse new work and give running requests GRACE seconds; a second signal ends the server at once.
 """
 
 import asyncio
@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,73 +21,74 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bitnet.engine.base import Engine, SequenceBatch
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text
-from bitnet.inspection import inspect_packed
-from bitnet.kernels import ops
-from bitnet.serve.app import Loaded, Service, build_app, deliver
+from bitnet.serve.app import build_app
+from bitnet.serve.delivery import deliver
 from bitnet.serve.guard import allowed_hosts, is_loopback
+from bitnet.serve.info import ModelInfo
 from bitnet.serve.metrics import Metrics
 from bitnet.serve.protocol import RequestError
 from bitnet.serve.replies import json_bytes
 from bitnet.serve.scheduler import Scheduler
-from bitnet.text.tokenizer import Tokenizer
+from bitnet.serve.service import ServedModel, Service
 
 _log = logging.getLogger("bitnet")
 
-GRACE = 30.0  # seconds for running texts once the server is asked to stop
-_MARGIN = 5.0  # on top, for their last bytes
-_HEAD_SECONDS = 15.0  # for the first request of a connection to be announced in full
-_IDLE_SECONDS = 30  # a connection may rest between requests
-_UNREAD_MS = 60_000  # a peer that takes no bytes for so long loses its connection (TCP_USER_TIMEOUT, Linux)
-_LOOK_SECONDS = 0.5  # a small model has been counted by then
-_CONNECTIONS = 1000  # beyond it: 503. Below the usual limit of 1,024 files
+MOST_SEQUENCES = 256  # each takes memory for a whole context
+MOST_QUEUED = 100_000  # jobs, each with its prompt in memory
+GRACE = 30.0  # seconds that running requests have to finish after SIGINT or SIGTERM
+_MARGIN = 5.0  # seconds more, for their last bytes
+_HEAD_SECONDS = 15.0  # for the header of the first request of a connection to arrive
+_IDLE_SECONDS = 30  # a connection may be idle between requests
+_UNREAD_MS = 60_000  # a client that accepts no bytes for so long is disconnected (TCP_USER_TIMEOUT, Linux)
+_CONNECTIONS = 1000  # further ones get status 503; below the usual limit of 1,024 open files
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where and for whom to serve. queue: texts that may wait; context 0: the model's."""
+    """Where to listen, and how many requests to take. `bitnet serve` defines the defaults."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    api_key: str | None = None
-    slots: int = 4
-    context: int = 0
-    queue: int = 64
-    grace: float = GRACE
+    host: str
+    port: int  # 0: any free one
+    api_key: str | None  # None: no key is needed
+    sequences: int  # decoded at once
+    context: int  # tokens; 0: the model's
+    queue: int  # jobs that may wait
 
 
 def serve(
     model: Path,
     device: torch.device,
     options: ServerOptions,
-    announce: Callable[[str], None] = lambda url: None,
+    announce: Callable[[str], None],
     **engine: str,
 ) -> int:
     """Serve a packed model until a signal ends it. Returns the exit code: 130 for SIGINT, 143 for SIGTERM.
 
-    announce: called with the page's URL once the model is ready. engine: engine, head and cache of `bitnet.load`.
-    Raises BitNetError for an address that cannot be had and for what `load_for_text` refuses.
+    announce: called with the page's URL once the model is ready. engine: engine, head and cache of `bitnet.load`, all
+    three. Raises BitNetError for an address that cannot be used and for what `load_for_text` refuses.
     """
     check_options(options)
     opened = open_socket(options.host, options.port)
-    return _Run(model, device, options, engine, opened, announce).run()
+    return _Lifecycle(model, device, options, engine, opened, announce).run()
 
 
 def check_options(options: ServerOptions) -> None:
-    """Raise BitNetError for options that make no server."""
+    """Raise BitNetError for options out of range."""
     key = options.api_key
     if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
-        raise BitNetError("api-key: got no key or one that no header can carry, expected visible ASCII characters")
-    if not 1 <= options.slots <= 256:  # each takes memory for a whole context
-        raise BitNetError(f"slots: got {options.slots}, expected 1 to 256")
-    if not 0 <= options.queue <= 100_000:
-        raise BitNetError(f"queue: got {options.queue}, expected 0 to 100,000")
+        raise BitNetError(
+            "api-key: got a key that is empty or cannot be sent in a header, expected visible ASCII characters"
+        )
+    if not 1 <= options.sequences <= MOST_SEQUENCES:
+        raise BitNetError(f"sequences: got {options.sequences}, expected 1 to {MOST_SEQUENCES}")
+    if not 0 <= options.queue <= MOST_QUEUED:
+        raise BitNetError(f"queue: got {options.queue}, expected 0 to {MOST_QUEUED:,}")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises BitNetError where the address cannot be had."""
+    """A listening TCP socket. Raises BitNetError for an address that cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind, protocol)
@@ -97,7 +97,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise BitNetError(f"host: got '{host}' ({reason}), expected an address of this machine") from None
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit the option
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         opened.bind(address)
         opened.listen(256)
@@ -110,26 +110,26 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def page_url(host: str, port: int) -> str:
-    """Where a browser on this machine finds the page."""
+    """The URL of the page for a browser on this machine."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{port}/"
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's HTTP, with a limit to how long the head of a request may take."""
+    """uvicorn's HTTP protocol with a time limit for the header of a request."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._close_if_idle)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._head_timer.cancel()
         if not self.transport.is_closing():
-            self._head_timer = self.loop.call_later(_IDLE_SECONDS + _HEAD_SECONDS, self._give_up)
+            self._head_timer = self.loop.call_later(_IDLE_SECONDS + _HEAD_SECONDS, self._close_if_idle)
 
     def send_400_response(self, msg: str) -> None:
-        """For what is not HTTP: uvicorn's answer, with OpenAI's error object."""
+        """Answer what is not HTTP as uvicorn does, but with OpenAI's error object."""
         body = json_bytes(RequestError(400, f"HTTP: {msg}", code="invalid_http").body())
         head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
@@ -140,25 +140,25 @@ class _Protocol(H11Protocol):
         self._head_timer.cancel()
         super().connection_lost(exc)
 
-    def _give_up(self) -> None:
+    def _close_if_idle(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()  # what is left of an answer still goes out
+            self.transport.close()  # a response that is being sent is still completed
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, whose signals are ours."""
+    """uvicorn's server without its signal handlers."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: the way out of loading
-    """The server was asked to stop while the model was loading."""
+class _Stopped(Exception):  # noqa: N818 - not an error: it ends loading
+    """A signal came while the model was loading."""
 
 
-class _Run:
-    """One run of the server."""
+class _Lifecycle:
+    """The server from its open socket to its end: `run` returns the exit code."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class _Run:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=_IDLE_SECONDS,
-                timeout_graceful_shutdown=int(options.grace + _MARGIN),
+                timeout_graceful_shutdown=int(GRACE + _MARGIN),
             )
         )
         self._scheduler: Scheduler | None = None
@@ -206,26 +206,26 @@ class _Run:
 
     async def _main(self) -> None:
         loop = asyncio.get_running_loop()
-        # Pieces of text for a client that has just left are an everyday thing, and asyncio warns of each.
+        # asyncio warns of each write to a client that has just disconnected, which is normal here.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        worker = threading.Thread(target=self._work, args=(loop,), name="bitnet-scheduler", daemon=True)
+        worker = threading.Thread(target=self._load_and_schedule, args=(loop,), name="bitnet-scheduler", daemon=True)
         worker.start()
         await self._server.serve(sockets=[self._socket])
-        # Not longer than a pass of the engine; a model that is still being read does not keep anybody.
+        # Time for the last pass of the engine; a model that is still being read is not waited for.
         await asyncio.to_thread(worker.join, _MARGIN)
 
     def _on_signal(self, number: int) -> None:
-        if self._signal is not None:  # a second one
+        if self._signal is not None:  # the second signal
             self._server.force_exit = True
             self._stop(0.0)
             return
         self._signal = int(number)
         busy = self._scheduler is not None and self._scheduler.busy
         if busy:
-            _log.info("stopping: running texts have %.0f s to end; again to stop at once", self._options.grace)
-        self._stop(self._options.grace)
+            _log.info("stopping: running requests have %.0f s to finish; repeat to stop at once", GRACE)
+        self._stop(GRACE)
 
     def _stop(self, seconds: float) -> None:
         self._stopping.set()
@@ -233,103 +233,52 @@ class _Run:
         if self._scheduler is not None:
             self._scheduler.close(seconds)
 
-    # ---- the second thread ---------------------------------------------------------------------------------
+    # ---- the scheduler's thread ----------------------------------------------------------------------------
 
-    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _load_and_schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         def call(function: Callable[..., object], *args: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(function, *args)
 
         try:
-            scheduler, loaded = self._load(call)
-            call(self._service.ready, loaded)
-            self._warn()
+            scheduler, model = self._load(call)
+            call(self._service.ready, model)
+            self._warn_if_open()
             self._announce(page_url(self._options.host, self._port))
-            scheduler.run()  # also where a stop came meanwhile: requests that came before it get their answer
+            scheduler.run()  # even after a signal: requests that came before it get an answer
         except _Stopped:
             pass
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:  # told by the main thread, at the end
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:  # raised by the main thread, at the end
             self._failure = error
         finally:
             if not self._stopping.is_set():
                 self._failure = self._failure or RuntimeError("the scheduler's thread has ended")
                 call(self._stop, 0.0)
 
-    def _load(self, call: Callable[..., None]) -> tuple[Scheduler, Loaded]:
+    def _load(self, call: Callable[..., None]) -> tuple[Scheduler, ServedModel]:
         options, started = self._options, time.perf_counter()
         engine, tokenizer, limit = load_for_text(
             self._model, self._device, options.context, self._check_stop, **self._engine
         )
         self._check_stop(0)
-        slots = engine.slots(options.slots, limit)
+        batch = engine.slots(options.sequences, limit)
         metrics = self._service.metrics
-        metrics.slots.set(slots.count)
-        scheduler = Scheduler(slots, tokenizer, metrics, lambda events: call(deliver, events), queue=options.queue)
+        metrics.sequences.set(batch.count)
+        scheduler = Scheduler(batch, tokenizer, metrics, lambda events: call(deliver, events), queue=options.queue)
         self._scheduler = scheduler
-        self._check_stop(0)  # a stop before this line has not closed it
+        self._check_stop(0)  # a signal before the previous line has not closed the scheduler
         _log.info("%s ready in %.1f s: %s engine", self._model.name, time.perf_counter() - started, engine.name)
-        facts = Facts(self._model, engine, slots, tokenizer, self._engine)
-        return scheduler, Loaded(self._model.stem, tokenizer, limit, scheduler, facts)
+        info = ModelInfo(self._model, engine, batch, tokenizer, self._engine)
+        return scheduler, ServedModel(self._model.stem, tokenizer, limit, scheduler, info)
 
     def _check_stop(self, layer: int) -> None:
         if self._stopping.is_set():
             raise _Stopped
 
-    def _warn(self) -> None:
+    def _warn_if_open(self) -> None:
         if self._options.api_key is None and not is_loopback(self._host):
             _log.warning(
-                "%s can be reached from other machines and no key is set: anybody there may use it (--api-key, or "
-                "BITNET_API_KEY in the environment)", self._options.host,
-            )  # fmt: skip
-
-
-class Facts:
-    """What /info tells. The inside of the file is counted once, in a thread that starts with the first question."""
-
-    def __init__(
-        self, model: Path, engine: Engine, slots: SequenceBatch, tokenizer: Tokenizer, options: dict[str, str]
-    ) -> None:
-        self._model, self._lock = model, threading.Lock()
-        self._inside: Future[dict[str, Any]] | None = None
-        self._facts = {
-            "name": model.stem,
-            "context": slots.limit,
-            "slots": slots.count,
-            "chat": tokenizer.chat_template is not None,
-            "engine": describe_engine(engine, options),
-        }
-
-    def __call__(self) -> dict[str, Any]:
-        """`inside` is null until it has been counted."""
-        with self._lock:
-            if self._inside is None:
-                self._inside = Future()
-                threading.Thread(target=self._look, args=(self._inside,), daemon=True).start()
-        with contextlib.suppress(TimeoutError):
-            return {**self._facts, "inside": self._inside.result(timeout=_LOOK_SECONDS)}
-        return {**self._facts, "inside": None}
-
-    def _look(self, future: Future[dict[str, Any]]) -> None:
-        try:
-            report = inspect_packed(self._model)
-        except BitNetError as error:  # the file has changed since it was loaded
-            future.set_result({"error": str(error)})
-            return
-        del report["file"]  # a path of this machine is nobody's business
-        future.set_result(report)
-
-
-def describe_engine(engine: Engine, options: dict[str, str]) -> dict[str, Any]:
-    """Name, kernels and options of an engine, as JSON values."""
-    device = torch.device(getattr(engine, "device", "cpu"))
-    kernels = getattr(engine, "instruction_set", None)
-    if kernels is None:
-        kernels = "triton" if engine.name == "triton" else ops.select(device).name
-    return {
-        "name": engine.name,
-        "kernels": kernels,
-        "device": str(device),
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "head": options.get("head", "file"),
-        "cache": options.get("cache", "fp32"),
-    }
+                "%s is reachable from other machines and no key is set: anyone there may use the server; set one with "
+                "BITNET_API_KEY or --api-key",
+                self._options.host,
+            )

@@ -1,65 +1,65 @@
-"""Text on its way out: stop strings that never show, and how one token is spelt in a reply."""
+"""The text of a reply: stop strings, which are never sent, and the spelling of single tokens."""
 
 from collections.abc import Sequence
 
 from bitnet.text.tokenizer import Tokenizer
 
 
-class StopWriter:
-    """Lets text through until a stop string is complete; of one that may still complete, nothing is let through.
+class StopFilter:
+    """Passes text on until a stop string is complete, and holds back what may be the beginning of one.
 
-    Where pieces of the text end makes no difference: the stop string that is complete first ends the text, of
-    several that end together the longest.
+    The result does not depend on how the text is cut into pieces: the stop string that is complete first ends the text;
+    of several that end at the same place, the longest.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.shown = 0  # characters let through
+        self.passed = 0  # characters passed on
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The text that may be shown now that `piece` has been written."""
+        """Add text that was generated; returns the text that may be sent now."""
         if self.stopped:
             return ""
         self._held += piece
         ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True
-            return self._release(min(ends)[1])
-        return self._release(len(self._held) - self._partial())
+            return self._pass(min(ends)[1])
+        return self._pass(len(self._held) - self._partial_stop())
 
     def flush(self) -> str:
-        """What is left at the end of the text; nothing after a stop string."""
-        return "" if self.stopped else self._release(len(self._held))
+        """The text held back, at the end of the text; nothing after a stop string."""
+        return "" if self.stopped else self._pass(len(self._held))
 
-    def _release(self, count: int) -> str:
+    def _pass(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
-        self.shown += count
+        self.passed += count
         return text
 
-    def _partial(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+    def _partial_stop(self) -> int:
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         for length in range(min(len(self._held), max(map(len, self._stops), default=1) - 1), 0, -1):
-            end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
+            suffix = self._held[-length:]
+            if any(stop.startswith(suffix) for stop in self._stops):
                 return length
         return 0
 
 
 class Speller:
-    """The text that stands for one token in a reply: every id has one, control tokens and parts of characters too."""
+    """The text that stands for one token in a reply; control tokens and partial characters have one too."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._names = {tokenizer.eos_id: "<eos>", tokenizer.bos_id: "<bos>"}
 
     def bytes(self, id: int) -> bytes:
-        """The bytes a token adds to the text; none for a control token."""
+        """The bytes that a token adds to the text; none for a control token."""
         return self._tokenizer.spelling(id)
 
     def name(self, id: int) -> str:
-        """Its text; `<bos>`, `<eos>` or `<control N>`; `bytes:\\x..` for a part of a character, as OpenAI writes it."""
+        """Its text; `<bos>`, `<eos>` or `<control N>`; for a partial character `bytes:\\x..`, as OpenAI writes it."""
         data = self.bytes(id)
         if not data:
             return self._names.get(id, f"<control {id}>")

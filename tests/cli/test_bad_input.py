@@ -1,4 +1,4 @@
-"""Bad input gives exit code 2 and one line that says what was got; no traceback, and no file is touched."""
+"""Bad input gives exit code 2 and one line that says what was wrong; no traceback, and no file changes."""
 
 import io
 import json
@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from text_models import TINY, set_options
 
 from bitnet.cli import main
 from bitnet.files.packed import write_packed
@@ -20,15 +21,7 @@ from bitnet.text.characters import train_char
 from bitnet.train.runs.run import Run
 
 Captured = pytest.CaptureFixture[str]
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
-}
-SETTINGS = [part for key, value in SHAPE.items() for part in ("--set", f"model.{key}={value}")]
+SETTINGS = set_options(TINY)
 TOY = "fade a cabbage\nbag the hedge\n"
 
 
@@ -52,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Path:
-    """A copy of it to spoil."""
+    """A copy of that folder to damage."""
     shutil.copytree(made, tmp_path / "place")
     return tmp_path / "place"
 
@@ -64,7 +57,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def refused(capsys: Captured, *args: object) -> str:
-    """Run; returns the one line of the error."""
+    """Run a command that must fail; returns its one line of error."""
     capsys.readouterr()
     code = main([str(arg) for arg in args])
     captured = capsys.readouterr()
@@ -76,7 +69,7 @@ def refused(capsys: Captured, *args: object) -> str:
     return captured.err
 
 
-def said(line: str, *parts: str) -> None:
+def check_mentions(line: str, *parts: str) -> None:
     assert [part for part in parts if part not in line] == [], line
 
 
@@ -133,7 +126,7 @@ def another_format(path: Path) -> None:
 
 
 def another_scale(path: Path) -> None:
-    """Valid in itself, but not what was written."""
+    """A valid value, but not the one that was written."""
 
     def change(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight_scale"] *= 2
@@ -150,7 +143,7 @@ def folder_instead(path: Path) -> None:
     path.mkdir()
 
 
-SPOILED = {
+DAMAGES = {
     gone: "nothing at",
     folder_instead: "a folder at",
     truncate: "",
@@ -164,26 +157,26 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("verb", READERS)
-def test_a_spoiled_model(verb: str, spoil: Callable[[Path], None], place: Path, capsys: Captured) -> None:
+def test_a_damaged_model_is_refused(verb: str, damage: Callable[[Path], None], place: Path, capsys: Captured) -> None:
     model = place / "model.safetensors"
-    spoil(model)
+    damage(model)
     before = snapshot(place)
-    said(refused(capsys, *READERS[verb](model, place)), str(model), SPOILED[spoil])
+    check_mentions(refused(capsys, *READERS[verb](model, place)), str(model), DAMAGES[damage])
     assert snapshot(place) == before
 
 
 def test_every_cut_and_many_flips(place: Path, capsys: Captured) -> None:
-    """One byte short, one byte long, cut at the header, and random bits anywhere, the header included."""
+    """One byte short, one byte long, cut in the header, and random bits flipped anywhere."""
     model = place / "model.safetensors"
     data = model.read_bytes()
-    spoiled = [data[: len(data) - 1], data + b"\0", data[:7], data[:8], data[:100], data[len(data) // 2 :]]
+    damaged = [data[: len(data) - 1], data + b"\0", data[:7], data[:8], data[:100], data[len(data) // 2 :]]
     for _ in range(60):
         changed = bytearray(data)
         changed[random.randrange(len(data))] ^= 1 << random.randrange(8)
-        spoiled.append(bytes(changed))
-    for changed in spoiled:
+        damaged.append(bytes(changed))
+    for changed in damaged:
         model.write_bytes(changed)
         refused(capsys, "inspect", model)
 
@@ -195,13 +188,13 @@ def test_tokenizer_and_model_that_do_not_match(place: Path, capsys: Captured) ->
     with pytest.raises(ValueError, match="do not match"):
         write_packed(place / "other.safetensors", model, train_char(["only abc"]))
     assert snapshot(place) == before
-    # A run whose tokenizer was exchanged.
+    # A run whose tokenizer was replaced.
     data = train_char(["only abc"]).to_bytes()
     (place / "run" / "data" / "tokenizer.model").write_bytes(data)
     refused(capsys, "pack", place / "run", "-o", place / "other.safetensors")
     assert not (place / "other.safetensors").exists()
 
-    # A packed file whose tokenizer was exchanged.
+    # A packed file whose tokenizer was replaced.
     def change(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         tensors["tokenizer"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -210,10 +203,10 @@ def test_tokenizer_and_model_that_do_not_match(place: Path, capsys: Captured) ->
         refused(capsys, *verb(place / "model.safetensors", place))
 
 
-def test_text_the_tokenizer_cannot_hold(place: Path, capsys: Captured) -> None:
+def test_text_the_tokenizer_cannot_encode(place: Path, capsys: Captured) -> None:
     (place / "other.txt").write_text("ZEBRA")
-    said(refused(capsys, "eval", "-m", place / "model.safetensors", "--data", place / "other.txt"), "'Z'")
-    said(refused(capsys, "generate", "-m", place / "model.safetensors", "-p", "Zebra"), "'Z'")
+    check_mentions(refused(capsys, "eval", "-m", place / "model.safetensors", "--data", place / "other.txt"), "'Z'")
+    check_mentions(refused(capsys, "generate", "-m", place / "model.safetensors", "-p", "Zebra"), "'Z'")
 
 
 @pytest.mark.parametrize(
@@ -238,17 +231,17 @@ def test_text_the_tokenizer_cannot_hold(place: Path, capsys: Captured) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_generate_out_of_range(args: list[str], part: str, made: Path, capsys: Captured) -> None:
-    said(refused(capsys, "generate", "-m", made / "model.safetensors", "-p", "a", *args), part)
+    check_mentions(refused(capsys, "generate", "-m", made / "model.safetensors", "-p", "a", *args), part)
 
 
 def test_eval_beyond_the_context(made: Path, capsys: Captured) -> None:
     model, data = made / "model.safetensors", made / "toy.txt"
-    said(refused(capsys, "eval", "-m", model, "--data", data, "-c", "17"), "17", "16")
+    check_mentions(refused(capsys, "eval", "-m", model, "--data", data, "-c", "17"), "17", "16")
 
 
 def test_an_empty_prompt_without_a_first_token(made: Path, capsys: Captured) -> None:
-    """The character tokenizer has no BOS to start from."""
-    said(refused(capsys, "generate", "-m", made / "model.safetensors"), "empty prompt")
+    """The character tokenizer has no BOS to start with."""
+    check_mentions(refused(capsys, "generate", "-m", made / "model.safetensors"), "empty prompt")
 
 
 class Stdin:
@@ -258,7 +251,7 @@ class Stdin:
 
 def test_a_prompt_that_is_not_utf8(made: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin(b"caf\xe9"))
-    said(refused(capsys, "generate", "-m", made / "model.safetensors", "-p", "-"), "UTF-8", "3")
+    check_mentions(refused(capsys, "generate", "-m", made / "model.safetensors", "-p", "-"), "UTF-8", "3")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -270,7 +263,7 @@ def test_a_gpu_that_is_not_there(device: str, place: Path, capsys: Captured) -> 
         ["eval", "-m", place / "model.safetensors", "--data", place / "toy.txt"],
         train_args(place),
     ):
-        said(refused(capsys, *args, "--device", device), device, "cpu")
+        check_mentions(refused(capsys, *args, "--device", device), device, "cpu")
     assert snapshot(place) == before
 
 
@@ -307,7 +300,7 @@ def test_threads_that_this_machine_has_not(
     before, torchs = snapshot(place), torch.get_num_threads()
     for text, got in NO_THREADS.values():
         line = refused(capsys, *THREADED[verb](place), flag, text)
-        said(line, got, "-t", "expected 1 to the 4 cores that this process may use", "leave it out")
+        check_mentions(line, got, "-t", "expected 1 to the 4 cores that this process may use", "leave it out")
         assert len(line) < 300
     assert snapshot(place) == before
     assert torch.get_num_threads() == torchs
@@ -329,12 +322,12 @@ def test_as_many_threads_as_there_are_cores(
     monkeypatch.setattr("bitnet.threads.usable_cores", lambda: cores)
     args = ["generate", "-m", place / "model.safetensors", "-p", "a", "-n", "1", "-t", cores]
     assert main([str(arg) for arg in args]) == 0
-    said(refused(capsys, *args[:-1], cores + 1), f"got {cores + 1}, expected 1")
+    check_mentions(refused(capsys, *args[:-1], cores + 1), f"got {cores + 1}, expected 1")
 
 
 def test_an_unknown_backend(made: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITNET_BACKEND", "unknown")
-    said(refused(capsys, "generate", "-m", made / "model.safetensors", "-p", "a"), "unknown", "reference")
+    check_mentions(refused(capsys, "generate", "-m", made / "model.safetensors", "-p", "a"), "unknown", "reference")
 
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -362,36 +355,38 @@ BAD_DATA = {
 @pytest.mark.parametrize(("name", "parts"), BAD_DATA.items(), ids=list(BAD_DATA))
 def test_bad_text_to_train_on(name: str, parts: list[str], corpora: Path, capsys: Captured) -> None:
     before = snapshot(corpora)
-    said(refused(capsys, *train_args(corpora, data=corpora / name)), *parts)
+    check_mentions(refused(capsys, *train_args(corpora, data=corpora / name)), *parts)
     left = {key for key in snapshot(corpora) if not key.startswith("new")}
     assert left == set(before)
-    # The first try does not bind the second: the same folder, now with text.
+    # The failed attempt leaves nothing that stops the next one in the same folder.
     assert main([str(arg) for arg in train_args(corpora, "--set", "data.val_fraction=0.2")]) == 0
 
 
 @pytest.mark.parametrize(("name", "parts"), BAD_DATA.items(), ids=list(BAD_DATA))
 def test_bad_text_to_score(name: str, parts: list[str], corpora: Path, capsys: Captured) -> None:
     before = snapshot(corpora)
-    said(refused(capsys, "eval", "-m", corpora / "model.safetensors", "--data", corpora / name), *parts)
+    check_mentions(refused(capsys, "eval", "-m", corpora / "model.safetensors", "--data", corpora / name), *parts)
     assert snapshot(corpora) == before
 
 
 def test_one_character_cannot_be_scored(place: Path, capsys: Captured) -> None:
     (place / "one.txt").write_text("a")
-    said(refused(capsys, "eval", "-m", place / "model.safetensors", "--data", place / "one.txt"), "at least 2 tokens")
+    check_mentions(
+        refused(capsys, "eval", "-m", place / "model.safetensors", "--data", place / "one.txt"), "at least 2 tokens"
+    )
 
 
 def test_a_corpus_shorter_than_the_context(place: Path, capsys: Captured) -> None:
     (place / "short.txt").write_text("fade fade fade fade")
     args = train_args(place, "--tokenizer", "char", "--set", "data.val_fraction=0.3", data=place / "short.txt")
-    said(refused(capsys, *args), "17", "context")
-    (place / "short.txt").write_text("fade fade fade fade " * 9)  # more of it, and the same command works
+    check_mentions(refused(capsys, *args), "17", "context")
+    (place / "short.txt").write_text("fade fade fade fade " * 9)  # with more text the same command works
     assert main([str(arg) for arg in args]) == 0
 
 
 def test_standard_input_that_is_empty(place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin(b""))
-    said(refused(capsys, *train_args(place, data="-")), "no text")
+    check_mentions(refused(capsys, *train_args(place, data="-")), "no text")
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -422,40 +417,40 @@ BAD_SETTINGS = {
 @pytest.mark.parametrize(("args", "parts"), BAD_SETTINGS.values(), ids=list(BAD_SETTINGS))
 def test_bad_settings(args: list[str], parts: list[str], place: Path, capsys: Captured) -> None:
     before = snapshot(place)
-    said(refused(capsys, *train_args(place, *args)), *parts)
+    check_mentions(refused(capsys, *train_args(place, *args)), *parts)
     after = {key: value for key, value in snapshot(place).items() if key not in ("new", "new/lock")}
     assert after == before
 
 
 def test_an_unknown_key_in_a_config_file(place: Path, capsys: Captured) -> None:
     (place / "mine.toml").write_text("[train]\nlearning_rate = 0.1\n")
-    said(refused(capsys, *train_args(place, "--config", place / "mine.toml")), "learning_rate", "lr")
+    check_mentions(refused(capsys, *train_args(place, "--config", place / "mine.toml")), "learning_rate", "lr")
 
 
 # ---- folders -----------------------------------------------------------------------------------------------
 
 
-def test_out_is_somebody_elses_folder(place: Path, capsys: Captured) -> None:
-    """A file called lock among them: it is not ours to write to."""
+def test_out_is_a_folder_of_other_files(place: Path, capsys: Captured) -> None:
+    """Even a file called lock in it must not be written."""
     (place / "new").mkdir()
     (place / "new" / "lock").write_text("my combination: 1234")
     (place / "new" / "thesis.txt").write_text("four years")
     before = snapshot(place)
-    said(refused(capsys, *train_args(place)), "not empty", "--out")
+    check_mentions(refused(capsys, *train_args(place)), "not empty", "--out")
     assert snapshot(place) == before
 
 
 def test_out_is_a_file(place: Path, capsys: Captured) -> None:
     (place / "new").write_text("a file")
     before = snapshot(place)
-    said(refused(capsys, *train_args(place)), "file", "--out")
+    check_mentions(refused(capsys, *train_args(place)), "file", "--out")
     assert snapshot(place) == before
 
 
 def test_out_is_a_run_with_other_settings(place: Path, capsys: Captured) -> None:
     before = snapshot(place)
-    said(refused(capsys, "train", "-q", "--out", place / "run", "--lr", "0.5"), "train.lr", "0.5", "--out")
-    said(refused(capsys, "train", "-q", "--out", place / "run", "--preset", "micro"), "model.", "--out")
+    check_mentions(refused(capsys, "train", "-q", "--out", place / "run", "--lr", "0.5"), "train.lr", "0.5", "--out")
+    check_mentions(refused(capsys, "train", "-q", "--out", place / "run", "--preset", "micro"), "model.", "--out")
     assert snapshot(place) == before
 
 
@@ -476,13 +471,13 @@ PACKS: dict[str, tuple[list[str], str]] = {
 def test_bad_packs(args: list[str], part: str, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     before = snapshot(place)
-    said(refused(capsys, "pack", *args), part)
+    check_mentions(refused(capsys, "pack", *args), part)
     assert snapshot(place) == before
 
 
 def test_a_run_without_a_save(place: Path, capsys: Captured) -> None:
     shutil.rmtree(place / "run" / "saves")
-    said(refused(capsys, "pack", place / "run", "-o", place / "new.safetensors"), "no save")
+    check_mentions(refused(capsys, "pack", place / "run", "-o", place / "new.safetensors"), "no save")
 
 
 def test_a_run_with_damaged_saves_only(place: Path, capsys: Captured) -> None:
@@ -498,14 +493,14 @@ def test_a_run_with_damaged_saves_only(place: Path, capsys: Captured) -> None:
 
 def test_a_run_whose_config_was_broken(place: Path, capsys: Captured) -> None:
     (place / "run" / "config.toml").write_text("[model\n")
-    said(refused(capsys, "pack", place / "run", "-o", place / "new.safetensors"), "config.toml", "TOML")
-    said(refused(capsys, "train", "-q", "--out", place / "run"), "config.toml", "TOML")
+    check_mentions(refused(capsys, "pack", place / "run", "-o", place / "new.safetensors"), "config.toml", "TOML")
+    check_mentions(refused(capsys, "train", "-q", "--out", place / "run"), "config.toml", "TOML")
 
 
 def test_a_run_whose_shape_was_changed(place: Path, capsys: Captured) -> None:
     config = place / "run" / "config.toml"
     config.write_text(config.read_text().replace("intermediate_size = 44", "intermediate_size = 48"))
-    said(refused(capsys, "train", "-q", "--out", place / "run", "--steps", "3"), "do not fit")
+    check_mentions(refused(capsys, "train", "-q", "--out", place / "run", "--steps", "3"), "do not fit")
 
 
 # ---- usage -------------------------------------------------------------------------------------------------
@@ -513,7 +508,7 @@ def test_a_run_whose_shape_was_changed(place: Path, capsys: Captured) -> None:
 USAGE = {
     "no such verb": (["paint"], "paint"),
     "no data": (["eval", "-m", "x"], "--data"),
-    "no run": (["pack", "-o", "x"], "'run'"),
+    "no run": (["pack", "-o", "x"], "'RUN'"),
     "no output": (["pack", "x"], "--output"),
     "a model twice": (["inspect", "x", "-m", "y"], "one of them"),
     "unknown flag": (["doctor", "--fast"], "--fast"),
@@ -522,14 +517,14 @@ USAGE = {
 
 @pytest.mark.parametrize(("args", "part"), USAGE.values(), ids=list(USAGE))
 def test_usage(args: list[str], part: str, capsys: Captured) -> None:
-    said(refused(capsys, *args), part)
+    check_mentions(refused(capsys, *args), part)
 
 
 @pytest.mark.parametrize("args", [["inspect", "nowhere", "--debug"], ["--debug", "inspect", "nowhere"]])
 def test_debug_shows_the_traceback(args: list[str], capsys: Captured) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         main(args)
-    refused(capsys, "inspect", "nowhere")  # and only for that one command
+    refused(capsys, "inspect", "nowhere")  # for that command only
 
 
 def test_json_does_not_change_an_error(capsys: Captured) -> None:
@@ -539,7 +534,7 @@ def test_json_does_not_change_an_error(capsys: Captured) -> None:
         json.loads(line)
 
 
-def test_a_bug_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_reported_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path) -> dict[str, Any]:
         raise AssertionError("a bug")
 

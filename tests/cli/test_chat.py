@@ -1,4 +1,4 @@
-"""`bitnet generate -i` in a pseudo-terminal: prompts, history, Ctrl-C and Ctrl-D; and what a chat_session remembers."""
+"""`bitnet generate -i` in a pseudo-terminal (prompts, history, Ctrl-C, Ctrl-D), and what a ChatSession remembers."""
 
 import contextlib
 import os
@@ -14,50 +14,35 @@ from typing import Any, Self
 
 import child_process
 import pytest
+from text_models import chat_tokenizer, model_for, packed_model, text_tokenizer
 
 from bitnet.cli import main
 from bitnet.cli.chat import ChatSession
-from bitnet.config import ModelConfig
 from bitnet.engine.load import load
 from bitnet.engine.sampling import GREEDY, Sampler
 from bitnet.engine.torch import TorchEngine
 from bitnet.errors import BitNetError
-from bitnet.files.packed import write_packed
 from bitnet.generation import prompt_ids
-from bitnet.model import Transformer
-from bitnet.text.json_tokenizer import JsonTokenizer, Settings
-from bitnet.text.sentencepiece import train_sentencepiece
 from bitnet.text.tokenizer import Tokenizer
 
 CONTEXT = 512
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}bot: "
-
-
-def made(tokenizer: Tokenizer, seed: int) -> Transformer:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        **shape,
-    )
-    model = Transformer(config)
-    model.init_weights(seed)
-    return model
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_sentencepiece(["the quick brown fox jumps over the lazy dog, né 한국 " * 30], 300)
+    return text_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_packed(tmp_path_factory.mktemp("chat") / "toy.safetensors", made(tokenizer, 3), tokenizer)
+    return packed_model(tmp_path_factory.mktemp("chat") / "toy.safetensors", tokenizer, 3, CONTEXT)
 
 
-# What runs the tests may ignore SIGINT, as shells make background jobs do; a program on a terminal does not.
+def small_engine(tokenizer: Tokenizer, seed: int) -> TorchEngine:
+    return TorchEngine(model_for(tokenizer, seed, CONTEXT, width=32, layers=1))
+
+
+# The test run may ignore SIGINT, as background jobs of a shell do; a program on a terminal does not.
 _MAIN = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from bitnet.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -65,7 +50,7 @@ _MAIN = (
 
 
 class Terminal:
-    """A process behind a pseudo-terminal."""
+    """A process on a pseudo-terminal."""
 
     def __init__(self, *args: object) -> None:
         own, other = pty.openpty()
@@ -85,7 +70,7 @@ class Terminal:
         os.close(self.own)
 
     def until(self, pattern: str, seconds: float = child_process.LIMIT) -> str:
-        """What came up to a match that is new since the last one."""
+        """The output up to the first match that comes after the last one."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if found := re.search(pattern, self.seen):
@@ -99,7 +84,7 @@ class Terminal:
         raise AssertionError(f"no {pattern!r} in {self.seen!r}")
 
     def interrupt_until(self, pattern: str) -> None:
-        """Ctrl-C until it is heard: Python hears one that comes while readline handles a key with the next key only."""
+        """Press Ctrl-C until it has an effect: while readline handles a key, Python notices it only with the next."""
         for _ in range(60):
             os.killpg(self.process.pid, signal.SIGINT)
             with contextlib.suppress(AssertionError):
@@ -123,22 +108,22 @@ def test_a_terminal_session(model: Path) -> None:
         first = terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
         begun = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, "the fox"), 30, GREEDY))
         assert begun.replace("\r\n", "\n") in first
-        terminal.type("\n")  # goes on with the text
+        terminal.type("\n")  # continues the text
         assert expected[len(begun) :].replace("\r\n", "\n") in terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
-        terminal.type("\x1b[A\n")  # the arrow key: the last prompt again
+        terminal.type("\x1b[A\n")  # the up arrow: the last prompt again
         assert begun.replace("\r\n", "\n") in terminal.until(r"30 tokens, [\d,]+/s\r\n> $")
         terminal.type("/help\n")
-        terminal.until("/reset forgets[^>]*> $")
+        terminal.until("/reset clears[^>]*> $")
         terminal.type("half a line")
         terminal.until("half a line")
-        terminal.interrupt_until(r"Ctrl-D leaves\r\n> $")  # before its prompt, readline would not see the key
+        terminal.interrupt_until(r"Ctrl-D exits\r\n> $")  # readline would miss the key before its prompt
         terminal.type("\x04")
         assert terminal.exit_code() == 0
 
 
-def test_ctrl_c_stops_the_text_and_not_the_program(model: Path) -> None:
+def test_ctrl_c_stops_the_reply_and_not_the_program(model: Path) -> None:
     with Terminal("-m", model, "-n", 10**6, "--ignore-eos", "-s", 1, "-p", "the") as terminal:
-        terminal.until(r"Ctrl-D leaves\r\n.")
+        terminal.until(r"Ctrl-D exits\r\n.")
         os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.until(r"(stopped|tokens, [\d,]+/s)\r\n> $")  # the context may have been full already
         terminal.type("a \\\nb\n")
@@ -152,25 +137,25 @@ def test_prompts_from_a_pipe(model: Path) -> None:
     done = child_process.run(command, stdin="the\nfox\n")
     engine: Any = load(model)
     for prompt in ("the", "fox"):
-        said = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, prompt), 5, GREEDY))
-        assert said + "\n" in done.stdout
+        reply = engine.tokenizer.decode(engine.generate(prompt_ids(engine.tokenizer, prompt), 5, GREEDY))
+        assert reply + "\n" in done.stdout
     assert ">" not in done.stderr
 
 
-# ---- what a chat_session remembers ---------------------------------------------------------------------------------
+# ---- what a ChatSession remembers --------------------------------------------------------------------------
 
 
-def talk_of(engine: Any, tokenizer: Tokenizer, n: int, chat: bool = False, limit: int = CONTEXT) -> ChatSession:
+def new_session(engine: Any, tokenizer: Tokenizer, n: int, chat: bool = False, limit: int = CONTEXT) -> ChatSession:
     return ChatSession(engine, tokenizer, limit, Sampler(GREEDY), n, frozenset(), chat)
 
 
-def test_an_interrupted_text_is_read_on_rightly(tokenizer: Tokenizer, seed: int) -> None:
-    """Stopped anywhere, each next prompt gives what a fresh model gives."""
-    engine = TorchEngine(made(tokenizer, seed))
-    chat_session = talk_of(engine, tokenizer, 12)
+def test_after_an_interrupted_reply_the_next_is_right(tokenizer: Tokenizer, seed: int) -> None:
+    """Wherever a reply was stopped, the next prompt gives what a fresh session gives."""
+    engine = small_engine(tokenizer, seed)
+    session = new_session(engine, tokenizer, 12)
     for _ in range(6):
         prompt = " ".join(random.choices(["the", "fox", "dog"], k=random.randint(1, 6)))
-        pieces = chat_session.answer(prompt)
+        pieces = session.answer(prompt)
         stop = random.randrange(12)
         got = [next(pieces) for _ in range(stop)]
         pieces.close()  # type: ignore[attr-defined]
@@ -179,51 +164,41 @@ def test_an_interrupted_text_is_read_on_rightly(tokenizer: Tokenizer, seed: int)
         assert got == [decoder.push(id) for id in expected[:stop]]
 
 
-def test_a_context_that_is_full_ends_the_text(tokenizer: Tokenizer, seed: int) -> None:
-    engine = TorchEngine(made(tokenizer, seed))
-    chat_session = talk_of(engine, tokenizer, 100, limit=10)
-    assert len(list(chat_session.answer("the"))) - 1 == 10 - len(prompt_ids(tokenizer, "the")) + 1
-    assert chat_session.full
+def test_a_full_context_ends_the_reply(tokenizer: Tokenizer, seed: int) -> None:
+    engine = small_engine(tokenizer, seed)
+    session = new_session(engine, tokenizer, 100, limit=10)
+    assert len(list(session.answer("the"))) - 1 == 10 - len(prompt_ids(tokenizer, "the")) + 1
+    assert session.full
     with pytest.raises(BitNetError, match="at most the context's 10"):
-        list(chat_session.answer("the lazy dog jumps over the quick brown fox and on and on"))
-    chat_session.reset()
-    assert chat_session.text == []
+        list(session.answer("the lazy dog jumps over the quick brown fox and on and on"))
+    session.reset()
+    assert session.ids == []
 
 
-def test_a_conversation_is_kept(seed: int) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the extra of that name")
-    built = tokenizers.Tokenizer(tokenizers.models.BPE())
-    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    built.train_from_iterator(
-        ["hello world " * 9], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
-    )
-    built.add_special_tokens(["<|start|>", "<|end|>"])
-    ids = [built.token_to_id(name) for name in ("<|start|>", "<|end|>")]
-    tokenizer = JsonTokenizer(built.to_str(), Settings(built.get_vocab_size(), ids[0], (ids[1],), TEMPLATE))
-    engine = TorchEngine(made(tokenizer, seed))
-    chat_session = talk_of(engine, tokenizer, 4, chat=True)
-    first = "".join(chat_session.answer("hello"))
-    on = "".join(chat_session.answer(""))
-    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": chat_session.messages[1]["content"]}]
-    assert chat_session.messages == said
-    start = tokenizer.encode_chat(said[:1])
+def test_a_conversation_is_remembered_and_continued(seed: int) -> None:
+    tokenizer = chat_tokenizer()
+    engine = small_engine(tokenizer, seed)
+    session = new_session(engine, tokenizer, 4, chat=True)
+    first = "".join(session.answer("hello"))
+    more = "".join(session.answer(""))
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": session.messages[1]["content"]}]
+    assert session.messages == messages
+    start = tokenizer.encode_chat(messages[:1])
     whole = engine.generate(start, 8, GREEDY)
     assert first == tokenizer.decode(whole[:4])
-    assert on == tokenizer.decode(whole[4:])
-    list(chat_session.answer("world"))
-    assert [message["role"] for message in chat_session.messages] == ["user", "assistant"] * 2
-    assert chat_session.text[:-4] == tokenizer.encode_chat([*said, {"role": "user", "content": "world"}])
-    chat_session.reset()
-    chat_session.ends = frozenset(range(tokenizer.vocab_size))  # ends at once: an empty line has nothing to go on with
-    list(chat_session.answer("hello"))
-    list(chat_session.answer(""))
-    assert [message["content"] for message in chat_session.messages] == ["hello", "", "", ""]
-    assert not chat_session.full
+    assert more == tokenizer.decode(whole[4:])
+    list(session.answer("world"))
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+    assert session.ids[:-4] == tokenizer.encode_chat([*messages, {"role": "user", "content": "world"}])
+    session.reset()
+    session.stop = frozenset(range(tokenizer.vocab_size))  # the model ends at once: there is nothing to continue
+    list(session.answer("hello"))
+    list(session.answer(""))
+    assert [message["content"] for message in session.messages] == ["hello", "", "", ""]
+    assert not session.full
 
 
-def test_what_does_not_go_together(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_exclude_interactive_use(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for extra in (["--json"], ["-p", "-"], ["--chat"]):
         assert main(["generate", "-i", "-m", str(model), *extra]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

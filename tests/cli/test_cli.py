@@ -1,5 +1,6 @@
 """The command line from end to end on one tiny run: text to a run, a packed file, figures and text again."""
 
+import inspect
 import io
 import json
 import math
@@ -17,12 +18,20 @@ import pytest
 import safetensors
 import torch
 import typer.main
+from text_models import TINY, set_options
 
 import bitnet
 from bitnet import cli
+from bitnet.benchmarks.compare.command import Options
+from bitnet.benchmarks.compare.method import Settings
 from bitnet.cli import app, main, spread_lists
+from bitnet.cli.options import EngineOptions
+from bitnet.config import ModelConfig
 from bitnet.engine.cpu import CACHES, HEADS, CpuEngine
+from bitnet.engine.load import ENGINES
+from bitnet.engine.sampling import GREEDY, Sampling
 from bitnet.kernels import native
+from bitnet.train.config import TokenizerConfig, TrainConfig, default_config
 from bitnet.train.data.shards import open_dataset
 
 VERBS = (
@@ -40,16 +49,8 @@ VERBS = (
     "doctor",
 )
 Captured = pytest.CaptureFixture[str]
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 24,
-}
-SETTINGS = [part for key, value in SHAPE.items() for part in ("--set", f"model.{key}={value}")]
+SHAPE = {**TINY, "vocab_size": 300, "num_hidden_layers": 2, "max_position_embeddings": 24}
+SETTINGS = set_options(SHAPE)
 
 
 def toy_text(seed: int) -> str:
@@ -104,7 +105,7 @@ def test_train_json_is_the_end_of_the_run(made: Made) -> None:
     rows = [json.loads(line) for line in (made.run / "metrics.jsonl").read_text().splitlines()]
     last = next(row for row in rows if row.get("val_whole"))
     assert summary["validation"]["bits_per_byte"] == last["val_bits_per_byte"]
-    assert summary["sample"] in (made.run / "samples.txt").read_bytes().decode()  # a model may write \r
+    assert summary["sample"] in (made.run / "samples.txt").read_bytes().decode()  # a model may generate \r
     assert [Path(path).is_file() for path in summary["pictures"]] == [True, True]
     assert sum("loss" in row for row in rows) == 25
 
@@ -118,7 +119,7 @@ def test_flags_land_in_the_saved_config(made: Made) -> None:
 
 
 def test_train_prints_the_run_and_logs_to_stderr(made: Made, capsys: Captured) -> None:
-    assert main(["train", "--out", str(made.run)]) == 0  # all done: goes on with nothing
+    assert main(["train", "--out", str(made.run)]) == 0  # already complete
     captured = capsys.readouterr()
     assert captured.out == f"{made.run}\n"
     assert "done already" in captured.err
@@ -246,7 +247,7 @@ def test_inspect_counts_what_is_in_the_file(made: Made, capsys: Captured) -> Non
         codes = (weight / scale).round().clamp(-1, 1)
         assert layer["shape"] == list(weight.shape)
         assert layer["scale"] == pytest.approx(scale, rel=1e-6)
-        # A weight within 2^-22 of a threshold may round either way: allow one in each layer.
+        # A weight within 2^-22 of a threshold may round either way: one per layer is allowed.
         assert layer["zero_fraction"] == pytest.approx(float((codes == 0).double().mean()), abs=1.01 / weight.numel())
         zeros += layer["zero_fraction"] * weight.numel()
     assert values["zero_fraction"] == pytest.approx(zeros / (2 * block), rel=1e-6)
@@ -269,7 +270,7 @@ def test_inspect_as_a_table(made: Made, capsys: Captured, monkeypatch: pytest.Mo
         "ternary",
         "SiLU",
         "no sub-norms",
-        "bits a weight",
+        "bits per weight",
         "zeros by layer",
         "sentencepiece",
         "2 layers, width 32",
@@ -281,7 +282,7 @@ def test_inspect_as_a_table(made: Made, capsys: Captured, monkeypatch: pytest.Mo
 
 
 def test_eval_is_what_the_logits_say(made: Made, capsys: Captured, tmp_path: Path) -> None:
-    """Every token but the first of a document of its own, in windows of the context, in float64."""
+    """Every token but the first of a document, in windows of the context, in float64."""
     text = toy_text(77)[:1500]
     (tmp_path / "new.txt").write_text(text)
     context = random.choice([5, 16, 24])
@@ -312,8 +313,8 @@ def test_eval_is_what_the_logits_say(made: Made, capsys: Captured, tmp_path: Pat
 def test_packing_costs_nothing(engine: str, noise: float, made: Made, capsys: Captured, tmp_path: Path) -> None:
     """The packed file on the text of the validation split: what training measured last, to fp32 noise.
 
-    The C++ engine adds floats in another order, so that some activations round to the neighbouring int8 value: 1 / 127
-    of a row's largest in one of some thousand, which changes 2 bits a byte in the sixth digit.
+    The C++ engine adds floats in another order, so a few activations in a thousand round to the neighbouring int8
+    value, 1/127 of the row's largest. That changes two bits per byte in the sixth digit.
     """
     data = open_dataset(made.run / "data")
     text = made.corpus.read_text()
@@ -321,12 +322,12 @@ def test_packing_costs_nothing(engine: str, noise: float, made: Made, capsys: Ca
     assert len(held_back.encode()) == data.val.text_bytes
     (tmp_path / "val.txt").write_text(held_back)
     values = report(capsys, "eval", "-m", made.model, "--data", tmp_path / "val.txt", "--engine", engine)
-    wanted = made.summary["validation"]
+    expected = made.summary["validation"]
     assert values["engine"] == ("torch" if engine == "torch" or native.why_not() else "cpu")
-    assert values["tokens"] == wanted["tokens"]
-    assert values["bytes"] == wanted["bytes"]
-    assert values["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], abs=noise)
-    assert values["bits_per_byte_error"] == pytest.approx(wanted["bits_per_byte_error"], abs=noise)
+    assert values["tokens"] == expected["tokens"]
+    assert values["bytes"] == expected["bytes"]
+    assert values["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=noise)
+    assert values["bits_per_byte_error"] == pytest.approx(expected["bits_per_byte_error"], abs=noise)
 
 
 def test_eval_takes_files_stdin_and_a_limit(
@@ -364,7 +365,7 @@ def test_greedy_text_is_the_argmax_of_the_logits(made: Made, capsys: Captured) -
     assert values["prompt_tokens"] == len(ids)
     for token in values["ids"]:  # prompt and text fit into the context of 24
         logits = engine.logits(torch.tensor(ids))[-1]
-        # The cache computes the same sums in another order: a tie within fp32 noise may go either way.
+        # With the KV cache the same sums are computed in another order: a tie within fp32 noise may go either way.
         assert float(logits[token]) >= float(logits.max()) - 1e-4
         ids.append(token)
     assert values["tokens"] == len(values["ids"]) == 12
@@ -381,7 +382,7 @@ def test_a_seed_repeats_a_text(made: Made, capsys: Captured) -> None:
     assert first != other
     free = [report(capsys, *args) for _ in range(2)]
     assert free[0]["seed"] != free[1]["seed"]
-    assert report(capsys, *args, "-s", free[0]["seed"])["ids"] == free[0]["ids"]  # told, so that it can be repeated
+    assert report(capsys, *args, "-s", free[0]["seed"])["ids"] == free[0]["ids"]  # reported, so that it can be repeated
 
 
 def test_text_streams_to_stdout_and_figures_to_stderr(made: Made, capsys: Captured) -> None:
@@ -390,7 +391,7 @@ def test_text_streams_to_stdout_and_figures_to_stderr(made: Made, capsys: Captur
     assert main(args) == 0
     captured = capsys.readouterr()
     assert captured.out == "né 한" + values["text"] + "\n"
-    assert "30 written" in captured.err
+    assert "30 generated" in captured.err
     assert "seed 4" in captured.err
 
 
@@ -402,28 +403,22 @@ def test_no_new_tokens(made: Made, capsys: Captured) -> None:
 
 
 def test_a_small_context_limits_what_is_seen(made: Made, capsys: Captured) -> None:
-    """With -c 6 a prompt counts from its last three tokens: half of the context is left for the text."""
+    """With -c 6 only the last three tokens of a prompt are read: half of the context is left for new text."""
     engine = bitnet.load(made.model)
     args = ["-n", "3", "--temp", "0", "-c", "6", "--ignore-eos"]
     long = report(capsys, "generate", "-m", made.model, "-p", "def return cabbage the of the of if", *args)
     ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode("def return cabbage the of the of if")][-3:]
-    assert long["ids"] == engine.generate(ids, 3, bitnet_greedy())
+    assert long["ids"] == engine.generate(ids, 3, GREEDY)
     values = report(capsys, "generate", "-m", made.model, "-p", "the", "-n", "60", "--temp", "0", "-c", "6")
     assert len(values["ids"]) <= 60
 
 
-def bitnet_greedy() -> Any:
-    from bitnet.engine.sampling import GREEDY
-
-    return GREEDY
-
-
 def test_a_prompt_from_standard_input(made: Made, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["-n", "5", "--temp", "0"]
-    wanted = report(capsys, "generate", "-m", made.model, "-p", "né\nthe", *args)
+    expected = report(capsys, "generate", "-m", made.model, "-p", "né\nthe", *args)
     monkeypatch.setattr(sys, "stdin", Stdin("né\nthe".encode()))
     got = report(capsys, "generate", "-m", made.model, "-p", "-", *args)
-    assert (got["prompt"], got["ids"]) == ("né\nthe", wanted["ids"])
+    assert (got["prompt"], got["ids"]) == ("né\nthe", expected["ids"])
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -431,7 +426,7 @@ def test_a_prompt_from_standard_input(made: Made, capsys: Captured, monkeypatch:
 def test_engine_head_and_cache_are_options(
     verb: list[str], made: Made, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them reaches the engine, and a word it does not know is one line."""
+    """Each of them reaches the engine, and an unknown value is refused in one line."""
     seen: list[tuple[str, str]] = []
 
     def spy(*args: Any, **options: Any) -> CpuEngine:
@@ -481,16 +476,19 @@ def test_help_lists_the_verbs_in_order(capsys: Captured) -> None:
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_prints_what_is_declared(verb: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every word of it: rich takes [word] for markup and drops it, unless a backslash stands before it.
+    """Every word of it: rich reads [word] as markup and drops it, unless a backslash precedes it.
 
-    In a terminal wide enough for the longest help to stay on one line, so that columns do not mix.
+    In a terminal wide enough for the longest help text to fit on one line, so that columns do not mix.
     """
     monkeypatch.setenv("COLUMNS", "500")
     command = typer.main.get_command(app)
-    command = command.commands[verb] if verb else command
+    if verb:
+        command = command.commands[verb]
+        command.fill_help()
     declared = [command.help or "", *(getattr(param, "help", None) or "" for param in command.params)]
     assert main([*verb.split(), "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"\{[a-z]", printed.partition("Options")[2])  # every {name} has been replaced by its value
     for text in filter(None, declared):
         for paragraph in text.replace("\\[", "[").split("\n\n"):
             assert " ".join(paragraph.split()) in printed
@@ -499,7 +497,7 @@ def test_help_prints_what_is_declared(verb: str, capsys: Captured, monkeypatch: 
 def test_brackets_survive_in_help(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["sweep", "--help"]) == 0
-    assert "TOML: seeds, linears, [base], [grid], [[runs]]." in capsys.readouterr().out
+    assert "Sweep spec in TOML: seeds, linears, [base], [grid], [[runs]]." in capsys.readouterr().out
 
 
 def test_version_of_the_module() -> None:
@@ -525,7 +523,7 @@ def test_ctrl_c_is_130(made: Made, monkeypatch: pytest.MonkeyPatch, capsys: Capt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [["inspect", "{}", "--json"], ["generate", "-m", "{}", "-n", "9"]])
-def test_a_reader_that_goes_away_is_no_error(args: list[str], made: Made) -> None:
+def test_a_closed_pipe_is_no_error(args: list[str], made: Made) -> None:
     """As in `bitnet ... | head -0`, with a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
@@ -549,20 +547,98 @@ def test_memory_and_disk_errors_are_one_line(capsys: Captured) -> None:
         assert err.count("\n") == 1
         assert err.startswith("bitnet: error: ")
     for bug in (ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied")):
-        with pytest.raises(type(bug)):  # a bug of ours is not dressed up as a mistake of the user's
+        with pytest.raises(type(bug)):  # a bug is not reported as a user error
             cli.guarded(fail(bug))
     with pytest.raises(SystemExit):
         cli.guarded(fail(SystemExit(3)))
 
 
-def test_help_names_the_real_defaults() -> None:
-    from bitnet.train.config import TokenizerConfig, TrainConfig
+OWNERS: dict[str, Callable[[], dict[str, object]]] = {  # by verb: the dataclass that defines a default, by option
+    "train": lambda: {
+        **dict.fromkeys(("steps", "seed", "batch_size", "lr", "optimizer", "dtype"), TrainConfig()),
+        "linear": ModelConfig(),
+    },
+    "generate": lambda: dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), Sampling()),
+    "compare": lambda: {
+        **dict.fromkeys(("max_tokens", "kl_tokens", "rounds", "budget"), Options(())),
+        "qat_steps": Settings(1),
+    },
+}
 
-    shown = {}
-    for parameter in typer.main.get_command(app).commands["train"].params:
-        if match := re.search(r"Default: (\S+)\.$", getattr(parameter, "help", None) or ""):
-            shown[parameter.name] = match[1]
-    defaults = TrainConfig()
-    for name in ("steps", "seed", "batch_size", "lr", "optimizer", "dtype"):
-        assert shown[name] == str(getattr(defaults, name)), name
-    assert shown["tokenizer"] == TokenizerConfig().kind
+
+def shown_defaults(verb: str) -> dict[str, str]:
+    """By option: the word after "Default:" in its help."""
+    command = typer.main.get_command(app).commands[verb]
+    command.fill_help()
+    found = {
+        param.name: re.search(r"Default: (\S+)\.$", getattr(param, "help", None) or "") for param in command.params
+    }
+    return {name: match[1] for name, match in found.items() if match}
+
+
+@pytest.mark.parametrize("verb", OWNERS)
+def test_help_names_the_real_defaults(verb: str) -> None:
+    shown = shown_defaults(verb)
+    for name, owner in OWNERS[verb]().items():
+        value = getattr(owner, name)
+        assert shown[name] == (f"{value:g}" if name == "budget" else str(value)), name
+    if verb == "train":
+        assert shown["tokenizer"] == TokenizerConfig().kind
+        assert default_config(shown["preset"]) == default_config()
+
+
+def test_engine_options_are_those_of_load() -> None:
+    """The same defaults, and every value that the engines know is in the help."""
+    parameters = inspect.signature(bitnet.load).parameters
+    defaults = EngineOptions().load_options()
+    assert defaults == {name: parameters[name].default for name in defaults}
+    command = typer.main.get_command(app).commands["generate"]
+    texts = {param.name: getattr(param, "help", None) or "" for param in command.params}
+    for option, values in (("engine", ENGINES), ("head", HEADS), ("cache", CACHES)):
+        assert all(value in texts[option] for value in values)
+
+
+# ---- old spellings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--twin", "{}"], ["--twin={}"], ["--baseline", "{}"]], ids=" ".join)
+def test_compare_takes_a_baseline_under_both_names(
+    args: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path | None] = []
+
+    def spy(run: Path, baseline: Path | None, *rest: Any, **options: Any) -> dict[str, Any]:
+        seen.append(baseline)
+        return {"results": []}
+
+    monkeypatch.setattr("bitnet.benchmarks.compare.command.compare_runs", spy)
+    monkeypatch.setattr("bitnet.benchmarks.compare.command.write_report", lambda *args: None)
+    command = ["compare", "run", "--data", "text", *(arg.format(tmp_path) for arg in args), "--json"]
+    assert main(command) == 0
+    assert seen == [tmp_path]
+
+
+@pytest.mark.parametrize("option", ["--slots", "--sequences"])
+def test_serve_takes_a_number_of_sequences_under_both_names(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvicorn")
+    seen: list[int] = []
+
+    def spy(model: Path, device: Any, options: Any, *rest: Any, **engine: Any) -> int:
+        seen.append(options.sequences)
+        return 0
+
+    monkeypatch.setattr("bitnet.serve.server.serve", spy)
+    assert main(["serve", option, "7"]) == 0
+    assert seen == [7]
+
+
+def test_train_takes_linear_plain_for_float(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
+    assert main(small(tmp_path / "run", "--data", parts, "--linear", "plain")) == 0
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["model"]["linear"] == "float"
+
+
+@pytest.mark.parametrize(("verb", "old"), [("compare", "--twin"), ("serve", "--slots"), ("train", "plain")])
+def test_help_shows_no_old_spelling(verb: str, old: str, capsys: Captured) -> None:
+    assert main([verb, "--help"]) == 0
+    assert old not in capsys.readouterr().out

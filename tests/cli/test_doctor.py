@@ -1,4 +1,4 @@
-"""`bitnet doctor`: what it says of a healthy machine, and that it sees a broken backend."""
+"""`bitnet doctor`: what it reports about a healthy machine, and that it detects a broken backend."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
-    """Put a changed copy of the reference first. Returns its name."""
+    """Register a changed copy of the reference as the first backend. Returns its name."""
     broken = dataclasses.replace(ops.REFERENCE, name="planted", why_not=lambda device: None, **changes)
     monkeypatch.setattr(ops, "BACKENDS", (broken, *ops.BACKENDS))
     return broken.name
@@ -92,7 +92,7 @@ SLOWER = {
     "container": ({"quota": 1.5}, "a container limits this process to 1.5 of 64 CPUs"),
     "affinity": ({"affinity": 4, "busy_cpus": 0.1}, "this process may run on 4 of 64 CPUs (affinity)"),
     "busy": ({"busy_cpus": 20.0}, "a busy machine: other processes keep 20.0 of 64 CPUs busy"),
-    "no huge pages": ({"huge_pages": {"rule": "never", "asked": 9, "given": 0}}, "switched off"),
+    "no huge pages": ({"huge_pages": {"rule": "never", "asked": 9, "given": 0}}, "huge pages are off"),
     "huge pages not given": (
         {"huge_pages": {"rule": "madvise", "asked": 2**25, "given": 0}},
         "huge pages: 0 of 32 MiB given though the rule is 'madvise'",
@@ -105,20 +105,20 @@ SLOWER = {
 
 
 @pytest.mark.parametrize("case", SLOWER)
-def test_what_makes_a_machine_slower_than_it_looks_is_said(
+def test_what_makes_a_machine_slower_than_it_looks_is_reported(
     case: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     changes, sentence = SLOWER[case]
     assert doctor.remarks(QUIET) == []
     (remark,) = doctor.remarks(QUIET | changes)
     assert sentence in remark
-    monkeypatch.setattr(doctor, "surroundings", lambda: QUIET | changes | {"remarks": [remark]})
+    monkeypatch.setattr(doctor, "describe_machine", lambda: QUIET | changes | {"remarks": [remark]})
     monkeypatch.setenv("COLUMNS", "250")
     assert main(["doctor"]) == 0
     assert f"note: {remark}" in capsys.readouterr().out
 
 
-def test_a_cpu_without_an_int8_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_an_int8_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {
         "int8": [dense_products.Timed(dense_products.ways("int8")[-1], 3e11)],
         "bf16": [dense_products.Timed(dense_products.ways("bf16")[-1], 1e10)],
@@ -170,7 +170,7 @@ def test_the_same_as_a_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) 
     assert "everything works" in out
     assert f"torch {torch.__version__}" in out or f"torch {version('torch')}" in out
     assert all(backend.name in out for backend in ops.BACKENDS)
-    in_use = 1 + torch.cuda.device_count() + bool(native.instruction_sets())  # one a device, and one instruction set
+    in_use = 1 + torch.cuda.device_count() + bool(native.instruction_sets())  # one per device, and one instruction set
     assert out.count("in use") - out.count("threads in use") == in_use
     assert all(one.name in out for one in native.instruction_sets())
 
@@ -195,12 +195,12 @@ def failing(q: Tensor, codes: Tensor) -> Tensor:
 
 
 def too_narrow(q: Tensor, codes: Tensor) -> Tensor:
-    """Sums in int16: right for short rows, wrong beyond 32,767 / 127."""
+    """Sums in int16: right for short rows, wrong for more than 32,767 / 127 terms."""
     return reference.matmul(q, codes).to(torch.int16).to(torch.int32)
 
 
 @pytest.mark.parametrize("product", [off_by_one, zeros, as_float, failing, too_narrow])
-def test_a_broken_training_product_is_seen(
+def test_a_broken_training_product_is_detected(
     product: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     name = plant(monkeypatch, codes_matmul=product)
@@ -214,7 +214,7 @@ def test_a_broken_training_product_is_seen(
     assert "do not trust" in out
 
 
-def test_a_broken_packed_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_packed_product_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     name = plant(monkeypatch, packed_matmul=lambda q, packed: reference.packed_matmul(q, packed) * -1)
     report = examine()
     assert not report["healthy"]
@@ -224,13 +224,13 @@ def test_a_broken_packed_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_backend_that_cannot_run_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    lame = dataclasses.replace(ops.REFERENCE, name="lame", why_not=lambda device: "no such chip")
-    monkeypatch.setattr(ops, "BACKENDS", (lame, *ops.BACKENDS))
+    absent = dataclasses.replace(ops.REFERENCE, name="absent", why_not=lambda device: "no such chip")
+    monkeypatch.setattr(ops, "BACKENDS", (absent, *ops.BACKENDS))
     report = examine()
     assert report["healthy"]
     row = report["backends"][0]
-    assert (row["backend"], row["status"], row["reason"]) == ("lame", "unavailable", "no such chip")
-    assert report["selected"]["cpu"] != "lame"
+    assert (row["backend"], row["status"], row["reason"]) == ("absent", "unavailable", "no such chip")
+    assert report["selected"]["cpu"] != "absent"
 
 
 def test_a_forced_backend_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,8 +252,8 @@ needs_module = pytest.mark.skipif(native.why_not() is not None, reason=str(nativ
 
 
 @needs_module
-def test_a_broken_instruction_set_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    """Each is tested, not only the one in use."""
+def test_a_broken_instruction_set_is_detected(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """All of them are tested, not only the one in use."""
     make = ops.cpu_backend
 
     def broken(isa: str) -> ops.Backend:
@@ -297,6 +297,6 @@ def test_without_a_build_the_doctor_says_why(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(native, "_module", None)
     monkeypatch.setattr(native, "_reason", "nothing is built")
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["doctor"]) == 0  # torch computes meanwhile: no failure
+    assert main(["doctor"]) == 0  # torch computes instead: no failure
     assert capsys.readouterr().out.count("nothing is built") == 2  # the backend, and its instruction sets
     assert examine()["instruction_sets"] == []

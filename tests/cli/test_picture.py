@@ -1,4 +1,4 @@
-"""`bitnet inspect --plot`: its figures against the model itself, and that a picture comes out."""
+"""`bitnet inspect --plot`: its figures agree with the model, and a picture is drawn."""
 
 from pathlib import Path
 
@@ -38,14 +38,14 @@ def test_figures_of_masters(seed: int) -> None:
         assert figures.codes[kind] == pytest.approx(expected, abs=slack)
         inside = float(np.mean([np.abs(w) <= picture._RANGE for w in scaled]))
         assert float(figures.bins[kind].sum()) == pytest.approx(inside, abs=slack)
-        # The bins -0.5..0.5 are what becomes zero.
+        # The bins -0.5..0.5 are the weights that become zero.
         middle = figures.bins[kind].reshape(2, -1, 8).sum(dim=-1)  # in steps of a half
         assert float(middle[0, -1] + middle[1, 0]) == pytest.approx(expected[1], abs=2 * slack)
 
 
 @pytest.mark.parametrize("sub_norms", [True, False])
 def test_activations_are_those_of_the_model(sub_norms: bool, seed: int) -> None:
-    """What stands before q, k, v and gate, up is what the norms give; q, k and v see the same."""
+    """The inputs of q, k, v and of gate, up are the outputs of the norms."""
     model = trained(seed, sub_norms=sub_norms)
     seen: dict[str, list[torch.Tensor]] = {"q, k, v": [], "gate, up": []}
     for block in model.model.layers:
@@ -60,7 +60,7 @@ def test_activations_are_those_of_the_model(sub_norms: bool, seed: int) -> None:
     assert all(len(values) == SHAPE.num_hidden_layers for values in figures.ranges.values())
 
 
-def test_the_model_is_left_as_it_was(seed: int) -> None:
+def test_the_model_is_unchanged(seed: int) -> None:
     model = trained(seed)
     before = {name: type(module) for name, module in model.named_modules()}
     ids = torch.randint(0, SHAPE.vocab_size, (9,))
@@ -83,7 +83,7 @@ def test_a_packed_file_gives_the_same(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("linear", "words"), [("ternary", "light becomes 0"), ("binary", "none 0")])
-def test_the_title_says_what_becomes_of_masters(linear: str, words: str, seed: int, tmp_path: Path) -> None:
+def test_the_title_says_how_weights_are_quantised(linear: str, words: str, seed: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture.draw(trained(seed, linear=linear), None, "", tmp_path / "p.svg", "toy")
     assert words in (tmp_path / "p.svg").read_text()

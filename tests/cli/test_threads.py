@@ -1,6 +1,6 @@
-"""Threads: what may be asked for, what is taken without asking, and what happens where the system starts no more.
+"""Threads: which numbers are accepted, what the default is, and what happens when the system refuses to start more.
 
-Machines of other sizes are stand-ins for `bitnet.machine.usable_cores`; results with many threads are real.
+Machines of other sizes are simulated by replacing `bitnet.machine.usable_cores`; results with many threads are real.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> "Cores":
 
 
 class Cores:
-    """A machine, or a container, of so many cores."""
+    """Simulates a machine, or a container, with a number of cores."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -47,11 +47,11 @@ class Cores:
             self._monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
 
 
-# ---- what may be asked for ---------------------------------------------------------------------------------
+# ---- accepted numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 256])
-def test_one_to_all_cores(count: int, cores: Cores) -> None:
+def test_one_to_all_cores_are_accepted(count: int, cores: Cores) -> None:
     cores(count)
     assert [threads.check_threads(str(n)) for n in (1, count)] == [1, count]
     for bad in (0, -1, count + 1, 10**6, 10**30):
@@ -60,7 +60,7 @@ def test_one_to_all_cores(count: int, cores: Cores) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "two", "1.0", "1e3", "+1", "--1", "٣", "1 2", "9" * 5000])
-def test_what_is_no_number(text: str, cores: Cores) -> None:
+def test_other_text_is_refused(text: str, cores: Cores) -> None:
     cores(4)
     with pytest.raises(BitNetError, match="expected 1 to the 4 cores") as caught:
         threads.check_threads(text, "--threads")
@@ -68,12 +68,12 @@ def test_what_is_no_number(text: str, cores: Cores) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_the_number_asked_for_is_torchs(cores: Cores) -> None:
+def test_torch_gets_the_number_asked_for(cores: Cores) -> None:
     cores(8)
     assert threads.use_threads(3) == torch.get_num_threads() == 3
 
 
-# ---- what is taken without asking --------------------------------------------------------------------------
+# ---- the default -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_default(usable: int, torchs: int, processes: int, expected: int, co
 
 
 @pytest.mark.parametrize("variable", threads.VARIABLES)
-def test_an_absurd_number_in_the_environment_is_said(
+def test_a_number_in_the_environment_beyond_the_cores_is_reported(
     variable: str, cores: Cores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cores(2)
@@ -103,7 +103,7 @@ def test_an_absurd_number_in_the_environment_is_said(
         assert all(f"{variable}={value.partition(',')[0]}: this process may use 2 cores" in line for line in lines)
 
 
-def test_a_number_asked_for_is_stronger_than_the_environment(
+def test_an_option_overrides_the_environment(
     cores: Cores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cores(4)
@@ -113,7 +113,7 @@ def test_a_number_asked_for_is_stronger_than_the_environment(
 
 
 def test_the_environment_of_a_real_process() -> None:
-    """torch on its own may take the number as it is; `bitnet` may not."""
+    """torch alone takes any number; `bitnet` does not."""
     command = child_process.bitnet("generate", "-p", "a", "-n", 1, "--json")
     done = child_process.run(command, env=child_process.environment(OMP_NUM_THREADS=100_000))
     assert "OMP_NUM_THREADS=100000: this process may use" in done.stderr
@@ -152,7 +152,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 @needs_native
 @pytest.mark.parametrize("head", ["file", "int8", "int4"])
 def test_an_engine_of_1_to_256_threads_gives_the_same_bits(head: str, tmp_path: Path) -> None:
-    """Two layers narrower than a panel: nearly every thread of 256 has nothing to do, and passes every barrier."""
+    """Two layers narrower than a panel: most of 256 threads have no work, and still pass every barrier."""
     model = Transformer(ModelConfig(40, 32, 44, 2, 2, 1, 32))
     model.init_weights(0)
     write_packed(tmp_path / "m.safetensors", model, None)
@@ -162,7 +162,7 @@ def test_an_engine_of_1_to_256_threads_gives_the_same_bits(head: str, tmp_path: 
 
 
 @needs_native
-def test_threads_no_machine_has_are_refused(tmp_path: Path) -> None:
+def test_numbers_of_threads_that_no_machine_has_are_refused(tmp_path: Path) -> None:
     model = Transformer(ModelConfig(40, 32, 44, 1, 2, 1, 32))
     model.init_weights(0)
     write_packed(tmp_path / "m.safetensors", model, None)
@@ -186,7 +186,7 @@ def test_the_default_of_an_engine_is_within_the_cores(
     class Spy:
         def __init__(self, **options: int) -> None:
             seen.append(options["threads"])
-            raise KeyboardInterrupt  # enough was seen
+            raise KeyboardInterrupt  # the number of threads is all that is needed
 
     monkeypatch.setattr(native, "module", lambda: type("Module", (), {"Engine": Spy}))
     with pytest.raises(KeyboardInterrupt):
@@ -194,9 +194,9 @@ def test_the_default_of_an_engine_is_within_the_cores(
     assert seen == [2]
 
 
-# ---- a system that starts no more of them ------------------------------------------------------------------
+# ---- a system that refuses to start more -------------------------------------------------------------------
 
-# Stacks of 8 MB: address space for some sixty threads more, then none. A limit of processes does not bind root.
+# With stacks of 8 MB the address space holds some sixty threads more. A limit of processes would not apply to root.
 _LIMITED = """
 import resource, sys, threading
 import torch
@@ -226,7 +226,7 @@ print(running, out.eq(0).all().item())
 
 @needs_native
 @linux
-def test_a_team_that_cannot_start_says_so_and_leaves_nothing_behind() -> None:
+def test_a_team_that_cannot_start_is_reported_and_leaves_no_threads() -> None:
     done = child_process.run([sys.executable, "-c", _LIMITED])
     first, second, last = done.stdout.splitlines()
     for line, wanted in ((first, 1000), (second, 700)):
@@ -238,8 +238,10 @@ def test_a_team_that_cannot_start_says_so_and_leaves_nothing_behind() -> None:
     assert right == "True"
 
 
-def test_a_refused_thread_of_torch_is_one_line(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenMP would print a line of its own and end the process."""
+def test_a_thread_that_torch_cannot_start_is_reported_in_one_line(
+    cores: Cores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP would print its own line and end the process."""
     cores(64)
     started: list[object] = []
 
@@ -259,7 +261,7 @@ def test_a_refused_thread_of_torch_is_one_line(cores: Cores, monkeypatch: pytest
 
 @pytest.mark.parametrize("message", ["Resource temporarily unavailable", "can't start new thread"])
 def test_a_shortage_is_not_blamed_on_the_file(message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitnet.cli import describe
+    from bitnet.cli.errors import describe
 
     def refused(*args: object) -> None:
         raise RuntimeError(message)
@@ -269,14 +271,14 @@ def test_a_shortage_is_not_blamed_on_the_file(message: str, tmp_path: Path, monk
         load()
     assert not isinstance(caught.value, ValueError)
     assert is_thread_shortage(caught.value)
-    assert "starts no more threads; use fewer (-t)" in describe(caught.value)
+    assert "refused to start another thread; use fewer (-t)" in describe(caught.value)
 
 
 # ---- pinning -----------------------------------------------------------------------------------------------
 
 
 def lay_out(root: Path, siblings: dict[int, str]) -> Path:
-    """A machine's CPUs as Linux tells them: who shares a core with whom."""
+    """The files in which Linux describes a machine's CPUs: which of them share a core."""
     for cpu, text in siblings.items():
         folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         folder.mkdir(parents=True)
@@ -287,12 +289,12 @@ def lay_out(root: Path, siblings: dict[int, str]) -> Path:
 MACHINES: dict[str, tuple[dict[int, str], list[int], list[int]]] = {  # siblings, allowed, expected order
     "one CPU": ({0: "0"}, [0], [0]),
     "neighbours": ({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, [0, 1, 2, 3], [0, 2, 1, 3]),
-    "apart": ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, [0, 1, 2, 3], [0, 1, 2, 3]),
+    "alternating": ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, [0, 1, 2, 3], [0, 1, 2, 3]),
     "no topology": ({}, [3, 5, 9], [3, 5, 9]),
     "an empty file": ({0: "", 1: "0-1"}, [0, 1], [0, 1]),
     "first hyperthread offline": ({2: "2", 1: "1,3", 3: "1,3"}, [1, 2, 3], [1, 2, 3]),
     "second hyperthreads of a container": ({4: "0,4", 5: "1,5"}, [4, 5], [4, 5]),
-    "a core whole and a half": ({0: "0,4", 4: "0,4", 5: "1,5"}, [0, 4, 5], [0, 5, 4]),
+    "one core and half of another": ({0: "0,4", 4: "0,4", 5: "1,5"}, [0, 4, 5], [0, 5, 4]),
     "four to a core": ({n: "0-3" if n < 4 else "4-7" for n in range(8)}, [*range(8)], [0, 4, 1, 5, 2, 6, 3, 7]),
     "256 CPUs": (
         {n: f"{n % 128},{n % 128 + 128}" for n in range(256)},
@@ -318,7 +320,7 @@ def test_cores_come_before_hyperthreads(name: str, tmp_path: Path, monkeypatch: 
 def test_a_contender_gets_as_many_cpus_as_threads(
     count: int, cpus: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More threads than CPUs, where a system cannot tell them, are left to it."""
+    """With more threads than CPUs, or where the system does not list its CPUs, nothing is pinned."""
     pinned: list[tuple[int, list[int]]] = []
     monkeypatch.setattr(process, "cores_first", lambda: [0, 2, 1, 3])
     monkeypatch.setattr(process.os, "sched_setaffinity", lambda who, where: pinned.append((who, where)), raising=False)
@@ -352,7 +354,7 @@ SCRIPTS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("text", ["0", "100000", "words"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_refuse_as_the_verbs_do(
+def test_scripts_refuse_bad_numbers_as_the_verbs_do(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bitnet.cli import guarded

@@ -1,6 +1,6 @@
-"""`bitnet serve` from outside: a real server in a process of its own, OpenAI's client, sockets, signals.
+"""`bitnet serve` from outside: a real server in its own process, OpenAI's client, sockets, signals.
 
-What it writes is what the engine writes, every limit has its status, and whoever leaves is forgotten.
+Its texts are those of the engine, every limit has its status, and a client that disconnects is forgotten.
 """
 
 import json
@@ -20,41 +20,22 @@ import httpx
 import openai
 import pytest
 import torch
+from text_models import chat_tokenizer, packed_model, text_tokenizer
 
 from bitnet.cli import main
-from bitnet.config import ModelConfig
 from bitnet.engine.load import load
 from bitnet.engine.sampling import GREEDY, Sampling
-from bitnet.files.packed import write_packed
 from bitnet.generation import prompt_ids, stop_ids
-from bitnet.model import Transformer
 from bitnet.serve.guard import MAX_BODY, allowed_hosts, host_name
 from bitnet.serve.protocol import RequestError, parse_completion, parse_json
-from bitnet.text.json_tokenizer import JsonTokenizer, Settings
-from bitnet.text.sentencepiece import train_sentencepiece
-from bitnet.text.tokenizer import Tokenizer
+from bitnet.text.json_tokenizer import JsonTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "correct-horse"
 CONTEXT = 2048
-SLOTS, QUEUE = 2, 3
+SEQUENCES, QUEUE = 2, 3
 POST = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 JSON = {"Content-Type": "application/json"}
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}bot: "
-
-
-def packed(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
-    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        **shape,
-    )
-    model = Transformer(config)
-    model.init_weights(seed)
-    return write_packed(path, model, tokenizer)
 
 
 class Server:
@@ -112,8 +93,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = "the quick brown fox jumps over the lazy dog, né 한국 🙂 " * 30
-    return packed(tmp_path_factory.mktemp("serve") / "toy.safetensors", train_sentencepiece([text], 320), 5)
+    return packed_model(tmp_path_factory.mktemp("serve") / "toy.safetensors", text_tokenizer(), 5, CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +104,11 @@ def engine(model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    with Server(model, "--slots", SLOTS, "--queue", QUEUE) as made:
+    with Server(model, "--sequences", SEQUENCES, "--queue", QUEUE) as made:
         yield made
         code, out, err = made.stop()
         assert (code, out) == (143, "")
-        # A test that failed may have left a text that is still being written.
+        # A test that failed may have left a request running.
         assert [line for line in err.splitlines() if not re.search("toy.safetensors ready|^stopping: ", line)] == []
 
 
@@ -141,17 +121,8 @@ def client(server: Server) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, JsonTokenizer, Path]]:
     """A server with a chat model and a key, which comes from the environment."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers comes with the extra of that name")
-    built = tokenizers.Tokenizer(tokenizers.models.BPE())
-    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    built.train_from_iterator(["hello world, what is it? " * 9], trainer)
-    built.add_special_tokens(["<|start|>", "<|end|>"])
-    ids = [built.token_to_id(name) for name in ("<|start|>", "<|end|>")]
-    tokenizer = JsonTokenizer(built.to_str(), Settings(built.get_vocab_size(), ids[0], (ids[1],), TEMPLATE))
-    path = packed(tmp_path_factory.mktemp("chat") / "chatty.safetensors", tokenizer, 6)
+    tokenizer = chat_tokenizer()
+    path = packed_model(tmp_path_factory.mktemp("chat") / "chatty.safetensors", tokenizer, 6, CONTEXT)
     with Server(path, environment={"BITNET_API_KEY": KEY}) as made:
         made.http.headers["Authorization"] = f"Bearer {KEY}"
         yield made, tokenizer, path
@@ -165,7 +136,7 @@ def words(count: int) -> str:
 # ---- texts -------------------------------------------------------------------------------------------------
 
 
-def test_greedy_text_is_the_engines(client: Any, engine: Any) -> None:
+def test_greedy_text_is_the_same_as_the_engines(client: Any, engine: Any) -> None:
     tokenizer = engine.tokenizer
     for _ in range(3):
         prompt, n = words(random.randint(1, 40)), random.randint(1, 50)
@@ -182,9 +153,9 @@ def test_greedy_text_is_the_engines(client: Any, engine: Any) -> None:
 
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside_it(server: Server, engine: Any) -> None:
-    """Five at once on two slots, sampled and streamed; each is what the engine writes alone."""
+    """Five requests for two sequences, sampled and streamed; each text is the engine's own."""
     tokenizer = engine.tokenizer
-    asked = [(words(random.randint(1, 30)), random.getrandbits(30)) for _ in range(SLOTS + QUEUE)]
+    asked = [(words(random.randint(1, 30)), random.getrandbits(30)) for _ in range(SEQUENCES + QUEUE)]
     seeds = {"max_tokens": 30, "temperature": 0.9, "top_k": 20, "min_p": 0.02, "top_p": 0.9, "ignore_eos": True}
     streams = []
     for prompt, seed in asked:
@@ -222,7 +193,7 @@ def test_several_prompts_and_choices(client: Any, engine: Any) -> None:
         assert [len(choice.logprobs.tokens) for choice in reply.choices] == [6] * 4
 
 
-def test_a_prompt_read_before_gives_the_same(server: Server, engine: Any) -> None:
+def test_a_cached_prompt_gives_the_same_text(server: Server, engine: Any) -> None:
     prompt = words(40)
     fields = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
     fresh = engine.generate(prompt_ids(engine.tokenizer, prompt), 24, GREEDY)
@@ -257,7 +228,7 @@ def test_stop_strings_and_usage_in_a_stream(client: Any, engine: Any) -> None:
 
 
 def test_echoed_log_probabilities_are_the_engines(server: Server, engine: Any) -> None:
-    """What an evaluation harness asks for: the prompt scored, nothing or one token written."""
+    """What an evaluation harness asks for: the prompt scored, no token or one generated."""
     tokenizer = engine.tokenizer
     prompts = [[random.randrange(300) for _ in range(random.randint(2, 400))] for _ in range(3)]
     reply = server.complete(prompt=prompts, echo=True, logprobs=1, max_tokens=0, temperature=0)
@@ -290,14 +261,14 @@ def test_tokenizer_routes(server: Server, engine: Any) -> None:
     with_bos = server.post("/tokenize", content=text).json()
     assert with_bos == {"tokens": prompt_ids(engine.tokenizer, text), "count": len(ids) + 1, "max_model_len": CONTEXT}
     assert server.post("/detokenize", tokens=ids).json()["prompt"] == text
-    # What lm-eval's local-completions asks before it leaves tokenising to a server.
+    # What lm-eval's local-completions needs to leave tokenising to a server.
     info = server.http.get("/tokenizer_info").json()
     for name, id in (("bos_token", engine.tokenizer.bos_id), ("eos_token", engine.tokenizer.eos_id)):
         assert server.post("/tokenize", prompt=info[name], add_special_tokens=False).json()["tokens"] == [id]
 
 
 @pytest.mark.slow
-def test_a_core_is_left_to_the_connections(model: Path) -> None:
+def test_one_core_is_left_to_connections(model: Path) -> None:
     code = "from bitnet.threads import default_threads; print(default_threads())"
     found = child_process.run([sys.executable, "-c", code])
     with Server(model, threads=()) as server:
@@ -354,7 +325,7 @@ def test_a_key_opens_and_nothing_else(given: str | None, chatty: tuple[Server, J
     assert server.http.get("/v1/models").status_code == 200
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "prompt"),
@@ -367,7 +338,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [10**9]}, "prompt"),
     ({"prompt": [5] * (CONTEXT + 1)}, "prompt"),
     ({"prompt": "a" * 900_000}, "prompt"),
-    ({"prompt": ["a"] * (SLOTS + QUEUE + 1)}, "prompt"),
+    ({"prompt": ["a"] * (SEQUENCES + QUEUE + 1)}, "prompt"),
     ({"prompt": "a", "n": 6}, "prompt"),
     ({"prompt": "a", "n": 0}, "n"),
     ({"prompt": "a", "n": 17}, "n"),
@@ -409,7 +380,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str, server: Serv
     assert len(error["message"]) < 300
 
 
-def test_what_asks_for_nothing_is_taken(server: Server) -> None:
+def test_unsupported_fields_that_ask_for_nothing_are_accepted(server: Server) -> None:
     harmless = {
         **dict.fromkeys(("suffix", "seed", "stop", "logprobs", "temperature", "max_tokens", "tools")),
         "best_of": 1,
@@ -452,10 +423,10 @@ def test_a_lone_surrogate_is_refused_wherever_it_stands(server: Server) -> None:
     for body, status in ((b'{"prompt": "\\ud800"}', 400), (b'{"prompt": "a", "model": "\\ud800"}', 404)):
         assert server.http.post("/v1/completions", content=body, headers=JSON).status_code == status
     reply = server.http.post("/v1/completions", content=b'{"prompt": "a", "stop": "\\ud800"}', headers=JSON)
-    assert reply.status_code == 200  # it never appears
+    assert reply.status_code == 200  # it never occurs in the text
 
 
-def test_other_statuses(server: Server, client: Any) -> None:
+def test_statuses_of_bodies_paths_and_methods(server: Server, client: Any) -> None:
     http = server.http
     large = json.dumps({"prompt": "a" * MAX_BODY}).encode()
     assert http.post("/v1/completions", content=large, headers=JSON).status_code == 413
@@ -485,18 +456,18 @@ def test_only_names_of_this_machine(host: str, status: int, server: Server) -> N
     assert host_name(" LocalHost.:80 ") == "localhost"
 
 
-def test_a_whole_context_is_read_and_no_more(server: Server) -> None:
+def test_a_prompt_may_fill_the_context_and_no_more(server: Server) -> None:
     ids = [random.randrange(3, 300) for _ in range(CONTEXT)]
     reply = server.complete(prompt=ids, max_tokens=50, temperature=0, ignore_eos=True)
     assert reply["usage"]["completion_tokens"] == 1
     assert reply["choices"][0]["finish_reason"] == "length"
 
 
-# ---- coming and going --------------------------------------------------------------------------------------
+# ---- full, disconnected, incomplete ------------------------------------------------------------------------
 
 
 def start_long(server: Server, count: int, tokens: int = CONTEXT) -> list[Any]:
-    """Streams that write until they are closed, or to the end of the context."""
+    """Streams that generate until they are closed, or until the context is full."""
     made = []
     for _ in range(count):
         fields = {"prompt": "the", "max_tokens": tokens, "ignore_eos": True, "stream": True}
@@ -506,12 +477,12 @@ def start_long(server: Server, count: int, tokens: int = CONTEXT) -> list[Any]:
     return made
 
 
-def test_a_full_queue_says_when_to_come_again_and_leaving_makes_room(server: Server) -> None:
+def test_a_full_queue_says_when_to_retry_and_disconnecting_makes_room(server: Server) -> None:
     server.until("slots_busy", 0)
     cancelled = server.metric("cancelled_total")
-    streams = start_long(server, SLOTS + QUEUE)
+    streams = start_long(server, SEQUENCES + QUEUE)
     refused = server.post("/v1/completions", prompt="the")
-    assert refused.status_code == 429, "five texts of a whole context were written before this request came"
+    assert refused.status_code == 429, "five texts of a full context were generated before this request came"
     assert refused.json()["error"]["code"] == "queue_full"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     for stream in streams:
@@ -522,7 +493,7 @@ def test_a_full_queue_says_when_to_come_again_and_leaving_makes_room(server: Ser
     server.complete(prompt="the", max_tokens=2)
 
 
-def test_leaving_before_the_answer_frees_the_slot(server: Server) -> None:
+def test_disconnecting_before_the_answer_frees_the_sequence(server: Server) -> None:
     server.until("slots_busy", 0)
     cancelled = server.metric("cancelled_total")
     body = json.dumps({"prompt": "the", "max_tokens": CONTEXT, "ignore_eos": True}).encode()
@@ -534,7 +505,7 @@ def test_leaving_before_the_answer_frees_the_slot(server: Server) -> None:
     assert server.metric("cancelled_total") == cancelled + 1
 
 
-def test_half_a_request_does_no_harm(server: Server) -> None:
+def test_incomplete_requests_do_no_harm(server: Server) -> None:
     for part in (
         b"",
         b"GET ",
@@ -564,7 +535,8 @@ def test_the_page_and_what_is_inside(server: Server, engine: Any) -> None:
     info = server.http.get("/info").json()
     while info["inside"] is None:
         info = server.http.get("/info").json()
-    assert (info["name"], info["context"], info["slots"], info["chat"]) == ("toy", CONTEXT, SLOTS, False)
+    assert (info["name"], info["context"], info["chat"]) == ("toy", CONTEXT, False)
+    assert info["sequences"] == info["slots"] == SEQUENCES
     assert info["engine"]["name"] == engine.name
     assert len(info["inside"]["layers"]) == 14
     assert "file" not in info["inside"]
@@ -583,11 +555,11 @@ def test_metrics_count(server: Server) -> None:
     assert "xxxx" not in text
 
 
-# ---- start and end -----------------------------------------------------------------------------------------
+# ---- starting and stopping ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_signal_lets_a_running_text_end(model: Path) -> None:
+def test_a_signal_lets_a_running_request_finish(model: Path) -> None:
     with Server(model) as server:
         stream = start_long(server, 1, 1000)[0]
         lines = stream.iter_lines()
@@ -602,21 +574,21 @@ def test_a_signal_lets_a_running_text_end(model: Path) -> None:
     assert "stopping" in err
 
 
-# Counts what is inside a model for as long as the process lives; /info does not wait.
+# Inspects the model for as long as the process lives; /info does not wait for it.
 COUNTING = """
-import itertools, sys, bitnet.serve.server as server
-inspect_packed, server._LOOK_SECONDS = server.inspect_packed, 0
+import itertools, sys, bitnet.serve.info as info
+inspect_packed, info._WAIT_SECONDS = info.inspect_packed, 0
 def counting(path):
     for _ in itertools.count():
         inspect_packed(path)
-server.inspect_packed = counting
+info.inspect_packed = counting
 from bitnet.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_signal_ends_it_while_a_thread_still_reads_the_file(model: Path) -> None:
-    """Not by an abort: Python's end would meet that thread inside torch's C++."""
+    """And not by an abort, which Python causes when it ends a thread inside torch's C++ code."""
     command = [sys.executable, "-c", COUNTING, "serve", "-m", model, "--port", 0, "-t", 1]
     with child_process.started(command, stdout=PIPE, stderr=PIPE) as process:
         url = child_process.line_from(process)
@@ -626,7 +598,7 @@ def test_a_signal_ends_it_while_a_thread_still_reads_the_file(model: Path) -> No
     assert "terminate" not in err
 
 
-def test_what_cannot_be_served_is_one_line(
+def test_what_cannot_be_served_is_reported_in_one_line(
     model: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
@@ -634,6 +606,8 @@ def test_what_cannot_be_served_is_one_line(
         ([model, "--port", server.port], "expected a free one"),
         ([model, "--host", "no such host"], "expected an address of this machine"),
         ([model, "--api-key", ""], "api-key"),
+        ([model, "--sequences", 0], "sequences: got 0, expected 1 to 256"),
+        ([model, "--queue", -1], "queue: got -1, expected 0 to 100,000"),
         ([model, "--api-key", "schlüssel"], "api-key"),
         ([model, "-c", CONTEXT + 1, "--port", 0], "context"),
         ([tmp_path / "x.safetensors", "--port", 0], "expected a packed model"),
@@ -649,7 +623,7 @@ def test_what_cannot_be_served_is_one_line(
     assert "pip install 'bitnet-ternary[serve]'" in capsys.readouterr().err
 
 
-def test_an_open_door_is_warned_of(model: Path) -> None:
+def test_a_server_open_to_other_machines_without_a_key_is_warned_of(model: Path) -> None:
     command = child_process.bitnet("serve", "-m", model, "--port", 0, "--host", "0.0.0.0")
     with child_process.started(command, stdout=PIPE, stderr=PIPE) as process:
         assert child_process.line_from(process).startswith("http://127.0.0.1:")
@@ -660,8 +634,9 @@ def test_an_open_door_is_warned_of(model: Path) -> None:
 
 
 def test_health_says_503_while_loading(model: Path) -> None:
-    from bitnet.serve.app import Service, build_app
+    from bitnet.serve.app import build_app
     from bitnet.serve.metrics import Metrics
+    from bitnet.serve.service import Service
 
     async def ask() -> list[Any]:
         transport = httpx.ASGITransport(build_app(Service(Metrics())))  # type: ignore[arg-type]
@@ -680,11 +655,12 @@ def test_health_says_503_while_loading(model: Path) -> None:
     assert replies[1].headers["retry-after"] == "1"
 
 
-def test_a_crowd_is_told_to_come_again() -> None:
+def test_too_many_connections_are_told_to_retry() -> None:
     import asyncio
 
-    from bitnet.serve.app import Service, build_app
+    from bitnet.serve.app import build_app
     from bitnet.serve.metrics import Metrics
+    from bitnet.serve.service import Service
 
     async def ask() -> Any:
         transport = httpx.ASGITransport(build_app(Service(Metrics()), crowded=lambda: True))  # type: ignore[arg-type]
@@ -696,7 +672,7 @@ def test_a_crowd_is_told_to_come_again() -> None:
     assert (reply.headers["retry-after"], reply.headers["connection"]) == ("1", "close")
 
 
-def test_a_head_that_drips_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slowly_sent_header_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first request, and after one."""
     import asyncio
 
@@ -741,19 +717,17 @@ def test_a_head_that_drips_ends_the_connection(monkeypatch: pytest.MonkeyPatch) 
 def test_a_slow_reader_loses_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
-    from bitnet.serve import app
-    from bitnet.serve.scheduler import Failure, Job, Piece
+    from bitnet.serve import delivery
+    from bitnet.serve.jobs import Delta, Failure, Job
 
     async def read(count: int) -> tuple[list[Any], list[Job]]:
         jobs = [Job([1], 9, GREEDY) for _ in range(2)]
-        box = app._Box(jobs)
-        for index, job in enumerate(jobs):
-            job.key = (box, index)
+        mailbox = delivery.Mailbox(jobs)
         for i in range(count):
-            app.deliver([(jobs[i % 2], Piece(str(i), ()))])
-        return [box.get_nowait() for _ in range(box.qsize())], jobs
+            delivery.deliver([(jobs[i % 2], Delta(str(i), ()))])
+        return [mailbox.get_nowait() for _ in range(mailbox.qsize())], jobs
 
-    monkeypatch.setattr(app, "MOST_EVENTS", most := random.randint(2, 20))
+    monkeypatch.setattr(delivery, "MOST_EVENTS", most := random.randint(2, 20))
     for count in (most, most + random.randint(1, 9)):
         events, jobs = asyncio.run(read(count))
         assert [event.text for _, event in events[:most]] == [str(i) for i in range(most)]
@@ -762,12 +736,12 @@ def test_a_slow_reader_loses_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prompt_of_several_choices_is_cached_once() -> None:
+    from bitnet.serve.jobs import Finished
     from bitnet.serve.replies import Usage
-    from bitnet.serve.scheduler import End
 
     usage = Usage(30, 2)  # two prompts, two choices each
-    for index, reused in random.sample(list(enumerate([0, 9, 14, 13])), 4):
-        usage.add(index, End("stop", 3, reused))
+    for index, cached in random.sample(list(enumerate([0, 9, 14, 13])), 4):
+        usage.add(index, Finished("stop", 3, cached))
     counted = usage.to_dict()
     assert (counted["completion_tokens"], counted["prompt_tokens_details"]) == (12, {"cached_tokens": 13})
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: it types, watches, stops, looks at tokens and meets errors. Skipped without Chromium."""
+"""The page in a real browser: generating, stopping, inspecting tokens, errors. Skipped without Chromium."""
 
 import json
 import os
@@ -13,14 +13,11 @@ from typing import Any
 
 import child_process
 import pytest
+from text_models import packed_model, text_tokenizer
 
-from bitnet.config import ModelConfig
 from bitnet.engine.load import load
 from bitnet.engine.sampling import Sampling
-from bitnet.files.packed import write_packed
 from bitnet.generation import prompt_ids
-from bitnet.model import Transformer
-from bitnet.text.sentencepiece import train_sentencepiece
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -31,12 +28,12 @@ FLAGS = (
 
 
 class Browser:
-    """Chromium, spoken to in its DevTools protocol over two pipes: JSON messages that end with a zero byte."""
+    """Chromium, controlled by its DevTools protocol over two pipes: JSON messages that end with a zero byte."""
 
     def __init__(self, profile: Path) -> None:
         theirs_in, self.out = os.pipe()
         self.inp, theirs_out = os.pipe()
-        # The protocol wants descriptors 3 and 4; a shell puts them there.
+        # The protocol uses the descriptors 3 and 4; a shell sets them up.
         script = f"exec {CHROMIUM} {FLAGS} --user-data-dir={profile} about:blank 3<&{theirs_in} 4>&{theirs_out}"
         self.process = child_process.start(["bash", "-c", script], pass_fds=(theirs_in, theirs_out), stderr=DEVNULL)
         os.close(theirs_in)
@@ -58,7 +55,7 @@ class Browser:
             while b"\0" not in self.rest:
                 assert select.select([self.inp], [], [], child_process.LIMIT)[0], f"no answer to {method}"
                 data = os.read(self.inp, 1 << 16)
-                assert data, "the browser went away"
+                assert data, "the browser has exited"
                 self.rest += data
             answer, _, self.rest = self.rest.partition(b"\0")
             found = json.loads(answer)
@@ -98,20 +95,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = train_sentencepiece(["the quick brown fox jumps over the lazy dog, né 한국 🙂 " * 30], 320)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-    )
-    made = Transformer(config)
-    made.init_weights(8)
-    return write_packed(tmp_path_factory.mktemp("page") / "toy.safetensors", made, tokenizer)
+    return packed_model(tmp_path_factory.mktemp("page") / "toy.safetensors", text_tokenizer(), 8)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +125,7 @@ TEXT = "[...document.querySelectorAll('.token')].map(e => e.textContent).join(''
 
 
 def test_a_visit(browser: Browser, server: tuple[Any, str], model: Path) -> None:
-    """In one go, for a browser takes seconds to start: a text with settings, its tokens, a stop, and a server gone."""
+    """In one test, since a browser takes seconds to start: settings, tokens, stopping, and a server that has gone."""
     process, url = server
     for name, value in (("seed", "5"), ("temperature", "1.2"), ("max_tokens", "40"), ("top_k", "0"), ("min_p", "0")):
         browser.js(setting(name, value))
@@ -158,7 +142,7 @@ def test_a_visit(browser: Browser, server: tuple[Any, str], model: Path) -> None
     assert browser.js(TEXT) == engine.tokenizer.decode(ids)
     assert browser.js("document.querySelector('.given').textContent") == "the fox 🙂"
     stats = browser.js("document.getElementById('stats').textContent")
-    assert re.match(rf"{len(ids)} tokens? · \d+ a second · first after \d+ ms", stats)
+    assert re.match(rf"{len(ids)} tokens? · \d+ tokens/s · first token after \d+ ms", stats)
     assert browser.js("document.getElementById('status').textContent").startswith("Done.")
 
     browser.js("document.querySelector('.token').focus()")
@@ -173,7 +157,7 @@ def test_a_visit(browser: Browser, server: tuple[Any, str], model: Path) -> None
     assert browser.js("document.getElementById('token-name').textContent") == first
 
     browser.js(setting("max_tokens", "2048"))
-    browser.js(setting("temperature", "0"))  # goes round in circles: long enough to be stopped
+    browser.js(setting("temperature", "0"))  # repeats itself: long enough to be stopped
     browser.js("document.getElementById('write').focus()")
     assert browser.js("document.getElementById('write').click(), document.activeElement.id") == "stop"
     browser.until(

@@ -1,5 +1,7 @@
-"""Continuous batching on a toy engine whose next token depends on every token before it: texts written together are
-the texts written alone, and nothing is read twice, left over or said after a stop string."""
+"""Continuous batching on a toy engine whose next token depends on every token before it.
+
+Jobs that run together give the texts they give alone; nothing is read twice, left over or sent after a stop string.
+"""
 
 import random
 import threading
@@ -15,9 +17,10 @@ from torch import Tensor
 from bitnet.engine.base import BatchEntry
 from bitnet.engine.sampling import Sampler, Sampling
 from bitnet.serve import scheduler as scheduling
+from bitnet.serve.jobs import ClosedError, Delta, Event, Failure, Finished, Job, QueueFullError, Token
 from bitnet.serve.metrics import Metrics
-from bitnet.serve.scheduler import ClosedError, End, Event, Failure, Job, Piece, QueueFullError, Scheduler, Token
-from bitnet.serve.text import Speller, StopWriter
+from bitnet.serve.scheduler import Scheduler
+from bitnet.serve.text import Speller, StopFilter
 from bitnet.text.characters import CharTokenizer
 from bitnet.text.sentencepiece import train_sentencepiece
 
@@ -31,8 +34,8 @@ def toy_logits(held: Sequence[int]) -> Tensor:
     return torch.randn(V, generator=torch.Generator().manual_seed(hash(tuple(held)) % 2**63)) * 3
 
 
-class ToySlots:
-    """SequenceBatch that note what they are asked; `gate` holds a pass back until it is open."""
+class ToyBatch:
+    """A SequenceBatch that records its passes; `gate` holds a pass back until it is open."""
 
     def __init__(self, count: int) -> None:
         self.count, self.limit = count, LIMIT
@@ -71,11 +74,11 @@ class Bench:
     """A scheduler in its thread, and what it sent."""
 
     def __init__(self, count: int, queue: int = 100) -> None:
-        self.slots = ToySlots(count)
+        self.batch = ToyBatch(count)
         self.events: list[tuple[Job, Event]] = []
         self.news = threading.Condition()
         self.metrics = Metrics()
-        self.scheduler = Scheduler(self.slots, TOKENIZER, self.metrics, self.post, queue=queue)
+        self.scheduler = Scheduler(self.batch, TOKENIZER, self.metrics, self.post, queue=queue)
         self.thread = threading.Thread(target=self.scheduler.run)
         self.thread.start()
 
@@ -88,22 +91,22 @@ class Bench:
         return [event for owner, event in self.events if owner is job]
 
     def ended(self, job: Job) -> bool:
-        return any(not isinstance(event, Piece) for event in self.of(job))
+        return any(not isinstance(event, Delta) for event in self.of(job))
 
     def until(self, done: Callable[[], bool]) -> None:
         with self.news:
             assert self.news.wait_for(done, timeout=60)
 
-    def run(self, *jobs: Job) -> list[tuple[str, End, list[Token]]]:
+    def run(self, *jobs: Job) -> list[tuple[str, Finished, list[Token]]]:
         self.scheduler.submit(jobs)
         self.until(lambda: all(self.ended(job) for job in jobs))
         return [self.result(job) for job in jobs]
 
-    def result(self, job: Job) -> tuple[str, End, list[Token]]:
-        *pieces, end = self.of(job)
-        assert isinstance(end, End), end
-        assert all(isinstance(piece, Piece) for piece in pieces)
-        return "".join(p.text for p in pieces), end, [token for p in pieces for token in p.tokens]
+    def result(self, job: Job) -> tuple[str, Finished, list[Token]]:
+        *deltas, end = self.of(job)
+        assert isinstance(end, Finished), end
+        assert all(isinstance(piece, Delta) for piece in deltas)
+        return "".join(p.text for p in deltas), end, [token for p in deltas for token in p.tokens]
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def bench() -> Iterator[Callable[..., Bench]]:
 
     yield make
     for one in made:
-        one.slots.gate.release(10**5)
+        one.batch.gate.release(10**5)
         one.scheduler.close(0.0)
         one.thread.join(timeout=60)
         assert not one.thread.is_alive()
@@ -128,10 +131,10 @@ def some_ids(low: int = 1, high: int = 30) -> list[int]:
 
 def alone(job: Job) -> list[int]:
     """The ids of a job by the plain loop, without stop strings."""
-    held, sampler, new = list(job.ids), Sampler(job.sampling), []
+    held, sampler, new = list(job.prompt), Sampler(job.sampling), []
     while len(new) < job.max_tokens:
         id = int(sampler.draw(toy_logits(held)[None]))
-        if id in job.ends:
+        if id in job.stop_ids:
             break
         new.append(id)
         held.append(id)
@@ -140,7 +143,7 @@ def alone(job: Job) -> list[int]:
 
 def some_job(**changes: object) -> Job:
     sampling = Sampling(temperature=random.choice([0.0, 0.7, 1.5]), seed=random.getrandbits(40))
-    values = {"ids": some_ids(), "max_tokens": random.randint(1, 30), "sampling": sampling}
+    values = {"prompt": some_ids(), "max_tokens": random.randint(1, 30), "sampling": sampling}
     return Job(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -148,12 +151,12 @@ def some_job(**changes: object) -> Job:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_texts_written_together_are_those_written_alone(
+def test_jobs_that_run_together_give_the_texts_they_give_alone(
     count: int, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduling, "CHUNK", random.choice([1, 5, 256]))
-    jobs = [some_job(ends=frozenset(some_ids(0, 2))) for _ in range(14)]
-    jobs += [some_job(ids=[*jobs[0].ids, *some_ids(1, 3)]), some_job(ids=jobs[1].ids)]  # something to reuse
+    jobs = [some_job(stop_ids=frozenset(some_ids(0, 2))) for _ in range(14)]
+    jobs += [some_job(prompt=[*jobs[0].prompt, *some_ids(1, 3)]), some_job(prompt=jobs[1].prompt)]  # something to reuse
     made = bench(count)
     for job, (text, end, tokens) in zip(jobs, made.run(*jobs), strict=True):
         expected = alone(job)
@@ -164,63 +167,63 @@ def test_texts_written_together_are_those_written_alone(
         assert all(token.logprob is None for token in tokens)
 
 
-def test_a_pass_holds_every_running_text_and_a_bounded_part_of_prompts(
+def test_a_pass_holds_every_decoding_sequence_and_a_bounded_part_of_prompts(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduling, "CHUNK", 4)
     made = bench(3)
-    made.slots.gate = threading.Semaphore(0)
-    jobs = [some_job(ids=some_ids(20, 30), max_tokens=30) for _ in range(3)]
+    made.batch.gate = threading.Semaphore(0)
+    jobs = [some_job(prompt=some_ids(20, 30), max_tokens=30) for _ in range(3)]
     made.scheduler.submit(jobs)
-    made.slots.gate.release(10**5)
+    made.batch.gate.release(10**5)
     made.until(lambda: all(made.ended(job) for job in jobs))
-    written = dict.fromkeys(range(3), 0)  # tokens of each slot that a pass has read after its prompt
-    for parts in made.slots.passes:
-        prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].ids)]
+    written = dict.fromkeys(range(3), 0)  # tokens read of each sequence
+    for parts in made.batch.passes:
+        prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].prompt)]
         assert sum(len(part.ids) for part in parts) <= 4
         assert all(len(part.ids) == 1 for part in parts if part not in prompts)
         for part in parts:
             written[part.slot] += len(part.ids)
-    # While the second and third prompt were read, the first text went on in the same passes.
-    assert any(len(parts) > 1 and max(len(part.ids) for part in parts) > 1 for parts in made.slots.passes)
+    # While the second and third prompt were read, the first sequence was decoded in the same passes.
+    assert any(len(parts) > 1 and max(len(part.ids) for part in parts) > 1 for parts in made.batch.passes)
 
 
-def test_what_a_slot_holds_is_not_read_again(bench: Callable[..., Bench]) -> None:
+def test_a_cached_prefix_is_not_read_again(bench: Callable[..., Bench]) -> None:
     made = bench(2)
-    first = some_job(ids=some_ids(20, 25), max_tokens=5, sampling=Sampling(temperature=0.0))
-    other = some_job(ids=[(first.ids[0] + 1) % V, *some_ids(5, 9)], max_tokens=3)
+    first = some_job(prompt=some_ids(20, 25), max_tokens=5, sampling=Sampling(temperature=0.0))
+    other = some_job(prompt=[(first.prompt[0] + 1) % V, *some_ids(5, 9)], max_tokens=3)
     made.run(first)
     made.run(other)
     said = alone(first)
-    again = [*first.ids, *said[:3], (said[3] + 1) % V, *some_ids(2, 2)]
-    for ids, kept in ((again, len(first.ids) + 3), (again, len(again) - 1), (first.ids, len(first.ids) - 1)):
-        job = some_job(ids=ids)
-        before = len(made.slots.passes)
+    again = [*first.prompt, *said[:3], (said[3] + 1) % V, *some_ids(2, 2)]
+    for ids, kept in ((again, len(first.prompt) + 3), (again, len(again) - 1), (first.prompt, len(first.prompt) - 1)):
+        job = some_job(prompt=ids)
+        before = len(made.batch.passes)
         text, end, _ = made.run(job)[0]
         assert text == TOKENIZER.decode(alone(job))
-        assert end.reused == kept
-        assert list(made.slots.passes[before][0].ids) == list(ids[kept:])
+        assert end.cached == kept
+        assert list(made.batch.passes[before][0].ids) == list(ids[kept:])
 
 
-def test_the_slot_left_longest_ago_goes_first(bench: Callable[..., Bench]) -> None:
+def test_the_sequence_that_is_free_longest_is_taken_first(bench: Callable[..., Bench]) -> None:
     made = bench(3)
     for start in range(3):
-        made.run(some_job(ids=[start, *some_ids()]))
-    made.run(some_job(ids=[4, 5]))
-    assert made.slots.held[0][:2] == [4, 5]
-    assert [held[0] for held in made.slots.held[1:]] == [1, 2]
+        made.run(some_job(prompt=[start, *some_ids()]))
+    made.run(some_job(prompt=[4, 5]))
+    assert made.batch.held[0][:2] == [4, 5]
+    assert [held[0] for held in made.batch.held[1:]] == [1, 2]
 
 
-def test_a_shared_first_token_takes_no_slot_from_another_text(bench: Callable[..., Bench]) -> None:
+def test_a_shared_first_token_takes_no_cache_from_another_text(bench: Callable[..., Bench]) -> None:
     made = bench(2)
     first, second = ([0, start, *some_ids(8, 20)] for start in (1, 2))  # 0: as BOS begins every text
-    made.run(some_job(ids=first))
-    assert made.run(some_job(ids=second))[0][1].reused == 0  # in the empty slot
-    assert [held[:2] for held in made.slots.held] == [[0, 1], [0, 2]]
-    assert made.run(some_job(ids=[*first, 3]))[0][1].reused >= len(first)
-    third = made.run(some_job(ids=[0, 3, *some_ids(8, 20)]))[0][1]
-    assert third.reused == 1  # what the slot left longest ago happens to share
-    assert [held[:2] for held in made.slots.held] == [[0, 1], [0, 3]]
+    made.run(some_job(prompt=first))
+    assert made.run(some_job(prompt=second))[0][1].cached == 0  # in the empty sequence
+    assert [held[:2] for held in made.batch.held] == [[0, 1], [0, 2]]
+    assert made.run(some_job(prompt=[*first, 3]))[0][1].cached >= len(first)
+    third = made.run(some_job(prompt=[0, 3, *some_ids(8, 20)]))[0][1]
+    assert third.cached == 1  # what the sequence that is free longest happens to share
+    assert [held[:2] for held in made.batch.held] == [[0, 1], [0, 3]]
 
 
 def test_log_probabilities_are_the_models(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +232,11 @@ def test_log_probabilities_are_the_models(bench: Callable[..., Bench], monkeypat
     made = bench(2)
     noise = some_job(max_tokens=30)
     echo = TOKENIZER.decode(ids := some_ids(10, 30))
-    job = some_job(ids=ids, top=3, echo=echo, max_tokens=random.choice([0, 9]))
+    job = some_job(prompt=ids, top=3, echo=echo, max_tokens=random.choice([0, 9]))
     _, (text, end, tokens) = made.run(noise, job)
     written = alone(job)
     assert text == echo + TOKENIZER.decode(written)
-    assert end.reused == 0
+    assert end.cached == 0
     whole = [*ids, *written]
     assert [token.id for token in tokens] == whole
     assert [token.start for token in tokens] == list(range(len(whole)))
@@ -247,13 +250,13 @@ def test_log_probabilities_are_the_models(bench: Callable[..., Bench], monkeypat
         assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
-def test_the_token_that_ends_a_scored_text_is_told(bench: Callable[..., Bench]) -> None:
+def test_the_stop_token_of_a_scored_text_is_sent(bench: Callable[..., Bench]) -> None:
     """An evaluation harness writes one token and drops it: the prompt's last one must not be dropped in its place."""
     made = bench(1)
     ids = some_ids()
     scores = toy_logits(ids).double().log_softmax(-1)
     ends = frozenset([int(scores.argmax())])
-    fields = {"ids": ids, "ends": ends, "top": 1, "max_tokens": 1, "sampling": Sampling(temperature=0.0)}
+    fields = {"prompt": ids, "stop_ids": ends, "top": 1, "max_tokens": 1, "sampling": Sampling(temperature=0.0)}
     text, end, tokens = made.run(some_job(echo=TOKENIZER.decode(ids), **fields))[0]
     assert (text, end.reason, end.tokens) == (TOKENIZER.decode(ids), "stop", 0)
     assert [token.id for token in tokens] == [*ids, *ends]
@@ -265,7 +268,7 @@ def test_the_token_that_ends_a_scored_text_is_told(bench: Callable[..., Bench]) 
 def test_nothing_to_write(bench: Callable[..., Bench]) -> None:
     made = bench(1)
     text, end, tokens = made.run(some_job(max_tokens=0, echo="abc"))[0]
-    assert (text, end.reason, end.tokens, tokens, made.slots.passes) == ("abc", "length", 0, [], [])
+    assert (text, end.reason, end.tokens, tokens, made.batch.passes) == ("abc", "length", 0, [], [])
 
 
 # ---- stop strings ------------------------------------------------------------------------------------------
@@ -285,21 +288,21 @@ def cut(text: str, stops: Sequence[str]) -> str | None:
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 30), max_size=6),
 )
-def test_stop_strings_do_not_depend_on_where_pieces_end(text: str, stops: list[str], cuts: list[int]) -> None:
-    writer, shown = StopWriter(stops), ""
+def test_stop_strings_do_not_depend_on_where_deltas_end(text: str, stops: list[str], cuts: list[int]) -> None:
+    filter_, shown = StopFilter(stops), ""
     places = [0, *sorted(min(place, len(text)) for place in cuts), len(text)]
     for start, end in pairwise(places):
-        shown += writer.push(text[start:end])
-        assert writer.shown == len(shown)
+        shown += filter_.push(text[start:end])
+        assert filter_.passed == len(shown)
         expected = cut(text[:end], stops)
         if expected is not None:
-            assert (shown, writer.stopped) == (expected, True)
+            assert (shown, filter_.stopped) == (expected, True)
         else:  # what may become a stop string is held back, and nothing else
             held = text[len(shown) : end]
             assert text.startswith(shown)
             assert not held or any(stop.startswith(held) for stop in stops)
-            assert not writer.stopped
-    shown += writer.flush()
+            assert not filter_.stopped
+    shown += filter_.flush()
     assert shown == (text if cut(text, stops) is None else cut(text, stops))
 
 
@@ -330,18 +333,18 @@ def test_every_id_has_a_spelling() -> None:
     assert b"".join(map(speller.bytes, tokenizer.encode(text))) == text.encode()
 
 
-# ---- coming and going --------------------------------------------------------------------------------------
+# ---- cancelling, closing, failing --------------------------------------------------------------------------
 
 
-def test_a_cancelled_job_leaves_its_slot_and_says_nothing_more(bench: Callable[..., Bench]) -> None:
+def test_a_cancelled_job_frees_its_sequence_and_sends_nothing_more(bench: Callable[..., Bench]) -> None:
     made = bench(1)
-    made.slots.gate = threading.Semaphore(3)
+    made.batch.gate = threading.Semaphore(3)
     first, never, second = some_job(max_tokens=30), some_job(), some_job()
     made.scheduler.submit([first, never, second])
     made.until(lambda: len(made.of(first)) >= 1)
     first.cancelled = never.cancelled = True
     said = len(made.of(first))
-    made.slots.gate.release(10**5)
+    made.batch.gate.release(10**5)
     made.until(lambda: made.ended(second))
     assert made.result(second)[0] == TOKENIZER.decode(alone(second))
     assert len(made.of(first)) <= said + 1  # a pass may have been under way
@@ -351,48 +354,48 @@ def test_a_cancelled_job_leaves_its_slot_and_says_nothing_more(bench: Callable[.
 
 def test_the_queue_is_bounded(bench: Callable[..., Bench]) -> None:
     made = bench(2, queue=3)
-    made.slots.gate = threading.Semaphore(0)
+    made.batch.gate = threading.Semaphore(0)
     jobs = [some_job() for _ in range(6)]
     with pytest.raises(QueueFullError) as refused:
         made.scheduler.submit(jobs)
     assert 1 <= refused.value.retry <= 60
-    assert made.scheduler.most == 5
+    assert made.scheduler.most_jobs == 5
     made.scheduler.submit(jobs[:5])
     with pytest.raises(QueueFullError):
         made.scheduler.submit(jobs[5:])
-    made.slots.gate.release(10**5)
+    made.batch.gate.release(10**5)
     made.until(lambda: all(made.ended(job) for job in jobs[:5]))
     assert made.run(jobs[5])[0][0] == TOKENIZER.decode(alone(jobs[5]))
 
 
-def test_who_leaves_the_queue_makes_room(bench: Callable[..., Bench]) -> None:
+def test_a_cancelled_job_makes_room_in_the_queue(bench: Callable[..., Bench]) -> None:
     made = bench(1, queue=2)
-    made.slots.gate = threading.Semaphore(1)
-    running, *waiting = some_job(ids=[1], max_tokens=20), some_job(), some_job()
+    made.batch.gate = threading.Semaphore(1)
+    running, *waiting = some_job(prompt=[1], max_tokens=20), some_job(), some_job()
     made.scheduler.submit([running, *waiting])
-    made.until(lambda: bool(made.of(running)))  # in its slot, and stays there: the gate is closed
+    made.until(lambda: bool(made.of(running)))  # it stays running: the gate is closed
     with pytest.raises(QueueFullError):
         made.scheduler.submit([some_job()])
     for job in waiting:
         job.cancelled = True
     later = [some_job(), some_job()]
     made.scheduler.submit(later)
-    made.slots.gate.release(10**5)
+    made.batch.gate.release(10**5)
     made.until(lambda: all(made.ended(job) for job in later))
     assert not any(made.of(job) for job in waiting)
     assert b"bitnet_cancelled_total 2.0" in made.metrics.render()
 
 
-def test_closing_lets_running_texts_end_and_refuses_the_rest(bench: Callable[..., Bench]) -> None:
+def test_closing_lets_running_jobs_finish_and_refuses_the_rest(bench: Callable[..., Bench]) -> None:
     made = bench(1)
-    made.slots.gate = threading.Semaphore(1)
+    made.batch.gate = threading.Semaphore(1)
     running, waiting = some_job(max_tokens=20), some_job()
     made.scheduler.submit([running, waiting])
     made.until(lambda: bool(made.of(running)))
     made.scheduler.close(60.0)
     with pytest.raises(ClosedError):
         made.scheduler.submit([some_job()])
-    made.slots.gate.release(10**5)
+    made.batch.gate.release(10**5)
     made.thread.join(timeout=60)
     assert made.result(running)[0] == TOKENIZER.decode(alone(running))
     assert [(type(event), event.status) for event in made.of(waiting)] == [(Failure, 503)]
@@ -400,21 +403,21 @@ def test_closing_lets_running_texts_end_and_refuses_the_rest(bench: Callable[...
 
 def test_closing_does_not_wait_beyond_its_time(bench: Callable[..., Bench]) -> None:
     made = bench(1)
-    made.slots.gate = threading.Semaphore(1)
-    job = some_job(ids=[1], max_tokens=60)
+    made.batch.gate = threading.Semaphore(1)
+    job = some_job(prompt=[1], max_tokens=60)
     made.scheduler.submit([job])
     made.until(lambda: bool(made.of(job)))
     made.scheduler.close(0.0)
-    made.slots.gate.release(10**5)
+    made.batch.gate.release(10**5)
     made.thread.join(timeout=60)
     assert isinstance(made.of(job)[-1], Failure)
 
 
-def test_a_failed_pass_fails_its_texts_and_no_others(
+def test_a_failed_pass_fails_its_jobs_and_no_others(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = bench(1)
-    made.slots.broken = True
+    made.batch.broken = True
     broken, job = some_job(), some_job()
     made.scheduler.submit([broken, job])
     made.until(lambda: made.ended(job))

@@ -1,20 +1,20 @@
 "use strict";
-// The page: one text at a time over /v1/completions (or /v1/chat/completions), as a stream. Nothing is fetched from
-// anywhere but this server, and nothing is kept but the key, for this tab.
+// The page: streams one text at a time from /v1/completions or /v1/chat/completions. It contacts no other server, and
+// stores nothing but the API key, for this tab.
 
 const $ = (id) => document.getElementById(id);
 const RANGES = ["max_tokens", "temperature", "top_k", "top_p", "min_p"];
 const OFF = { top_k: 0, top_p: 1, min_p: 0 };
 const state = { name: null, running: null, given: "", points: [], tokens: [], spans: [], chosen: -1 };
 
-// ---- talking to the server --------------------------------------------------------------------------------
+// ---- requests ---------------------------------------------------------------------------------------------
 
 function headers() {
   const key = sessionStorage.getItem("bitnet-key");
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
-class Refused extends Error {
+class ServerError extends Error {
   constructor(status, message, retry) {
     super(message);
     this.status = status;
@@ -24,16 +24,16 @@ class Refused extends Error {
 
 async function checked(response) {
   if (response.ok) return response;
-  let message = `the server answered with ${response.status}`;
+  let message = `the server answered with status ${response.status}`;
   try {
     message = (await response.json()).error.message;
-  } catch { /* not our server's error: its status is all there is to say */ }
-  throw new Refused(response.status, message, response.headers.get("Retry-After"));
+  } catch { /* not an error object of this server: only the status is known */ }
+  throw new ServerError(response.status, message, response.headers.get("Retry-After"));
 }
 
-// Lets keys, clicks and drawing have their turn: a small model writes faster than a page can show. No timer, for those of a
-// tab in the background come once a second.
-function breath() {
+// Lets the browser handle input and redraw: a small model generates faster than a page can show. A timer would not do,
+// since a tab in the background gets one tick per second.
+function yieldToBrowser() {
   return new Promise((resolve) => {
     const channel = new MessageChannel();
     channel.port1.onmessage = resolve;
@@ -47,7 +47,7 @@ async function* lines(response) {
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    await breath();
+    await yieldToBrowser();
     const parts = (rest + value).split("\n");
     rest = parts.pop();
     yield* parts;
@@ -55,34 +55,34 @@ async function* lines(response) {
 }
 
 async function* events(response) {
-  let whole = false;
+  let complete = false;
   for await (const line of lines(response)) {
     if (!line.startsWith("data: ")) continue;
     if (line === "data: [DONE]") {
-      whole = true;
+      complete = true;
       continue;
     }
     const event = JSON.parse(line.slice(6));
-    if (event.error) throw new Refused(503, event.error.message, null);
+    if (event.error) throw new ServerError(503, event.error.message, null);
     yield event;
   }
-  if (!whole) throw new TypeError("the connection ended early");
+  if (!complete) throw new TypeError("the connection ended early");
 }
 
 function explain(error) {
-  if (error instanceof Refused) {
+  if (error instanceof ServerError) {
     if (error.status === 401) {
       $("key-form").hidden = false;
       $("key").focus();
-      return sessionStorage.getItem("bitnet-key") ? "That key is not this server's." : "";
+      return sessionStorage.getItem("bitnet-key") ? "The server did not accept this key." : "";
     }
     if (error.status === 429) return `The server is busy. Try again in ${error.retry || "a few"} s.`;
-    if (error.status === 503) return `The server cannot write now: ${error.message}.`;
+    if (error.status === 503) return `The server cannot answer now: ${error.message}.`;
     return error.message;
   }
-  showServer("gone", "server gone");
+  showServer("gone", "not reachable");
   watch();
-  return "The server does not answer. It may have been stopped; this page looks for it again by itself.";
+  return "The server does not answer. It may have been stopped; this page keeps trying to reach it.";
 }
 
 function showError(message) {
@@ -90,7 +90,7 @@ function showError(message) {
   $("error").hidden = !message;
 }
 
-// ---- writing ----------------------------------------------------------------------------------------------
+// ---- generating -------------------------------------------------------------------------------------------
 
 function settings() {
   const values = Object.fromEntries(RANGES.map((name) => [name, Number($(name).value)]));
@@ -112,7 +112,7 @@ function request(prompt) {
 
 async function write(given) {
   if (state.running || !state.name) return;
-  if (!/^\d{0,15}$/.test($("seed").value.trim())) return showError("Seed: a whole number of up to 15 digits, or nothing.");
+  if (!/^\d{0,15}$/.test($("seed").value.trim())) return showError("Seed: enter a whole number of up to 15 digits, or leave it empty.");
   const chat = $("chat").checked;
   clear(chat ? "" : given);
   const [path, body] = request(given);
@@ -140,19 +140,19 @@ async function write(given) {
   showStats(clock, reason);
 }
 
-// Both kinds of stream, as text and tokens: {name, start (in code points; null: where the text is), chance, top}.
+// Both kinds of stream as text and tokens: {name, start (in code points; null: that of the text), probability, top}.
 function fromCompletion(choice) {
   const found = choice.logprobs || { tokens: [] };
   const tokens = found.tokens.map((name, i) => ({
     name,
     start: found.text_offset[i],
-    chance: Math.exp(found.token_logprobs[i]),
+    probability: Math.exp(found.token_logprobs[i]),
     top: likeliest(found.top_logprobs[i]),
   }));
   return { text: choice.text, tokens };
 }
 
-// An object's own order is not the reply's: names that are whole numbers come first.
+// Sorted, because an object lists names that are whole numbers first, whatever their order in the reply.
 function likeliest(chances) {
   return Object.entries(chances).map(([name, value]) => [name, Math.exp(value)]).sort((a, b) => b[1] - a[1]);
 }
@@ -161,7 +161,7 @@ function fromChat(choice) {
   const tokens = (choice.logprobs?.content || []).map((entry) => ({
     name: entry.token,
     start: null,
-    chance: Math.exp(entry.logprob),
+    probability: Math.exp(entry.logprob),
     top: entry.top_logprobs.map((other) => [other.token, Math.exp(other.logprob)]),
   }));
   return { text: choice.delta.content || "", tokens };
@@ -195,7 +195,7 @@ function tokenSpan(token, index) {
   span.className = "token";
   span.tabIndex = index ? -1 : 0;
   span.dataset.index = index;
-  span.style.setProperty("--doubt-share", (1 - Math.sqrt(token.chance)).toFixed(3));
+  span.style.setProperty("--doubt-share", (1 - Math.sqrt(token.probability)).toFixed(3));
   span.setAttribute("aria-describedby", "token-chance");
   $("text").append(span);
   return span;
@@ -219,9 +219,9 @@ function clear(given) {
   showError("");
 }
 
-// ---- what one sees ----------------------------------------------------------------------------------------
+// ---- output -----------------------------------------------------------------------------------------------
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
 const visible = (name) => name.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u2423");
 
 function showRunning(on) {
@@ -232,17 +232,17 @@ function showRunning(on) {
   $("more").hidden = $("copy").hidden = on || !state.points.length;
   $("more").hidden ||= $("chat").checked;
   $("empty").hidden = on || Boolean(state.points.length || state.given);
-  if (on) $("status").textContent = "Writing";
-  if (left) (on ? $("stop") : $("write").disabled ? $("prompt") : $("write")).focus(); // a hidden button keeps no focus
+  if (on) $("status").textContent = "Generating";
+  if (left) (on ? $("stop") : $("write").disabled ? $("prompt") : $("write")).focus(); // a hidden button loses the focus
 }
 
 function showStats(clock, reason) {
   const seconds = (clock.last - clock.first) / 1000;
   const parts = [];
   if (clock.count) parts.push(`${clock.count} token${clock.count === 1 ? "" : "s"}`);
-  if (clock.count > 1 && seconds > 0) parts.push(`${Math.round((clock.count - 1) / seconds)} a second`);
-  if (clock.count) parts.push(`first after ${Math.round(clock.first - clock.began)} ms`);
-  const why = { stop: "the model ended the text", length: "", stopped: "stopped", failed: "broken off" }[reason] || "";
+  if (clock.count > 1 && seconds > 0) parts.push(`${Math.round((clock.count - 1) / seconds)} tokens/s`);
+  if (clock.count) parts.push(`first token after ${Math.round(clock.first - clock.began)} ms`);
+  const why = { stop: "ended by the model", length: "", stopped: "stopped", failed: "interrupted" }[reason] || "";
   if (why) parts.push(why);
   $("stats").textContent = parts.join(" \u00b7 ");
   if (reason !== null) $("status").textContent = reason === "failed" ? "" : `Done. ${parts.join(", ")}`;
@@ -255,8 +255,8 @@ function inspect(index) {
   state.chosen = index;
   state.spans[index].classList.add("chosen");
   $("token-name").textContent = visible(token.name);
-  $("token-chance").textContent = `was written with a chance of ${percent(token.chance)}`;
-  const entries = token.top.some(([name]) => name === token.name) ? token.top : [...token.top, [token.name, token.chance]];
+  $("token-chance").textContent = `probability ${percent(token.probability)}`;
+  const entries = token.top.some(([name]) => name === token.name) ? token.top : [...token.top, [token.name, token.probability]];
   $("alternatives").replaceChildren(...entries.map(([name, share]) => alternative(name, share, name === token.name)));
   $("inspector").hidden = false;
 }
@@ -299,18 +299,18 @@ function showFacts(info) {
     const config = inside.config;
     rows.push(["Parameters", count(inside.parameters)]);
     if (inside.ternary_parameters) rows.push([config.linear === "binary" ? "Binary" : "Ternary", count(inside.ternary_parameters)]);
-    rows.push(["File", `${bytes(inside.file_bytes)}, 1/${inside.ratio_to_float16.toFixed(1)} of fp16`]);
-    rows.push(["Bits a weight", inside.bits_per_weight.toFixed(2)]);
+    rows.push(["File", `${bytes(inside.file_bytes)}, ${inside.ratio_to_float16.toFixed(1)}\u00d7 smaller than fp16`]);
+    rows.push(["Bits per weight", inside.bits_per_weight.toFixed(2)]);
     if (inside.zero_fraction !== null) rows.push(["Zeros", percent(inside.zero_fraction)]);
-    rows.push(["Shape", `${config.num_hidden_layers} layers of ${config.hidden_size}`]);
+    rows.push(["Shape", `${config.num_hidden_layers} layers, width ${config.hidden_size}`]);
     rows.push(["Vocabulary", config.vocab_size.toLocaleString("en")]);
   }
   rows.push(["Context", `${info.context.toLocaleString("en")} tokens`]);
   rows.push(["Engine", `${names[engine.name] || engine.name}, ${engine.kernels}`]);
-  rows.push(["Runs on", engine.threads ? `${engine.device}, ${engine.threads} thread${engine.threads === 1 ? "" : "s"}` : engine.device]);
-  if (engine.head !== "file" || engine.cache !== "fp32") rows.push(["Rounded", `head ${engine.head}, cache ${engine.cache}`]);
-  rows.push(["At once", `${info.slots} text${info.slots === 1 ? "" : "s"}`]);
-  if (!inside) rows.push(["Weights", "counting ..."]);
+  rows.push(["Device", engine.threads ? `${engine.device}, ${engine.threads} thread${engine.threads === 1 ? "" : "s"}` : engine.device]);
+  if (engine.head !== "file" || engine.cache !== "fp32") rows.push(["Rounding", `head ${engine.head}, cache ${engine.cache}`]);
+  rows.push(["Sequences", `${info.sequences} at once`]);
+  if (!inside) rows.push(["Weights", "inspecting ..."]);
   if (inside?.error) rows.push(["Weights", inside.error]);
   $("facts").replaceChildren(...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
   if (inside?.layers?.length) showZeros(inside.layers);
@@ -395,11 +395,11 @@ async function connect() {
     if ($("error").textContent.startsWith("The server does not answer")) showError("");
     if (!info.inside) watch();
   } catch (error) {
-    if (error instanceof Refused && error.status !== 503) {
-      showServer("locked", error.status === 401 ? "locked" : "refused");
+    if (error instanceof ServerError && error.status !== 503) {
+      showServer("locked", error.status === 401 ? "needs a key" : "refused");
       return showError(explain(error));
     }
-    showServer("gone", "server gone");
+    showServer("gone", "not reachable");
     watch();
   }
 }
@@ -417,7 +417,7 @@ function showRanges() {
   }
 }
 
-// ---- keys, buttons, and the pointer -----------------------------------------------------------------------
+// ---- keyboard, buttons, pointer ---------------------------------------------------------------------------
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
