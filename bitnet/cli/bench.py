@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -100,21 +100,10 @@ def bench(
         from bitnet.plotting import check_target
 
         check_target(plot)
-    document = run(settings, packed_to_gguf, quiet)
+    document = run(settings, quiet)
     if plot:
         from bitnet.benchmarks.bench.plot import draw
 
         for path in draw(document, plot):
             typer.echo(f"bitnet: wrote {path}", err=True)
     typer.echo(show(document, output))
-
-
-def packed_to_gguf(packed: Path, config: Any, target: Path) -> None:
-    """A packed file as GGUF, as if it had the config `config`."""
-    from dataclasses import replace
-
-    from bitnet.files.gguf.export import export_gguf
-    from bitnet.files.packed import read_packed
-    from bitnet.files.source import PackedSource
-
-    export_gguf(PackedSource(replace(read_packed(packed), config=config)), target, "tq2_0")

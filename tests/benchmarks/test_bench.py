@@ -28,22 +28,24 @@ from bitnet.benchmarks.bench import (
     command,
     contenders,
     dense,
+    device_meter,
     limits,
-    measure,
+    machine,
     ours,
     plan,
-    process,
-    runner,
+    series,
     table,
-    worker,
 )
-from bitnet.benchmarks.bench.limits import Weights
-from bitnet.benchmarks.bench.plan import Choice, Test
-from bitnet.benchmarks.bench.process import Worker
+from bitnet.benchmarks.bench.contenders import EngineChoice
+from bitnet.benchmarks.bench.limits import ModelBytes
+from bitnet.benchmarks.bench.meter import DOT_PRODUCTS
+from bitnet.benchmarks.bench.plan import Test, TestChoice
 from bitnet.benchmarks.bench.random_model import ZEROS, random_packed, write_random
-from bitnet.benchmarks.bench.runner import Budget
+from bitnet.benchmarks.bench.rows import Subject, fastest, off_median
+from bitnet.benchmarks.bench.series import Budget
+from bitnet.benchmarks.children import child, process
+from bitnet.benchmarks.children.process import Child
 from bitnet.cli import main
-from bitnet.cli.bench import packed_to_gguf
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.packed import read_config, read_packed
@@ -81,8 +83,8 @@ def error(capsys: Captured, *args: object) -> str:
 # ---- which tests
 
 
-def choice(**changes: Any) -> Choice:
-    return Choice(**{"prompts": [8], "predicts": [4], "pairs": [], "depths": [0], "batches": [1], **changes})
+def choice(**changes: Any) -> TestChoice:
+    return TestChoice(**{"prompts": [8], "predicts": [4], "pairs": [], "depths": [0], "batches": [1], **changes})
 
 
 def test_names_are_those_of_llama_bench() -> None:
@@ -130,19 +132,19 @@ def test_pair_reads_two_numbers() -> None:
 def test_bytes_and_products_of_an_answer_are_those_of_its_steps(rng: torch.Generator) -> None:
     """Summed step by step: weights once, and every position before."""
     predict, depth, batch = (int(torch.randint(1, 40, (), generator=rng)) for _ in range(3))
-    weights = Weights(12_345, 17.5)
-    work = limits.work(TINY, weights, Test(0, predict, depth, batch))
+    read = ModelBytes(12_345, 17.5)
+    work = limits.work(TINY, read, Test(0, predict, depth, batch))
     steps = range(depth + 1, depth + predict + 1)  # positions seen, the token's own included
-    read = sum(weights.weight_bytes + batch * weights.kv_bytes * seen for seen in steps)
+    moved = sum(read.weight_bytes + batch * read.kv_bytes * seen for seen in steps)
     head = TINY.vocab_size * TINY.hidden_size
     macs = sum(linear_parameters(TINY) + head + 2 * TINY.num_hidden_layers * TINY.hidden_size * seen for seen in steps)
-    assert work.bytes == pytest.approx(read / (predict * batch), rel=1e-12)
+    assert work.bytes == pytest.approx(moved / (predict * batch), rel=1e-12)
     assert work.macs == pytest.approx(macs / predict, rel=1e-12)
 
 
 def test_products_of_a_prompt_are_those_of_its_tokens(rng: torch.Generator) -> None:
     prompt, depth = (int(torch.randint(1, 40, (), generator=rng)) for _ in range(2))
-    work = limits.work(TINY, Weights(1000, 3.0), Test(prompt, 0, depth))
+    work = limits.work(TINY, ModelBytes(1000, 3.0), Test(prompt, 0, depth))
     attention = 2 * TINY.num_hidden_layers * TINY.hidden_size * sum(range(depth + 1, depth + prompt + 1))
     head = TINY.vocab_size * TINY.hidden_size
     assert work.macs == pytest.approx((prompt * linear_parameters(TINY) + head + attention) / prompt, rel=1e-12)
@@ -160,21 +162,24 @@ def test_the_limit_is_the_slower_of_two() -> None:
 
 
 def test_working_sets_have_two_digits() -> None:
-    assert limits.working_set(Weights(1_234_567, 0.0), Test(1, 0)) == 1_200_000
-    assert limits.working_set(Weights(3, 0.0), Test(1, 0)) == 3
-    assert limits.working_set(Weights(1000, 10.0), Test(0, 50, 50, 2)) == 3000
+    assert limits.working_set(ModelBytes(1_234_567, 0.0), Test(1, 0)) == 1_200_000
+    assert limits.working_set(ModelBytes(3, 0.0), Test(1, 0)) == 3
+    assert limits.working_set(ModelBytes(1000, 10.0), Test(0, 50, 50, 2)) == 3000
 
 
 def test_int8_rows_share_the_fastest_product() -> None:
-    peaks = {"avx2": 3.0, measure.DOT_PRODUCTS: 7.0, "torch int8": None, "torch bf16": 9.0}
-    assert measure.fastest("avx2", peaks) == measure.fastest("torch int8", peaks) == measure.DOT_PRODUCTS
-    assert measure.fastest("torch bf16", peaks) == "torch bf16"
-    assert measure.fastest("avx2", {"avx2": None, "torch bf16": 9.0}) == "avx2"
+    peaks = {"avx2": 3.0, DOT_PRODUCTS: 7.0, "torch int8": None, "torch bf16": 9.0}
+    assert fastest("avx2", peaks) == fastest("torch int8", peaks) == DOT_PRODUCTS
+    assert fastest("torch bf16", peaks) == "torch bf16"
+    assert fastest("avx2", {"avx2": None, "torch bf16": 9.0}) == "avx2"
 
 
 def test_who_runs_on_the_cpu_is_held_against_it() -> None:
-    wanted = contenders.Wanted(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cuda:0"))
-    assert {one.name: one.device for one in contenders.line_up(wanted)} == {"torch": "cuda:0", "torch-bf16": "cpu"}
+    engines = EngineChoice(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cuda:0"))
+    assert {one.name: one.device for one in contenders.select_contenders(engines)} == {
+        "torch": "cuda:0",
+        "torch-bf16": "cpu",
+    }
 
 
 # ---- models of random weights
@@ -223,33 +228,33 @@ def test_dense_torch_computes_the_model(
     config = TINY.replace(hidden_act=act, qk_norm=act == "silu", tie_word_embeddings=act == "relu2")
     path = tmp_path / "m.safetensors"
     write_random(config, path, seed=int(torch.randint(2**31, (), generator=rng)))
-    contender = dense.Contender(str(path), dtype, 1, *here(dtype, few, many))
+    driver = dense.DenseDriver(str(path), dtype, 1, *here(dtype, few, many))
     ids = torch.randint(0, config.vocab_size, (2, 21), generator=rng)
     expected = bitnet.load(path, engine="torch").logits(ids)[:, -1]
-    contender.start(2, 0, 21)
-    contender.forward(ids[:, :17])
+    driver.start(2, 0, 21)
+    driver.forward(ids[:, :17])
     for at in range(17, 21):  # prompt and steps are one text
-        got = contender.forward(ids[:, at : at + 1]).float()
+        got = driver.forward(ids[:, at : at + 1]).float()
     # bf16 rounds by 2^-9 a step, int8 by 1/254 of the largest: some dozen of either a layer stay below 20 %, where
     # another model's logits are off by 140 % (two strangers of one size).
     assert float((got - expected).norm() / expected.norm()) < 0.2
-    assert all(f"torch.{name}" in contender.facts["what"] for name in (few, many))
+    assert all(f"torch.{name}" in driver.facts["what"] for name in (few, many))
 
 
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
 def test_ours_counts_what_a_token_reads(engine: str, model: Path) -> None:
     if engine == "cpu" and native.why_not():
         pytest.skip(native.why_not() or "")
-    contender = ours.Contender(str(model), engine, "file", "fp32", 1, "cpu")
+    driver = ours.EngineDriver(str(model), engine, "file", "fp32", 1, "cpu")
     projections = linear_parameters(TINY) / 4
     head = TINY.vocab_size * TINY.hidden_size * (2 if engine == "cpu" else 4)
     # 1.78 to 8 bits a weight, rows and columns filled up to the blocks of the kernels; norms are small.
-    assert head + 0.8 * projections < contender.facts["weight_bytes"] < head + 8 * projections
+    assert head + 0.8 * projections < driver.facts["weight_bytes"] < head + 8 * projections
     kv = 2 * TINY.num_hidden_layers * TINY.num_key_value_heads * TINY.head_dim * 4
-    assert contender.facts["kv_bytes"] == kv
-    contender.start(3, 5, 12)
-    contender.prefill(4)
-    contender.decode(3)
+    assert driver.facts["kv_bytes"] == kv
+    driver.start(3, 5, 12)
+    driver.prefill(4)
+    driver.decode(3)
 
 
 def test_a_kernel_that_fails_its_self_test_gets_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,14 +273,14 @@ def prepare(mode, **options):
     if mode == "never loads":
         time.sleep(600)
     bytearray(b"x") * 300_000_000  # more than all that follows
-class Contender:
+class Fake:
     def __init__(self, mode):
         if mode == "die":
             os._exit(3)
         print("noise on stdout")
         self.facts = {"what": "fake", "backend": "fake", "weight_bytes": 1000, "kv_bytes": 1.0, "peak": "torch fp32"}
         self.calls, self.mode = [], mode
-    def start(self, batch, depth, room): self.calls.append(["start", batch, depth, room])
+    def start(self, batch, depth, capacity): self.calls.append(["start", batch, depth, capacity])
     def prefill(self, tokens): self.calls.append(["prefill", tokens])
     def decode(self, tokens):
         self.calls.append(["decode", tokens])
@@ -290,6 +295,7 @@ class Contender:
         print(child.pid, file=open(os.environ["FAMILY"], "w"), flush=True)
         time.sleep(600)
     def fall(self): os._exit(9)
+load = Fake
 """
 
 
@@ -300,7 +306,7 @@ def fake(tmp_path: Path) -> str:
 
 
 def test_a_worker_runs_tests_and_answers(fake: str) -> None:
-    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
+    with Child("fake", fake, {"mode": "ok"}, threads=1) as one:
         answer = one.ask("measure", LONG, prompt=5, predict=3, depth=7, batch=2)
         assert {"prefill", "decode", "joules", "peak_bytes"} <= set(answer)
         one.ask("measure", LONG, prompt=0, predict=4, depth=0, batch=1)
@@ -308,7 +314,7 @@ def test_a_worker_runs_tests_and_answers(fake: str) -> None:
         expected = [["start", 2, 7, 15], ["prefill", 5], ["decode", 3], ["start", 1, 0, 4], ["decode", 4]]
         assert history["calls"] == expected
         # The folder of worker.py is not on the path: its modules would shadow others.
-        assert str(Path(worker.__file__).parent) not in history["path"]
+        assert str(Path(child.__file__).parent) not in history["path"]
         assert one.facts["load_seconds"] >= 0
         assert one.facts["peak_bytes"] > 0
         if sys.platform == "linux":  # what was prepared is no part of it
@@ -321,18 +327,18 @@ def test_a_worker_runs_tests_and_answers(fake: str) -> None:
 )
 def test_a_worker_that_cannot_load_says_why(mode: str, message: str, fake: str) -> None:
     with pytest.raises(BitNetError, match=rf"fake: .*{message}"):
-        Worker("fake", fake, {"mode": mode}, threads=1)
+        Child("fake", fake, {"mode": mode}, threads=1)
 
 
 def test_a_worker_that_dies_is_an_error(fake: str) -> None:
-    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one, pytest.raises(BitNetError, match="ended with code 9"):
+    with Child("fake", fake, {"mode": "ok"}, threads=1) as one, pytest.raises(BitNetError, match="ended with code 9"):
         one.ask("fall", LONG)
 
 
 def test_an_answer_has_a_limit(fake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What hangs is ended, with all that it started."""
     monkeypatch.setenv("FAMILY", str(tmp_path / "child"))
-    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
+    with Child("fake", fake, {"mode": "ok"}, threads=1) as one:
         pid = one.ask("history", LONG)["id"]
         threading.Thread(target=end_when, args=(one, tmp_path / "child"), daemon=True).start()
         with pytest.raises(BitNetError):
@@ -341,7 +347,7 @@ def test_an_answer_has_a_limit(fake: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert gone(int((tmp_path / "child").read_text()))
 
 
-def end_when(one: Worker, written: Path) -> None:
+def end_when(one: Child, written: Path) -> None:
     """Do what the limit does once a file is there: no test waits for a machine's speed."""
     while not (written.exists() and written.read_text().endswith("\n")):
         time.sleep(0.02)
@@ -349,7 +355,7 @@ def end_when(one: Worker, written: Path) -> None:
 
 
 def test_past_its_limit_a_worker_is_ended(fake: str) -> None:
-    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
+    with Child("fake", fake, {"mode": "ok"}, threads=1) as one:
         pid = one.ask("history", LONG)["id"]
         with pytest.raises(process.TooSlowError, match=r"fake: no answer within 0\.2 s") as caught:
             one.ask("hang", SHORT)
@@ -364,7 +370,7 @@ def test_past_its_limit_a_load_is_ended(fake: str, monkeypatch: pytest.MonkeyPat
     pin = process.pin
     monkeypatch.setattr(process, "pin", lambda pid, threads: (started.append(pid), pin(pid, threads)))
     with pytest.raises(process.TooSlowError, match="no answer within"):
-        Worker("fake", fake, {"mode": "never loads"}, threads=1, limit=SHORT)
+        Child("fake", fake, {"mode": "never loads"}, threads=1, limit=SHORT)
     assert gone(*started)
 
 
@@ -385,8 +391,8 @@ def gone(pid: int, within: float = child_process.LIMIT) -> bool:
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_worker_does_not_survive_its_parent(busy: bool, fake: str) -> None:
     code = (
-        "import sys, time; from bitnet.benchmarks.bench.process import Worker\n"
-        f"one = Worker('fake', {fake!r}, {{'mode': 'ok'}}, threads=1)\n"
+        "import sys, time; from bitnet.benchmarks.children.process import Child\n"
+        f"one = Child('fake', {fake!r}, {{'mode': 'ok'}}, threads=1)\n"
         "print(one.ask('history', 600)['id'], flush=True)\n" + ("one.ask('hang', 600)" if busy else "time.sleep(600)")
     )
     with child_process.started([sys.executable, "-c", code], stdout=PIPE) as parent:
@@ -419,7 +425,7 @@ def test_pinned_to_as_many_cores(fake: str) -> None:
     if not cores:
         pytest.skip("this system does not pin")
     assert sorted(cores) == sorted(os.sched_getaffinity(0))
-    with Worker("fake", fake, {"mode": "ok"}, threads=1) as one:
+    with Child("fake", fake, {"mode": "ok"}, threads=1) as one:
         assert os.sched_getaffinity(one.ask("history", LONG)["id"]) == {cores[0]}
 
 
@@ -431,14 +437,14 @@ def test_energy_counters_wrap(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(str(value))
         (tmp_path / name / "max_energy_range_uj").write_text("999")
-    energy = worker.Energy(None, tmp_path)
+    energy = child.Energy(None, tmp_path)
     before = energy.read()
     assert before == [900, 50]  # packages, not their parts
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100")  # 100 past the end of the range, one step of which is 0
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("80")
     assert energy.since(before, 1.0) == pytest.approx((200 + 30) / 1e6)
     assert energy.since(before, 0.001) is None  # shorter than the counter's updates
-    assert worker.Energy(None, tmp_path / "nothing").since([], 1.0) is None
+    assert child.Energy(None, tmp_path / "nothing").since([], 1.0) is None
 
 
 def test_too_big_is_said_before_loading(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -447,8 +453,8 @@ def test_too_big_is_said_before_loading(model: Path, monkeypatch: pytest.MonkeyP
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("loaded or written before memory was checked")
 
-    monkeypatch.setattr(measure, "Worker", refuse)
-    monkeypatch.setattr(runner, "Worker", refuse)
+    monkeypatch.setattr(device_meter, "Child", refuse)
+    monkeypatch.setattr(series, "Child", refuse)
     monkeypatch.setattr(command, "write_random", refuse)
     line = error(capsys, "bench", "--preset", "2b4t", "--backend", "torch", "--against", "torch-bf16", "-p", 8, "-n", 8)
     assert all(part in line for part in ("2b4t needs about", "torch-bf16", "1.0 GB that are available"))
@@ -512,19 +518,21 @@ def test_a_plot_without_matplotlib(capsys: Captured, monkeypatch: pytest.MonkeyP
 
 def test_disk_is_needed_for_what_is_written() -> None:
     size, config = 10**6, TINY
-    mine, random_one = (measure.Subject("m", config, size, source) for source in ("m.safetensors", command.RANDOM))
-    ours_alone = contenders.line_up(contenders.Wanted(["torch"], [], ["file"], ["fp32"], [], "", torch.device("cpu")))
+    mine, random_one = (Subject("m", config, size, source) for source in ("m.safetensors", command.RANDOM))
+    ours_alone = contenders.select_contenders(
+        EngineChoice(["torch"], [], ["file"], ["fp32"], [], "", torch.device("cpu"))
+    )
     assert (command._disk(mine, ours_alone), command._disk(random_one, ours_alone)) == (0, size)
-    both = [*ours_alone, contenders._llama("python")]
+    both = [*ours_alone, contenders.llama_contender("python")]
     assert command._disk(mine, both) > 0.5 * linear_parameters(config)
 
 
 def test_dense_torch_refuses_a_plain_model() -> None:
-    plain = measure.Subject("m", TINY.replace(linear="float"), 1, "m.safetensors")
-    wanted = contenders.Wanted(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cpu"))
-    settings = command.Settings([], [], choice(), [1], 1, wanted, None, Budget(), [])
-    with pytest.raises(BitNetError, match="plain linears"):
-        command._checked(plain, settings, contenders.line_up(wanted))
+    plain = Subject("m", TINY.replace(linear="float"), 1, "m.safetensors")
+    engines = EngineChoice(["torch"], [], ["file"], ["fp32"], ["torch-bf16"], "", torch.device("cpu"))
+    settings = command.Settings([], [], choice(), [1], 1, engines, None, Budget(), [])
+    with pytest.raises(BitNetError, match="float linear layers"):
+        command._check(plain, settings, contenders.select_contenders(engines))
 
 
 def test_llama_cpp_gets_a_shape_that_it_runs(tmp_path: Path) -> None:
@@ -533,7 +541,7 @@ def test_llama_cpp_gets_a_shape_that_it_runs(tmp_path: Path) -> None:
     write_random(config, tmp_path / "m.safetensors")
     seen, differs = contenders.llama_config(config)
     assert differs == "SiLU instead of ReLU², no QK norm"
-    packed_to_gguf(tmp_path / "m.safetensors", seen, tmp_path / "m.gguf")
+    command.packed_to_gguf(tmp_path / "m.safetensors", seen, tmp_path / "m.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["blk.1.ffn_down.weight"] == "TQ2_0"
     assert not [name for name in kinds if "attn_q_norm" in name]
@@ -560,7 +568,7 @@ def measured(args: list[str]) -> tuple[dict[str, Any], str]:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         patch.setattr(sys, "argv", ["bitnet", *args])
-        patch.setattr(measure, "MEMORY", _SMALL)
+        patch.setattr(machine, "MEMORY", _SMALL)
         assert main(args) == 0, err.getvalue()
     found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
     return found, err.getvalue()
@@ -604,7 +612,7 @@ def test_rows_carry_what_they_promise(document: dict[str, Any]) -> None:
         assert (row["peak_gigamacs_per_second"] or 0) >= (row["own_peak_gigamacs_per_second"] or 0)
         expected = limits.work(
             TINY,
-            Weights(row["model_size"], row["bytes_per_token"]),  # only the sizes of a test are asked of it
+            ModelBytes(row["model_size"], row["bytes_per_token"]),  # only the sizes of a test are asked of it
             Test(row["n_prompt"], row["n_gen"], row["n_depth"], row["n_batch"]),
         )
         assert row["macs_per_token"] == pytest.approx(expected.macs)
@@ -639,9 +647,9 @@ def test_tables_show_all_rows(document: dict[str, Any]) -> None:
 
 
 def test_one_sample_that_a_neighbour_took_is_told_and_moves_no_verdict() -> None:
-    assert measure.off_median([100, 102, 99, 30, 101, 100, 98]) == (pytest.approx(0.02), pytest.approx(0.7))
-    assert measure.off_median([100, 50, 99, 30, 101, 100, 98]) == (pytest.approx(49 / 99), pytest.approx(69 / 99))
-    assert measure.off_median([5.0]) == (0, 0)
+    assert off_median([100, 102, 99, 30, 101, 100, 98]) == (pytest.approx(0.02), pytest.approx(0.7))
+    assert off_median([100, 50, 99, 30, 101, 100, 98]) == (pytest.approx(49 / 99), pytest.approx(69 / 99))
+    assert off_median([5.0]) == (0, 0)
 
 
 def test_an_unsteady_machine_is_said(document: dict[str, Any]) -> None:
@@ -673,8 +681,8 @@ def test_more_threads_than_cores_are_refused(capsys: Captured, monkeypatch: pyte
 def test_an_engine_that_is_asked_for_twice_runs_once(backends: list[str]) -> None:
     if ops.select(torch.device("cpu")) is not ops.CPU:
         pytest.skip("auto is the torch engine here")
-    wanted = contenders.Wanted(backends, [], ["file"], ["fp32"], [], "", torch.device("cpu"))
-    assert [one.name for one in contenders.line_up(wanted)] == ["cpu"]
+    engines = EngineChoice(backends, [], ["file"], ["fp32"], [], "", torch.device("cpu"))
+    assert [one.name for one in contenders.select_contenders(engines)] == ["cpu"]
 
 
 def test_a_llama_cpp_without_avx512_is_said() -> None:

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from bitnet import dense_products
-from bitnet.benchmarks.bench import command, dense, measure, meter, process, runner, table
+from bitnet.benchmarks.bench import command, dense, device_meter, machine, measure, meter, series, table
+from bitnet.benchmarks.bench import rows as bench_rows
 from bitnet.benchmarks.bench.contenders import Contender, Files
-from bitnet.benchmarks.bench.measure import Machine, Subject, needed_peaks
+from bitnet.benchmarks.bench.device_meter import DeviceMeter, needed_peaks
 from bitnet.benchmarks.bench.plan import Test
-from bitnet.benchmarks.bench.process import TooSlowError, Worker
 from bitnet.benchmarks.bench.random_model import write_random
-from bitnet.benchmarks.bench.runner import Budget, Runner
+from bitnet.benchmarks.bench.rows import Subject
+from bitnet.benchmarks.bench.series import Budget, Series
+from bitnet.benchmarks.children import process
+from bitnet.benchmarks.children.process import Child, ChildError, TooSlowError
 from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.dense_products import Timed, Way
@@ -44,7 +47,7 @@ AMD = {
 }  # what oneDNN uses of a CPU that has AVX-512, VNNI and BF16, but no AMX
 
 
-class FakeWorker:
+class FakeChild:
     """Answers at once, and moves a clock as far as a contender of its speed would: seconds a token read and written."""
 
     def __init__(self, reading: float, writing: float) -> None:
@@ -77,33 +80,33 @@ def contender(name: str = "fake", ours: bool = False, **changes: Any) -> Contend
     return Contender(name, ours=ours, **values)
 
 
-def runner_of(reading: float, writing: float, budget: Budget, ours: bool = False) -> tuple[Runner, FakeWorker]:
-    worker = FakeWorker(reading, writing)
-    one = Runner(contender(ours=ours), TINY, budget, worker, dict(FACTS), clock=worker.clock)  # type: ignore[arg-type]
-    return one, worker
+def series_of(reading: float, writing: float, budget: Budget, ours: bool = False) -> tuple[Series, FakeChild]:
+    child = FakeChild(reading, writing)
+    one = Series(contender(ours=ours), TINY, budget, child, dict(FACTS), clock=child.clock)  # type: ignore[arg-type]
+    return one, child
 
 
 # ---- a contender within its budget
 
 
 def test_the_short_call_tells_what_a_round_takes() -> None:
-    one, worker = runner_of(0.1, 0.5, Budget(row=60))
+    one, child = series_of(0.1, 0.5, Budget(row=60))
     tests = [Test(40, 0), Test(0, 30), Test(20, 10, depth=30)]
     one.calibrate(tests)
-    assert [(run["prompt"], run["predict"], run["depth"]) for run in worker.asked] == [(16, 2, 0)]
+    assert [(run["prompt"], run["predict"], run["depth"]) for run in child.asked] == [(16, 2, 0)]
     assert [one.cost[test] for test in tests] == pytest.approx([4.0, 15.0, 10.0])
     assert not one.left_out
-    assert all(one.wants(test) for test in tests)
+    assert all(one.has_time_for(test) for test in tests)
 
 
 def test_a_row_that_does_not_fit_is_left_out_with_the_rate_that_was_measured() -> None:
-    one, worker = runner_of(0.001, 2.0, Budget(row=60))
+    one, child = series_of(0.001, 2.0, Budget(row=60))
     prompt, answer = Test(32, 0), Test(0, 50)
     one.calibrate([prompt, answer])
-    assert len(worker.asked) == 2  # the first call may have been slow because it was the first
+    assert len(child.asked) == 2  # the first call may have been slow because it was the first
     assert list(one.left_out) == [answer]
-    assert one.wants(prompt)
-    assert not one.wants(answer)
+    assert one.has_time_for(prompt)
+    assert not one.has_time_for(answer)
     macs = linear_parameters(TINY) + TINY.vocab_size * TINY.hidden_size
     macs += 2 * TINY.num_hidden_layers * TINY.hidden_size * sum(range(1, 51)) / 50
     rate = f"{macs / 2.0 / 1e9:.2g} GMAC/s here"
@@ -111,55 +114,55 @@ def test_a_row_that_does_not_fit_is_left_out_with_the_rate_that_was_measured() -
 
 
 def test_as_many_rounds_as_fit() -> None:
-    one, worker = runner_of(0.0, 1.0, Budget(row=60))
+    one, child = series_of(0.0, 1.0, Budget(row=60))
     test = Test(0, 16)
     one.calibrate([test])
     one.warm_up(test, [test])
     rounds = 0
-    while one.wants(test):
+    while one.has_time_for(test):
         assert one.run(test, [test])
         rounds += 1
     assert rounds == 3  # 4 s of warming up and 3 x 16 s; a fourth would end at 68 s
-    assert [run["predict"] for run in worker.asked] == [2, 4, 16, 16, 16]
+    assert [run["predict"] for run in child.asked] == [2, 4, 16, 16, 16]
     assert one.cut_short[test] == "its 60 s were over (--budget)"
-    assert not worker.closed
+    assert not child.closed
 
 
 def test_one_round_may_take_the_whole_budget() -> None:
-    one, _ = runner_of(0.5, 0.0, Budget(row=60))
+    one, _ = series_of(0.5, 0.0, Budget(row=60))
     test = Test(120, 0)
     one.calibrate([test])
     one.warm_up(test, [test])
-    assert one.wants(test)
+    assert one.has_time_for(test)
     one.run(test, [test])
-    assert not one.wants(test)
-    assert len(one.taken[test]) == 1
+    assert not one.has_time_for(test)
+    assert len(one.samples[test]) == 1
 
 
 def test_the_warm_up_may_show_that_it_does_not_fit() -> None:
     """A short call at an empty context is quicker than one far into it."""
-    one, worker = runner_of(0.5, 0.1, Budget(row=60))
+    one, child = series_of(0.5, 0.1, Budget(row=60))
     test = Test(30, 20)
     one.calibrate([test])
-    worker.writing = 4.0
+    child.writing = 4.0
     one.warm_up(test, [test])
     assert "one round would take 95 s of its 60" in one.left_out[test]
-    assert not one.wants(test)
+    assert not one.has_time_for(test)
 
 
 def test_a_call_that_hangs_costs_the_other_tests_of_its_contender_only() -> None:
-    one, worker = runner_of(0.1, 0.1, Budget(row=60))
+    one, child = series_of(0.1, 0.1, Budget(row=60))
     first, second, third = tests = [Test(8, 0), Test(0, 8), Test(8, 8)]
     one.calibrate(tests)
     for test in tests:
         one.warm_up(test, tests)
     one.run(first, tests)
-    worker.writing = 1000.0
+    child.writing = 1000.0
     assert not one.run(second, tests)
-    assert worker.asked[-1]["limit"] == pytest.approx(2 * 60 - 0.4)  # what its warm-up took is spent
-    assert worker.closed
-    assert not any(one.wants(test) for test in tests)
-    assert len(one.taken[first]) == 1
+    assert child.asked[-1]["limit"] == pytest.approx(2 * 60 - 0.4)  # what its warm-up took is spent
+    assert child.closed
+    assert not any(one.has_time_for(test) for test in tests)
+    assert len(one.samples[first]) == 1
     assert set(one.left_out) == {second, third}
     assert "tg8 was ended after 120 s (--budget); no kernel here" in one.left_out[third]
     rows = {test.name: rows_of(one, test, repetitions=5) for test in tests}
@@ -169,19 +172,19 @@ def test_a_call_that_hangs_costs_the_other_tests_of_its_contender_only() -> None
 
 
 def test_a_short_call_that_hangs_ends_its_contender() -> None:
-    one, worker = runner_of(1e9, 1.0, Budget(row=60))
+    one, child = series_of(1e9, 1.0, Budget(row=60))
     tests = [Test(8, 0), Test(0, 8)]
     one.calibrate(tests)
-    assert [run["limit"] for run in worker.asked] == [15]
-    assert worker.closed
+    assert [run["limit"] for run in child.asked] == [15]
+    assert child.closed
     assert set(one.left_out) == {*tests}
 
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_failure_of_ours_is_an_error_and_of_another_a_row(ours: bool) -> None:
-    one, worker = runner_of(0.1, 0.1, Budget(), ours)
+    one, child = series_of(0.1, 0.1, Budget(), ours)
     test = Test(8, 0)
-    worker.fails = BitNetError("fake: its process ended with code 3")
+    child.fails = ChildError("fake", "its process ended with code 3")
     if ours:
         with pytest.raises(BitNetError, match="ended with code 3"):
             one.calibrate([test])
@@ -191,10 +194,10 @@ def test_a_failure_of_ours_is_an_error_and_of_another_a_row(ours: bool) -> None:
 
 
 def test_a_short_call_stays_in_a_small_context() -> None:
-    one, worker = runner_of(0.1, 0.1, Budget())
+    one, child = series_of(0.1, 0.1, Budget())
     one.config = TINY.replace(max_position_embeddings=4)
     one.calibrate([Test(4, 0), Test(0, 4)])
-    (run,) = worker.asked
+    (run,) = child.asked
     assert run["prompt"] > 0
     assert run["predict"] > 0
     assert run["prompt"] + run["predict"] <= 4
@@ -218,10 +221,10 @@ class FakeMeter:
         self.asked.append("close")
 
 
-def rows_of(one: Runner, test: Test, repetitions: int) -> dict[str, Any]:
-    machine = Machine("cpu", lambda: FakeMeter(set()))  # type: ignore[arg-type, return-value]
-    machine.read({measure.working_set(one, test)}, lambda text: None)
-    return measure.row(Subject("tiny", TINY, 1, "tiny"), one, machine, test, 1, repetitions)
+def rows_of(one: Series, test: Test, repetitions: int) -> dict[str, Any]:
+    device = DeviceMeter("cpu", lambda: FakeMeter(set()))  # type: ignore[arg-type, return-value]
+    device.read({device_meter.working_set(one, test)}, lambda text: None)
+    return bench_rows.row(Subject("tiny", TINY, 1, "tiny"), one, device, test, 1, repetitions)
 
 
 # ---- what the meter measures
@@ -229,13 +232,13 @@ def rows_of(one: Runner, test: Test, repetitions: int) -> dict[str, Any]:
 
 def test_peaks_that_no_row_needs_are_not_measured() -> None:
     prompt, answer, batch = Test(8, 0), Test(0, 8), Test(0, 8, batch=4)
-    ours, _ = runner_of(0, 0, Budget(), ours=True)
+    ours, _ = series_of(0, 0, Budget(), ours=True)
     ours.facts["peak"] = "avx512"
-    rival, _ = runner_of(0, 0, Budget())
+    rival, _ = series_of(0, 0, Budget())
     rival.facts["peak"] = "torch bf16"
     assert needed_peaks([ours, rival], [answer], "cpu") == set()
-    assert needed_peaks([ours], [prompt], "cpu") == {"avx512", "torch int8", measure.DOT_PRODUCTS}
-    assert needed_peaks([ours], [batch], "cpu") == {"avx512", "torch int8", measure.DOT_PRODUCTS}
+    assert needed_peaks([ours], [prompt], "cpu") == {"avx512", "torch int8", meter.DOT_PRODUCTS}
+    assert needed_peaks([ours], [batch], "cpu") == {"avx512", "torch int8", meter.DOT_PRODUCTS}
     assert needed_peaks([rival], [prompt], "cpu") == {"torch bf16"}
     ours.left_out[prompt] = "too slow"  # then nothing of ours is held against a rival's peak
     assert needed_peaks([ours, rival], [prompt], "cpu") == {"torch bf16"}
@@ -248,10 +251,10 @@ def test_a_peak_that_hangs_costs_that_peak_only() -> None:
         meters.append(FakeMeter({"b"}))
         return meters[-1]
 
-    machine = Machine("cpu", start)
+    device = DeviceMeter("cpu", start)
     for _ in range(2):
-        machine.product({"a", "b", "c"}, lambda text: None)
-    assert machine.peaks == {"a": 1e9, "b": None, "c": 1e9}
+        device.product({"a", "b", "c"}, lambda text: None)
+    assert device.peaks == {"a": 1e9, "b": None, "c": 1e9}
     assert [one.asked for one in meters] == [["a", "b", "close"], ["c", "a", "c"]]
 
 
@@ -271,8 +274,8 @@ def test_a_peak_takes_its_seconds(rate: float, calls: list[int], monkeypatch: py
         return product
 
     monkeypatch.setattr(meter.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(meter.Contender, "_makes", lambda self, kind: {"the way": make})
-    answer = meter.Contender(torch.get_num_threads(), "cpu").product("torch int8")
+    monkeypatch.setattr(meter.Meter, "_makes", lambda self, kind: {"the way": make})
+    answer = meter.Meter(torch.get_num_threads(), "cpu").product("torch int8")
     assert answer == {"rate": pytest.approx(rate), "how": "the way"}
     assert list(ran.values()) == calls
     shapes = [m * n * k for m, n, k in ran]
@@ -393,17 +396,18 @@ def test_every_way_of_this_torch_computes_the_product(dtype: str, rng: torch.Gen
 
 SLOW = """
 import time
-class Contender:
+class Slow:
     def __init__(self, mode):
         if mode == "never loads":
             time.sleep(600)
         self.mode = mode
         self.facts = {"what": mode, "backend": mode, "weight_bytes": 1000, "kv_bytes": 1.0, "peak": "torch fp32"}
-    def start(self, batch, depth, room): pass
+    def start(self, batch, depth, capacity): pass
     def prefill(self, tokens): pass
     def decode(self, tokens):
         if self.mode == "never writes":
             time.sleep(600)
+load = Slow
 """
 
 
@@ -412,7 +416,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Process numbers by name; what never ends has a short limit and everything else a long one."""
     found: dict[str, int] = {}
 
-    class Limited(Worker):
+    class Limited(Child):
         def __init__(self, name: str, *args: Any, **options: Any) -> None:
             super().__init__(name, *args[:5], limit=0.2 if name == "never loads" else 600.0)
             found[name] = self._process.pid
@@ -420,7 +424,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         def ask(self, do: str, limit: float, **command: Any) -> dict[str, Any]:
             return super().ask(do, 0.2 if self.name == "never writes" else 600.0, **command)
 
-    monkeypatch.setattr(runner, "Worker", Limited)
+    monkeypatch.setattr(series, "Child", Limited)
     return found
 
 
@@ -428,7 +432,7 @@ def test_a_contender_that_hangs_is_a_row_and_others_keep_their_figures(
     started: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
-    monkeypatch.setattr(measure, "MEMORY", 2**20)
+    monkeypatch.setattr(machine, "MEMORY", 2**20)
     names = ("well", "never loads", "never writes")
     lined_up = [
         contender(name, script=str(tmp_path / "slow"), options=lambda files, threads, name=name: {"mode": name})
@@ -497,7 +501,7 @@ def test_bench_on_a_cpu_without_amx_ends_and_takes_the_faster_way(
 ) -> None:
     for name, value in AMD.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(measure, "MEMORY", 2**20)
+    monkeypatch.setattr(machine, "MEMORY", 2**20)
     write_random(TINY, tmp_path / "m.safetensors")
     args = ["bench", "-m", str(tmp_path / "m.safetensors"), "--backend", "torch", "--against", "torch-int8"]
     args += ["-p", "20", "-n", "3", "-t", "1", "-r", "1", "-q", "-o", "json"]
@@ -520,10 +524,12 @@ def test_bench_on_a_cpu_without_amx_ends_and_takes_the_faster_way(
 
 
 def test_nothing_measured_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, _ = runner_of(0.0, 100.0, Budget(row=1))
+    one, _ = series_of(0.0, 100.0, Budget(row=1))
     test = Test(0, 3)
     one.calibrate([test])
-    row = measure.row(Subject("tiny", TINY, 1, "tiny"), one, Machine("cpu", lambda: pytest.fail("asked")), test, 1, 2)
+    row = bench_rows.row(
+        Subject("tiny", TINY, 1, "tiny"), one, DeviceMeter("cpu", lambda: pytest.fail("asked")), test, 1, 2
+    )
     monkeypatch.setattr(measure, "group", lambda *args: ([row], []))
     write_random(TINY, tmp_path / "m.safetensors")
     monkeypatch.setattr(sys, "argv", ["bitnet", "bench"])
@@ -531,14 +537,14 @@ def test_nothing_measured_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest
 
 
 def left_out_beside(tests: list[Test]) -> list[dict[str, Any]]:
-    quick, _ = runner_of(0.01, 0.01, Budget(row=60))
-    slow, _ = runner_of(5.0, 5.0, Budget(row=60))
+    quick, _ = series_of(0.01, 0.01, Budget(row=60))
+    slow, _ = series_of(5.0, 5.0, Budget(row=60))
     rows = []
     for one, name in ((quick, "quick"), (slow, "slow")):
         one.facts["backend"] = name
         one.calibrate(tests)
         for test in tests:
-            if one.wants(test):
+            if one.has_time_for(test):
                 one.warm_up(test, tests)
                 one.run(test, tests)
             rows.append(rows_of(one, test, repetitions=1))

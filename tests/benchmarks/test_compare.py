@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet.benchmarks.compare import command, llama, llama_child, measure, worker
+from bitnet.benchmarks.children import builds, llama, process
+from bitnet.benchmarks.compare import command, gguf_methods, jobs, measure
 from bitnet.benchmarks.compare.artifact import Artifact, pack_nibbles, read_model, unpack_nibbles
 from bitnet.benchmarks.compare.method import Settings
+from bitnet.benchmarks.compare.models import open_model
 from bitnet.benchmarks.compare.pair import Pair, find_baseline
 from bitnet.benchmarks.compare.plot import pareto, plot_comparison
 from bitnet.benchmarks.compare.registry import choose, registry
-from bitnet.benchmarks.compare.runners import open_runner
 from bitnet.benchmarks.compare.table import comparison_tables
 from bitnet.benchmarks.compare.torchao_methods import activation_ranges
 from bitnet.cli import main
@@ -61,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def pair(runs: Path) -> Pair:
-    return Pair(runs / "toy-ternary", runs / "toy-plain")
+    return Pair(runs / "toy-ternary", runs / "toy-float")
 
 
 # ---- formulas
@@ -107,14 +108,14 @@ def test_figures_against_their_definition(seed: int) -> None:
 
     for key, total, weight, groups, unit in (
         ("bits_per_byte", row.nats, sizes, 32, math.log(2)),
-        ("more_than_twin", extra, sizes, 32, math.log(2)),
+        ("more_than_baseline", extra, sizes, 32, math.log(2)),
         ("kl", row.kl, np.full(10, T), 10, 1),
         ("top1", row.top1, np.full(10, T), 10, 1),
     ):
         value, error = expected(total, weight, groups)
         assert got[key] == pytest.approx(value / unit, rel=1e-9)
         assert got[f"{key}_error"] == pytest.approx(error / unit, rel=1e-6)
-    assert got["more_than_twin_error"] < got["bits_per_byte_error"]
+    assert got["more_than_baseline_error"] < got["bits_per_byte_error"]
 
 
 def test_nibbles_come_back(rng: torch.Generator) -> None:
@@ -210,11 +211,11 @@ def test_missing_library_says_how_to_get_it(pair: Pair, monkeypatch: pytest.Monk
 
 def test_shapes_llama_cpp_cannot_hold(pair: Pair) -> None:
     config = pair.baseline_model().config
-    assert llama.why_not_shape(config, "f16", 256) is None
-    assert "QK norm" in str(llama.why_not_shape(config.replace(qk_norm=True), "f16", 1))
-    assert "ReLU^2" in str(llama.why_not_shape(config.replace(hidden_act="relu2"), "f16", 1))
+    assert gguf_methods.why_not_shape(config, "f16", 256) is None
+    assert "QK norm" in str(gguf_methods.why_not_shape(config.replace(qk_norm=True), "f16", 1))
+    assert "ReLU^2" in str(gguf_methods.why_not_shape(config.replace(hidden_act="relu2"), "f16", 1))
     assert "intermediate_size 320 is not a multiple of 256" in str(
-        llama.why_not_shape(config.replace(intermediate_size=320), "f16", 256)
+        gguf_methods.why_not_shape(config.replace(intermediate_size=320), "f16", 256)
     )
 
 
@@ -231,10 +232,10 @@ def test_scores_of_a_shorter_batch_replace_those_before(tmp_path: Path, rng: tor
             self.cleared = False
             return np.array(ids, dtype=np.float32)[:, None] * np.arange(7, dtype=np.float32)
 
-    llama, path = Llama(), tmp_path / "logits"
+    fake, path = Llama(), tmp_path / "logits"
     for count in (3, 1, 2):
         rows = torch.randint(100, (count, 5), generator=rng)
-        assert llama_child.score(llama, rows.tolist(), str(path)) == {"vocab": 7}
+        assert llama.write_logits(fake, rows.tolist(), str(path)) == {"vocab": 7}
         got = np.fromfile(path, dtype=np.float32).reshape(count, 5, 7)
         assert np.array_equal(got, rows.numpy()[:, :, None].astype(np.float32) * np.arange(7, dtype=np.float32))
 
@@ -242,17 +243,17 @@ def test_scores_of_a_shorter_batch_replace_those_before(tmp_path: Path, rng: tor
 def test_twins_that_are_none(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
     assert pair.check()["steps"] == 1
-    assert find_baseline(pair.run) == pair.twin.resolve()
+    assert find_baseline(pair.ternary) == pair.baseline.resolve()
     longer = train(runs, "longer", "--linear", "float", "--steps", 2)
     other = train(runs, "other", "--linear", "float", "--set", "data.val_fraction=0.3")
     early = train(runs, "early", "--linear", "ternary", "--set", "train.float_share=1")
-    with pytest.raises(BitNetError, match="its quantisers 0% in at step 1"):
-        Pair(early, pair.twin).check()
-    for twin, part in ((pair.run, "--linear float"), (longer, "steps trained 2, expected 1")):
+    with pytest.raises(BitNetError, match="in its quantisation warm-up, 0% quantised at step 1"):
+        Pair(early, pair.baseline).check()
+    for twin, part in ((pair.ternary, "--linear float"), (longer, "steps trained 2, expected 1")):
         with pytest.raises(BitNetError, match=part):
-            Pair(pair.run, twin).check()
+            Pair(pair.ternary, twin).check()
     with pytest.raises(BitNetError, match=r"tokenizer checksum|fingerprint of the training tokens"):
-        Pair(pair.run, other).check()
+        Pair(pair.ternary, other).check()
     with pytest.raises(BitNetError, match="--baseline RUN"):
         find_baseline(longer)
 
@@ -260,7 +261,7 @@ def test_twins_that_are_none(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyP
 def test_calibration_reads_training_text_only(pair: Pair) -> None:
     from bitnet.train.data.shards import open_dataset
 
-    dataset = open_dataset(pair.run / "data")
+    dataset = open_dataset(pair.ternary / "data")
     train_ids = dataset.train.read(0, len(dataset.train)).tobytes()
     for row in pair.training_windows(5).numpy():
         assert row.tobytes() in train_ids
@@ -286,7 +287,19 @@ def test_windows_are_spread_and_whole(pair: Pair, tmp_path: Path) -> None:
 
 def run_compare(pair: Pair, folder: Path, *args: object) -> int:
     (folder / "held.txt").write_text(TEXT.swapcase())
-    base = ["compare", pair.run, "--baseline", pair.twin, "--data", folder / "held.txt", "-t", 1, "-q", "--rounds", 1]
+    base = [
+        "compare",
+        pair.ternary,
+        "--baseline",
+        pair.baseline,
+        "--data",
+        folder / "held.txt",
+        "-t",
+        1,
+        "-q",
+        "--rounds",
+        1,
+    ]
     return main([str(arg) for arg in [*base, *args]])
 
 
@@ -296,7 +309,7 @@ def run_compare(pair: Pair, folder: Path, *args: object) -> int:
 def test_nothing_outlives_a_comparison(number: signal.Signals, code: int, pair: Pair, tmp_path: Path) -> None:
     held = tmp_path / "held.txt"
     held.write_text(TEXT.swapcase())
-    words = ["compare", pair.run, "--baseline", pair.twin, "--data", held, "-t", 1, "-q", "--methods", "fp32"]
+    words = ["compare", pair.ternary, "--baseline", pair.baseline, "--data", held, "-t", 1, "-q", "--methods", "fp32"]
     command = child_process.bitnet(*words, "--rounds", 1_000_000)  # without the signal it would not end
     environment = child_process.environment(TMPDIR=tmp_path)
     with child_process.started(command, stderr=DEVNULL, env=environment) as running:
@@ -325,15 +338,15 @@ def test_the_last_words_of_llama_cpp_are_kept(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\necho noise >&2\necho 'got a bad file' >&2\nexit 3\n")
     python.chmod(0o755)
     artifact = Artifact(str(tmp_path / "model.gguf"), "llama", "llama.cpp")
-    with pytest.raises(RuntimeError, match="code 3: got a bad file"):
-        open_runner(artifact, Settings(threads=1, llama=str(python)), 8, tmp_path / "scores.npz")
+    with pytest.raises(process.DiedError, match=r"code 3 \(got a bad file\)"):
+        open_model(artifact, Settings(threads=1, llama=str(python)), 8, tmp_path / "logits", child_process.LIMIT)
 
 
 def test_what_a_build_of_llama_cpp_lacks() -> None:
-    assert "prebuilt" in llama.build_remark("cyllama 1", "", ["avx2"])
-    assert "without AVX-512" in llama.build_remark("llama-cpp-python 1", "AVX2 = 1 | ", ["avx2", "avx512_f"])
-    assert not llama.build_remark("llama-cpp-python 1", "AVX2 = 1 | ", ["avx2"])
-    assert not llama.build_remark("llama-cpp-python 1", "AVX512 = 1 | ", ["avx512_f"])
+    assert "prebuilt" in builds.lacks("cyllama 1", "", ["avx2"])
+    assert "without AVX-512" in builds.lacks("llama-cpp-python 1", "AVX2 = 1 | ", ["avx2", "avx512_f"])
+    assert not builds.lacks("llama-cpp-python 1", "AVX2 = 1 | ", ["avx2"])
+    assert not builds.lacks("llama-cpp-python 1", "AVX512 = 1 | ", ["avx512_f"])
 
 
 @pytest.mark.slow
@@ -353,7 +366,7 @@ def test_a_whole_comparison(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
     rows = {row["method"]: row for row in report["results"]}
     assert rows["bitnet-1bit"]["status"] == "missing"
     twin = rows["fp32"]
-    assert (twin["kl"], twin["top1"], twin["more_than_twin"]) == (0, 1, 0)
+    assert (twin["kl"], twin["top1"], twin["more_than_baseline"]) == (0, 1, 0)
     measured = {name: row for name, row in rows.items() if row["status"] == "ok"}
     for name, row in measured.items():
         files = [path for path in (kept / name).iterdir() if path.is_file() and path.name.startswith("model")]
@@ -383,7 +396,7 @@ def report_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def row_of(name: str, size: int, quality: float) -> dict[str, Any]:
     method = registry()[name]
-    figures = dict.fromkeys("bits_per_byte_error more_than_twin more_than_twin_error kl top1".split(), 0.01)
+    figures = dict.fromkeys("bits_per_byte_error more_than_baseline more_than_baseline_error kl top1".split(), 0.01)
     speeds = {"prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0, "model_bytes": 10**6}
     speeds |= {"prefill_spread": [9.0, 12.0], "decode_spread": [5.0, 5.0]}
     row = {
@@ -397,7 +410,7 @@ def row_of(name: str, size: int, quality: float) -> dict[str, Any]:
     return row | figures | speeds | {"file_bytes": size, "bits_per_weight": size * 8e-6, "bits_per_byte": quality}
 
 
-class FakeRunner:
+class FakeModel:
     """Seconds a token read and written."""
 
     def __init__(self, reading: float, writing: float) -> None:
@@ -418,35 +431,42 @@ def test_a_model_too_slow_for_its_budget_is_found_out_by_a_short_call(
 ) -> None:
     np.save(tmp_path / "compared.npy", np.arange(3))
     job = {"text": str(tmp_path), "prefill": 128, "decode": 64, "repeats": 3, "score": score, "reference": reference}
-    runner, inputs = FakeRunner(0.1, 0.5), torch.zeros(20, 32, dtype=torch.int64)
-    worker.check_budget(runner, inputs, job | {"budget": needed + 0.1})  # type: ignore[arg-type]
-    assert runner.asked == [(16, 2)]
-    with pytest.raises(worker.TooSlowError, match=rf"reads 10 tokens/s here: .* would take {needed:.0f} s of "):
-        worker.check_budget(runner, inputs, job | {"budget": needed - 0.1})  # type: ignore[arg-type]
-    assert runner.asked == [(16, 2)] * 3  # who does not fit by the first call gets another
+    model, inputs = FakeModel(0.1, 0.5), torch.zeros(20, 32, dtype=torch.int64)
+    assert jobs.over_budget(model, inputs, job | {"budget": needed + 0.1}) == ""  # type: ignore[arg-type]
+    assert model.asked == [(16, 2)]
+    reason = jobs.over_budget(model, inputs, job | {"budget": needed - 0.1})  # type: ignore[arg-type]
+    assert reason.startswith("reads 10 tokens/s here: ")
+    assert f" would take {needed:.0f} s of " in reason
+    assert model.asked == [(16, 2)] * 3  # a model that misses the budget by the first call gets another
 
 
 @pytest.mark.parametrize(
     ("script", "status", "note"),
     [
-        ("exec sleep 600", "left out", "make: not done within 1 s"),
-        ("echo 'reads 3 tokens/s' >&2; exit 3", "left out", "reads 3 tokens/s"),
-        ("echo 'got a bad file' >&2; exit 2", "failed", "got a bad file"),
+        ("time.sleep(600)", "left out", "make: not done within 1 s"),
+        ("return {'too_slow': 'reads 3 tokens/s'}", "left out", "reads 3 tokens/s"),
+        ("raise ValueError('got a bad file')", "failed", "got a bad file"),
+        ("{}['x']", "failed", "KeyError: 'x'"),
+        ("os._exit(3)", "failed", "ended with code 3 (a last line)"),
     ],
-    ids=["hangs", "too-slow", "fails"],
+    ids=["hangs", "too-slow", "fails", "bug", "dies"],
 )
 def test_a_method_without_figures_is_a_row(
     script: str, status: str, note: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{script}\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(command.sys, "executable", str(python))
-    options = command.Options(("x",), budget=1)
-    config = Run(pair.run).config().model
-    bench = command._Bench(pair, options, SETTINGS, config, tmp_path, tmp_path / "files", lambda text: None)
+    fake = tmp_path / "fake.py"
+    fake.write_text(
+        "import os, sys, time\nclass Fake:\n    facts = {}\n    def make(self, **job):\n"
+        f"        print('a last line', file=sys.stderr, flush=True)\n        {script}\n"
+        "def load(settings):\n    return Fake()\n"
+    )
+    monkeypatch.setattr(command, "JOBS", str(fake.with_suffix("")))
+    budget = 1 if "sleep" in script else child_process.LIMIT
+    options = command.Options(("x",), budget=budget)
+    config = Run(pair.ternary).config().model
     (tmp_path / "files").mkdir()
-    row = bench._made(choose("bitnet-b1.58")[0])
+    comparison = command._Comparison(pair, options, SETTINGS, config, tmp_path, tmp_path / "files", lambda text: None)
+    row = comparison.make(choose("bitnet-b1.58")[0])
     assert row["status"] == status
     assert note in row["note"]
 

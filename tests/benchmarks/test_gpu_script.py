@@ -166,7 +166,7 @@ def test_figures_of_another_gpu_are_not_gone_on_with(
     play(gpu, monkeypatch, log)
     gpu.run_all(tmp_path, "a GPU", False)
     gpu.run_all(tmp_path, "another GPU", False)
-    assert "figures of a GPU, not of another GPU: everything is measured anew" in capsys.readouterr().out
+    assert "figures of a GPU, not of another GPU: everything is measured again" in capsys.readouterr().out
     assert len(log.read_text().split()) == 6
     assert json.loads((tmp_path / "gpu.json").read_text())["on"] == "another GPU"
 
@@ -185,7 +185,7 @@ def test_a_part_that_hangs_ends_with_all_its_processes(
     assert gpu.run_all(tmp_path, "a GPU", False) == 1
     assert "gemv FAILED: ran out of its time" in capsys.readouterr().out
     assert log.read_text().split() == ["tests", "gemv", "decode"]  # the parts after it have their turn
-    for _ in range(100):  # a killed process is a zombie until somebody has asked for it
+    for _ in range(100):  # a killed process is a zombie until its parent has waited for it
         if ended(int(child.read_text())):
             break
         time.sleep(0.1)

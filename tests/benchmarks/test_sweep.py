@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bitnet.benchmarks.sweep import run as sweep
-from bitnet.benchmarks.sweep.plan import read_held_out, read_sweep
 from bitnet.benchmarks.sweep.plot import plot_curves, plot_scaling, plot_sweep
-from bitnet.benchmarks.sweep.summary import Result, mean_and_error, summarize, summarized_anew
+from bitnet.benchmarks.sweep.spec import read_held_out, read_spec
+from bitnet.benchmarks.sweep.summary import Result, mean_and_error, summarize, summarize_again
 from bitnet.benchmarks.sweep.table import sweep_cells, sweep_table, tuned_gaps
 from bitnet.cli import main
 from bitnet.config import preset
@@ -67,7 +67,7 @@ train.momentum = [0.8, 0.9]
 [[runs]]
 name = "zero init"
 train.zero_init = true"""
-    plans = read_sweep(written(text, content))
+    plans = read_spec(written(text, content))
     assert len(plans) == 2 * 2 * 2 * 2 * 2
     assert len({plan.folder for plan in plans}) == len(plans)
     combinations = {
@@ -88,7 +88,7 @@ linears = ["ternary", "float"]
 name = "float first"
 linears = ["ternary"]
 train.float_share = 0.2"""
-    plans = read_sweep(written(text, content))
+    plans = read_spec(written(text, content))
     assert [(plan.point, plan.linear, plan.seed) for plan in plans] == [
         ("base", "ternary", 3),
         ("base", "float", 3),
@@ -133,7 +133,7 @@ train.float_share = 0.2"""
         ("[base]\ntrain.seed = 1", "got train.seed, expected none; seeds ="),
         ("[[runs]]\nmodel.linear = 'float'", "got model.linear, expected none; linears ="),
         ("[[runs]]\ntrain.seed = 1", "got train.seed, expected none; seeds ="),
-        ("test = ['-']", "every run reads the text anew"),
+        ("test = ['-']", "every run reads the text again"),
         ("test = 'x.txt'", "a list of paths"),
         ("test_tokens = 5", "a list of paths"),
         ("test = ['x.txt']\ntest_tokens = -1", "a list of paths"),
@@ -143,7 +143,7 @@ def test_mistakes_are_named(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(content)
 
     def read(path: Path) -> None:
-        read_sweep(path)
+        read_spec(path)
         read_held_out(path)
 
     with pytest.raises(BitNetError, match=says) as raised:
@@ -164,7 +164,7 @@ name = "the large one"
 train.lr = 0.001"""
     file = text.parent / "ladder.toml"
     file.write_text(content)
-    plans = read_sweep(file)
+    plans = read_spec(file)
     assert [(plan.point, plan.preset) for plan in plans] == [
         ("base", "nano"),
         ("preset=mini", "mini"),
@@ -177,10 +177,10 @@ train.lr = 0.001"""
         assert found == preset(plan.preset)
 
 
-@pytest.mark.parametrize("file", sorted((BENCHMARKS / "ladders").glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "specs").glob("*.toml")), ids=lambda file: file.stem)
 def test_the_ladders_of_this_project(file: Path) -> None:
     read_held_out(file)
-    for plan in read_sweep(file):
+    for plan in read_spec(file):
         resolve(plan.preset, None, plan.values, [], Run(file.parent / "none"))
 
 
@@ -224,6 +224,7 @@ def test_a_sweep_goes_on_and_tells(
     assert all((out / f"{name}.png").exists() for name in ("sweep", "curves"))
     assert len(report["runs"]) == 8
     for run in report["runs"]:  # of the model that was trained: its characters, not the vocabulary asked for
+        assert len(report["curves"][run["run"]]) == 4  # as many as steps
         model, _ = Run(out / run["run"]).load()
         assert run["parameters"] == sum(weight.numel() for weight in model.parameters())
     by_key = {(r["point"], r["linear"], r["seed"]): r["loss"] for r in report["runs"]}
@@ -245,7 +246,7 @@ def test_a_sweep_goes_on_and_tells(
     assert size["tuned_gaps"]["ternary"]["gap"]["mean"] == pytest.approx(statistics.fmean(gaps))
     assert size["tuned_gaps"]["ternary"]["gap"]["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
 
-    plan = random.choice(read_sweep(file))
+    plan = random.choice(read_spec(file))
     settings = [f"{s}.{k}={v}" for s, c in plan.values.items() for k, v in c.items() if s in ("model", "train")]
     alone = text.parent / "alone"
     sets = [part for s in settings for part in ("--set", s)]
@@ -309,7 +310,7 @@ def test_a_run_that_diverges_is_listed_and_the_rest_is_trained(text: Path, monke
 def test_the_plan_is_listed(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(text, CONTENT)
     assert main(["sweep", str(file), "--out", str(text.parent / "out"), "--plan"]) == 0
-    assert capsys.readouterr().out.split() == [plan.folder for plan in read_sweep(file)]
+    assert capsys.readouterr().out.split() == [plan.folder for plan in read_spec(file)]
     assert not (text.parent / "out").exists()
 
 
@@ -405,12 +406,12 @@ def test_each_size_has_its_own_best_points_and_gaps() -> None:
     lines = {line.split(" (")[0]: line for line in tuned_gaps(report)}
     assert len(lines) == 3
     assert lines["0.00101M parameters, ternary at b"].endswith(
-        "(best of 3) against plain at a (best of 1), 1 pair of runs: +0.3000 nats a token on the validation text"
+        "(best of 3) against float at a (best of 1), 1 pair of runs: +0.3000 nats per token on the validation text"
     )
     assert lines["0.002M parameters, binary at big"].endswith("0 pairs of runs: no gap")
     marks = {(row[0], row[1]): row[-1] for row in sweep_cells(report)[1]}
     assert marks["b", "ternary"] == "best ternary"
-    assert marks["big", "float"] == "best plain"
+    assert marks["big", "float"] == "best float"
     assert marks["c", "ternary"] == "1 diverged"
     assert marks["a", "float"] == marks["big", "ternary"] == ""  # the only one is no choice
 
@@ -450,9 +451,9 @@ def test_points_without_a_twin_in_tables_and_pictures(plain: list[Result], loss:
     assert all(len(row) == len(header) for row in rows)
     assert len(tuned_gaps(report)) == bool(plain)
     sweep_table(report)
-    metrics = {run["run"]: [{"tokens": 1, "loss": 3.0}] if run["loss"] else [] for run in report["runs"]}
+    report["curves"] = {run["run"]: [[1.0, 3.0]] if run["loss"] else [] for run in report["runs"]}
     pytest.importorskip("matplotlib")
-    drawn = plot_sweep(report, tmp_path / "sweep") + plot_curves(metrics, report, tmp_path / "curves")
+    drawn = plot_sweep(report, tmp_path / "sweep") + plot_curves(report, tmp_path / "curves")
     drawn += plot_scaling(report, tmp_path / "scaling")
     assert len(drawn) == 6
     assert all(path.stat().st_size for path in drawn)
@@ -462,7 +463,7 @@ def test_a_stored_report_of_an_older_version() -> None:
     """Its best points and gaps were in another shape, and are those that its runs give now."""
     stored = json.loads((BENCHMARKS / "results" / "2026-11-22-ladder-rates.json").read_text())
     assert "sizes" not in stored
-    report = summarized_anew(stored)
+    report = summarize_again(stored)
     (size,) = report["sizes"]
     assert size["tried"] == {"ternary": 4, "float": 4, "binary": 4}
     assert size["best"] == {linear: best["point"] for linear, best in stored["best"].items()}
@@ -471,4 +472,4 @@ def test_a_stored_report_of_an_older_version() -> None:
     for now, then in zip(report["points"], stored["points"], strict=True):
         assert {key: now[key] for key in then} == then
     assert report["machine"] == stored["machine"]
-    assert summarized_anew(json.loads(json.dumps(report))) == report
+    assert summarize_again(json.loads(json.dumps(report))) == report
