@@ -5,8 +5,8 @@
 
 Killed runs are started again until they finish, and must then equal a run that was never killed, to the last bit.
 After every kill each finished save must verify, and no more than one save interval may be lost; two where saves are
-written in the background. The last line of stdout is one JSON document. Exit code 1 where a requirement failed, or where
-the time (--minutes) was too short for all kills.
+written in the background. The last line of stdout is one JSON document. Exit code 1 where a requirement failed, or
+where the time (--minutes) was too short for all kills.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Trainer:
         )
 
     def start(self, out: Path, settings: tuple[str, ...] = (), **how: Any) -> int:
-        """Start a run. Returns the id of its process, a child of the server, which never waits for it: the id stays valid."""
+        """Start a run. Returns the id of its process; its parent never waits for it, so the id stays valid."""
         sets = [f"model.{setting}" for setting in (*SHAPE.split(), "max_position_embeddings=32")]
         sets += [f"train.save_every={INTERVAL}", "train.eval_every=7", "train.batch_size=4", *settings]
         flags = f"--data {self.work / 'toy.txt'} --out {out} --steps {STEPS} --tokenizer char --dtype fp32 -q"
@@ -124,7 +124,7 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 
 
 _LOST, _LOST_IN_BACKGROUND = "more than an interval lost", "saved in the background: more than two intervals lost"
-_BAD = ("damaged saves", _LOST, _LOST_IN_BACKGROUND, "saves before it lost", "unfinished saves left")
+_BAD = ("damaged saves", _LOST, _LOST_IN_BACKGROUND, "earlier saves lost", "unfinished saves left")
 _REFUSED = ("tries", "ended with one line and code 2", "equal after resuming")
 _EQUAL = {  # what must have been counted as often as the first of them
     "kill -9": ("runs that finished", "runs equal to the one never killed"),
@@ -230,7 +230,7 @@ def refused(trainer: Trainer, out: Path, counts: Counter[str], **how: Any) -> No
     counts["tries"] += 1
     counts["ended with one line and code 2"] += code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
     after = check_saves(out, counts)
-    counts["saves before it lost"] += after < before
+    counts["earlier saves lost"] += after < before
     counts["unfinished saves left"] += any(path.suffix == ".tmp" for path in (out / "saves").glob("*"))
 
 

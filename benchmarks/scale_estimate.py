@@ -20,9 +20,9 @@ Bytes that each GPU holds, without activations and logits:
 
     ddp          masters and gradients 4 + 4 per parameter, Muon 4 per weight, AdamW 8 for the rest, and what the
                  backward pass reads: bf16 mixtures of weights, 2, during the quantisation warm-up (codes, 1, after it)
-    fsdp         an n-th of that, but the mixtures of all blocks (of one, if recomputed); all embeddings and gains, their
-                 gradients, and a second copy of these while they are sent; two blocks in flight, each gathered and
-                 copied out, or a gradient and its part that is sent (both at once if gathered twice)
+    fsdp         an n-th of that, but the mixtures of all blocks (of one, if recomputed); all embeddings and gains,
+                 their gradients, and a second copy of these while they are sent; two blocks in flight, each gathered
+                 and copied out, or a gradient and its part that is sent (both at once if gathered twice)
 
 Arithmetic: 6 operations per parameter and token, and attention (Kaplan et al. 2020; bitnet.model.flops_per_token); a
 third more with recomputed blocks. In each step also Muon's five Newton-Schulz iterations, 4 n^2 m + 2 n^3 each for a

@@ -156,7 +156,8 @@ def notes(document: dict[str, Any]) -> list[str]:
     ]
     verdict = "" if document["steady"] else f": unsteady, memory more than {document['steady_within']:.0%}"
     found.append(
-        f"read bandwidth: three in four samples (the worst) deviate from their median by at most {', '.join(spread)}{verdict}"
+        "read bandwidth: three in four samples (the worst) deviate from their median by at most "
+        f"{', '.join(spread)}{verdict}"
     )
     if document["stolen"] >= 0.01:
         found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
