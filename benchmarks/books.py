@@ -27,8 +27,7 @@ from bitnet.train.scoring import score_text
 PROMPT = "It was"
 
 
-def main() -> int:
-    """Train or resume, pack, score, write a sample, print the JSON line."""
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--linear", default="ternary")
@@ -39,7 +38,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Train or resume, pack, score, write a sample, print the JSON line."""
+    options = parse()
     use_threads(options.threads, "--threads")
     here = machine.describe()
     flags = {

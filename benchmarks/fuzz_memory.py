@@ -1,4 +1,4 @@
-"""Files of megabytes that are built to take memory; each is read in a process of its own, whose peak is measured.
+"""Files of megabytes that are built to take memory; each is read in a separate process, whose peak is measured.
 
 The limit is 2 x the file + 64 MiB above what the process held before.
 """

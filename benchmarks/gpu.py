@@ -4,7 +4,7 @@
     --again                       measures again what has a result
     --dry-run                     shows what would run, without a GPU
 
-Each part (gpu_parts/) is a process of its own with a time limit, and is printed as it ends: one that fails or hangs
+Each part (gpu_parts/) is a separate process with a time limit, and is printed as it ends: one that fails or hangs
 costs only its own figures. Everything is in gpu.json, written after each part; a second call skips what has a result.
 Weights are rotated through more memory than the L2 cache holds, contenders alternate within a round, figures are
 medians. Launches are timed as replays of a CUDA graph that holds one launch for each copy of the weights, so Python is
@@ -56,7 +56,7 @@ def command(part: str) -> list[str]:
 
 
 def run_part(part: str) -> Result:
-    """Run a part in a process of its own. Returns its last JSON line (for the tests their output), or its error."""
+    """Run a part in a separate process. Returns its last JSON line (for the tests their output), or its error."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command(part), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -4,7 +4,7 @@
 
 Writes the folder as published (packed in the multiply convention; bf16 embedding, norms and scales; a byte-level BPE
 of 128,256 ids like LLaMA-3's), then runs `bitnet import`, `inspect` and `generate` (C++ engine) on it, each in a
-process of its own whose peak memory is measured, pages of mapped files included. Import streams: its peak should be
+separate process whose peak memory is measured, pages of mapped files included. Import streams: its peak should be
 that of Python, torch and the largest tensor (the embedding, 657 MB). Every code and scale of the imported file is
 compared with what was written. The files are deleted at the end, unless --keep is given.
 """
@@ -113,6 +113,11 @@ def write(folder: Path) -> None:
                 writer.write(name, torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator))
         writer.finish()
     write_tokenizer(folder)
+    write_config(folder)
+
+
+def write_config(folder: Path) -> None:
+    """config.json and generation_config.json as published."""
     values = {
         "architectures": ["BitNetForCausalLM"],
         "model_type": "bitnet",

@@ -162,6 +162,18 @@ def check_saves(out: Path, counts: Counter[str]) -> int:
     return newest
 
 
+def count_lost(out: Path, settings: tuple[str, ...], counts: Counter[str]) -> None:
+    """Verify the saves of a killed run, and count whether it lost more steps than it may."""
+    newest = check_saves(out, counts)
+    done = max((row[0] for row in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
+    if settings:  # the kill loses a save that is being written in the background, and the next one has not begun
+        counts["saved in the background: kills"] += 1
+        counts["saved in the background: more than one interval lost"] += done > newest + INTERVAL
+        counts[_LOST_IN_BACKGROUND] += done > newest + 2 * INTERVAL
+    else:
+        counts[_LOST] += done > newest + INTERVAL
+
+
 def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Counter[str]:
     """Kill runs at random moments until `kills` are counted, half of them with saves written in the background."""
     counts: Counter[str] = Counter()
@@ -190,14 +202,7 @@ def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Cou
             counts["kills"] += 1
             counts["kills while a save was being written"] += saving
             patience += 0.05
-            newest = check_saves(out, counts)
-            done = max((row[0] for row in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
-            if settings:  # the kill loses a save that is being written, and the next one has not begun
-                counts["saved in the background: kills"] += 1
-                counts["saved in the background: more than one interval lost"] += done > newest + INTERVAL
-                counts[_LOST_IN_BACKGROUND] += done > newest + 2 * INTERVAL
-            else:
-                counts[_LOST] += done > newest + INTERVAL
+            count_lost(out, settings, counts)
         counts["runs that finished"] += 1
         counts["runs equal to the one never killed"] += same(work / "straight", out)
         shutil.rmtree(out)

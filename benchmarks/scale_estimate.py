@@ -43,8 +43,8 @@ from bitnet.config import PRESETS, ModelConfig
 from bitnet.model import flops_per_token, linear_parameters, parameters
 
 GPU = "H100 SXM"
-PEAK = 989e12  # operations a second, bf16 dense: NVIDIA's data sheet
-NVLINK, NETWORK = 450e9, 50e9  # bytes a second and direction: NVLink 4 in a node of 8; 400 Gb/s a GPU between nodes
+PEAK = 989e12  # operations per second, bf16 dense: NVIDIA's data sheet
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second and direction: NVLink 4 in a node of 8; 400 Gb/s per GPU between
 REACHED = 0.8  # share of that which collectives reach: an assumption; measure with nccl-tests
 UTILISATION = (0.33, 0.50)  # of the peak: parameter-golf's ternary record, nanochat d24 (both 8 x H100, published)
 NODE = 8

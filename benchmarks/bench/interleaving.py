@@ -1,4 +1,4 @@
-"""Rounds in which contenders take turns, and their medians: a change of the machine's load then meets all of them."""
+"""Rounds in which contenders take turns, and their medians: a change of the machine's load then affects all of them."""
 
 import statistics
 from collections.abc import Sequence

@@ -47,18 +47,10 @@ def group(
             doing(f"loading {one.name}")
             all_series.append(start(one, subject.config, files, tests, threads, budget))
             stack.callback(all_series[-1].close)
-        for series in all_series:
-            if series.child:
-                doing(f"a short call of {series.label}")
-                series.calibrate(tests)
         meters = {one.device: _meter(one.device, threads) for one in contenders}
         for meter in meters.values():
             stack.callback(meter.close)
-        _visit(meters, all_series, tests, False, doing)
-        for series, test in _next(all_series, tests, 0):
-            doing(f"warming up: {test.name} on {series.label}")
-            series.warm_up(test, tests)
-        _visit(meters, all_series, tests, False, doing)
+        _prepare(meters, all_series, tests, doing)
         for turn in range(1, repetitions + 1):
             for series, test in _next(all_series, tests, turn):
                 doing(f"round {turn} of {repetitions}: {test.name} on {series.label}")
@@ -75,6 +67,19 @@ def group(
         for one in all_series
     ]
     return rows, [device_report(subject, threads, meter) for meter in meters.values() if meter.reads]
+
+
+def _prepare(meters: dict[str, DeviceMeter], all_series: list[Series], tests: list[Test], status: Show) -> None:
+    """Calibrate and warm up every contender; measure the devices before and after the warm-up."""
+    for series in all_series:
+        if series.child:
+            status(f"a short call of {series.label}")
+            series.calibrate(tests)
+    _visit(meters, all_series, tests, False, status)
+    for series, test in _next(all_series, tests, 0):
+        status(f"warming up: {test.name} on {series.label}")
+        series.warm_up(test, tests)
+    _visit(meters, all_series, tests, False, status)
 
 
 def _next(all_series: list[Series], tests: list[Test], turn: int) -> Iterator[tuple[Series, Test]]:

@@ -1,4 +1,4 @@
-"""What the machine allows, measured in the same run by a child of its own: read bandwidth and peaks of products.
+"""What the machine allows, measured in the same run by a separate child: read bandwidth and peaks of products.
 
     read      bytes per second at which the contenders' threads (or the GPU) read a working set of a given size, over
               and over: a model that fits in a cache is held against the cache, not against the memory

@@ -72,13 +72,7 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
             fontsize=8,
             rotation_mode="anchor",
         )
-    lower, at_left = 0.0, True
-    for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
-        at_left = not at_left if peak < lower * _APART else True  # the names of two close peaks go to opposite ends
-        lower = peak
-        x, side = (low * 1.1, "left") if at_left else (high / 1.1, "right")
-        axis.axhline(peak, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.annotate(f"{name}: {peak:,.0f}", (x, peak * 1.05), fontsize=8, ha=side)
+    _peak_lines(axis, peaks, low, high)
     for name in backends:
         place = backends.index(name) % len(_SHAPES)
         mine = [(x, row) for x, row in points if row["backend"] == name]
@@ -95,6 +89,17 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
     axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(bottom, low * reads[0]), top * 2))
     axis.set_xlabel("multiply-adds per byte read")
     axis.grid(which="major")
+
+
+def _peak_lines(axis: Any, peaks: dict[str, float], low: float, high: float) -> None:
+    """A line for each peak, in billions of multiply-adds per second. low, high: ends of the other axis."""
+    lower, at_left = 0.0, True
+    for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        at_left = not at_left if peak < lower * _APART else True  # the names of two close peaks go to opposite ends
+        lower = peak
+        x, side = (low * 1.1, "left") if at_left else (high / 1.1, "right")
+        axis.axhline(peak, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.annotate(f"{name}: {peak:,.0f}", (x, peak * 1.05), fontsize=8, ha=side)
 
 
 def comparison(document: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from bitnet.benchmarks.bench.series import Series
 from bitnet.config import ModelConfig
 from bitnet.model import parameters
 
-# The figures of a row, which one that was left out has none of.
+# The keys of a row's figures; all are None in a row that was left out.
 _FIGURES = (
     *("left_out", "remark", "avg_ts", "stddev_ts", "median_ts", "samples_ts", "first_token_ms", "bytes_per_token"),
     *("macs_per_token", "read_gigabytes_per_second", "bandwidth_gigabytes_per_second", "working_set_bytes", "cached"),

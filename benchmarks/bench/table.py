@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: Container[int] = ()) -> str:
-    """A Markdown table whose columns are aligned in plain text, too. words: columns that are not numbers."""
+    """A Markdown table whose columns are also aligned as text. words: columns that are not numbers."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
 

@@ -1,4 +1,4 @@
-"""What `bitnet compare` does: make every file, measure each in a child of its own, put the figures into one report."""
+"""What `bitnet compare` does: make every file, measure each in a separate child, put the figures into one report."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""One method, or one measurement, in a child of its own: peak memory, threads and crashes are then its own as well.
+"""One method, or one measurement, in a separate child, so that peak memory, threads and crashes are its own.
 
 Run by children/child.py. A model too slow for its budget, as a short call shows, is answered with `too_slow`.
 """

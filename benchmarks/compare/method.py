@@ -28,7 +28,7 @@ class Method:
     family: str
     title: str
     why_not: Callable[[Pair, Settings], str | None]
-    make: Callable[[Pair, Path, Settings], Artifact] = field(repr=False)  # into a folder of its own
+    make: Callable[[Pair, Path, Settings], Artifact] = field(repr=False)  # into a folder that no other method uses
 
 
 def always(pair: Pair, settings: Settings) -> str | None:

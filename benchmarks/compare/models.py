@@ -96,7 +96,7 @@ class EngineModel:
 
 
 class LlamaModel:
-    """A GGUF file in llama.cpp, in a child of its own. limit: seconds for each of its answers."""
+    """A GGUF file in llama.cpp, in a separate child. limit: seconds for each of its answers."""
 
     def __init__(self, artifact: Artifact, settings: Settings, context: int, logits: Path, limit: float) -> None:
         self._logits, self._limit = logits, limit

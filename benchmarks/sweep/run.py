@@ -63,6 +63,11 @@ def run_sweep(
             result = _with_test(result, run, held_out, test, device)
         log(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
+    return _report(path, out, results), 0
+
+
+def _report(path: Path, out: Path, results: list[Result]) -> dict[str, Any]:
+    """The report as JSON values, also written to `out/sweep.json`."""
     report = {
         "benchmark": "sweep",
         "machine": machine.describe(bandwidth=False),  # no speeds are reported, so no bandwidth either
@@ -72,7 +77,7 @@ def run_sweep(
     }
     with replacing(out / "sweep.json") as work:
         work.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return report, 0
+    return report
 
 
 def _check_processes() -> None:

@@ -1,13 +1,10 @@
-"""`bitnet compare`: its formulas against fp64 loops, real files, honest refusals, and one whole run on a tiny pair."""
+"""`bitnet compare`: which runs it compares, methods without figures, and one complete run on a tiny pair."""
 
-import importlib.util
 import io
 import json
-import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
@@ -16,231 +13,26 @@ import child_process
 import numpy as np
 import pytest
 import torch
+from compare_runs import TEXT, train
 
-from bitnet.benchmarks.children import builds, llama, process
-from bitnet.benchmarks.compare import command, gguf_methods, jobs, measure
-from bitnet.benchmarks.compare.artifact import Artifact, pack_nibbles, read_model, unpack_nibbles
+from bitnet.benchmarks.children import builds, process
+from bitnet.benchmarks.compare import command, jobs
+from bitnet.benchmarks.compare.artifact import Artifact
 from bitnet.benchmarks.compare.method import Settings
 from bitnet.benchmarks.compare.models import open_model
 from bitnet.benchmarks.compare.pair import Pair, find_baseline
-from bitnet.benchmarks.compare.plot import pareto, plot_comparison
+from bitnet.benchmarks.compare.plot import plot_comparison
 from bitnet.benchmarks.compare.registry import choose, registry
 from bitnet.benchmarks.compare.table import comparison_tables
-from bitnet.benchmarks.compare.torchao_methods import activation_ranges
 from bitnet.cli import main
 from bitnet.errors import BitNetError
 from bitnet.train.data.windows import spread_windows
 from bitnet.train.runs.run import Run
 
-TEXT = "".join(f"Line {i}: the quick brown fox number {i * i} jumps over the lazy dog.\n" for i in range(400))
 SETTINGS = Settings(threads=1, qat_steps=1, calibration=2)
-NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 
 
-def train(folder: Path, name: str, *args: object) -> Path:
-    """One step of a model that llama.cpp takes: sizes are multiples of 256."""
-    if not (folder / "toy.txt").exists():
-        (folder / "toy.txt").write_text(TEXT)
-    sets = "hidden_size=256 intermediate_size=256 num_hidden_layers=1 num_attention_heads=4 vocab_size=320 "
-    sets += "num_key_value_heads=2 max_position_embeddings=32 hidden_act=silu qk_norm=false"
-    settings = [part for one in sets.split() for part in ("--set", f"model.{one}")]
-    base = ["train", "-q", "--data", folder / "toy.txt", "--batch-size", 2, *settings, "--out", folder / name]
-    assert main([str(arg) for arg in [*base, "--steps", 1, *args]]) == 0
-    return folder / name
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    patch = pytest.MonkeyPatch()
-    patch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
-    for linear in ("ternary", "float"):
-        train(folder, f"toy-{linear}", "--linear", linear)
-    yield folder
-    patch.undo()
-
-
-@pytest.fixture
-def pair(runs: Path) -> Pair:
-    return Pair(runs / "toy-ternary", runs / "toy-float")
-
-
-# ---- formulas
-
-
-def test_formulas_against_loops(rng: torch.Generator) -> None:
-    W, T, V = 5, 7, 11
-    logits, reference = torch.randn(2, W, T, V, generator=rng) * 3
-    targets = torch.randint(0, V, (W, T), generator=rng)
-    targets[1, 3] = targets[4, 0] = -100
-    nats, kl, same = np.zeros(W), np.zeros((W, T)), np.zeros((W, T))
-    for w in range(W):
-        for t in range(T):
-            q = [float(x) for x in logits[w, t].double()]
-            p = [float(x) for x in reference[w, t].double()]
-            log_q = [x - math.log(math.fsum(math.exp(y) for y in q)) for x in q]
-            log_p = [x - math.log(math.fsum(math.exp(y) for y in p)) for x in p]
-            kl[w, t] = math.fsum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True))
-            same[w, t] = p.index(max(p)) == q.index(max(q))
-            if targets[w, t] != -100:
-                nats[w] -= log_q[int(targets[w, t])]
-    # fp32 cross entropy: a few roundings of values below 20, seven of them summed.
-    assert np.allclose(measure.window_nats(logits, targets).numpy(), nats, atol=7 * 20 * 2**-22)
-    assert np.allclose(measure.divergence(reference, logits).numpy(), kl, atol=1e-12)
-    assert np.array_equal(measure.agreement(reference, logits).numpy(), same.astype(bool))
-
-
-def test_figures_against_their_definition(seed: int) -> None:
-    """Standard errors of ratios over stretches (Cochran), and of the difference to the twin, which is paired."""
-    rng = np.random.default_rng(seed)
-    W, T = 70, 16
-    tokens, sizes = rng.integers(10, T + 1, W), rng.integers(30, 60, W)
-    twin = measure.Scores(rng.uniform(20, 60, W), np.zeros(10), np.full(10, float(T)))
-    extra = rng.uniform(0, 1, W)
-    row = measure.Scores(twin.nats + extra, rng.uniform(0, 3, 10), rng.integers(0, T + 1, 10).astype(float))
-    got = measure.figures(row, twin, tokens, sizes, T)
-
-    def expected(total: np.ndarray, weight: np.ndarray, groups: int) -> tuple[float, float]:
-        parts = np.array_split(np.arange(len(total)), groups)
-        y, x = (np.array([values[part].sum() for part in parts]) for values in (total, weight))
-        share = y.sum() / x.sum()
-        return share, math.sqrt(groups / (groups - 1) * ((y - share * x) ** 2).sum()) / x.sum()
-
-    for key, total, weight, groups, unit in (
-        ("bits_per_byte", row.nats, sizes, 32, math.log(2)),
-        ("more_than_baseline", extra, sizes, 32, math.log(2)),
-        ("kl", row.kl, np.full(10, T), 10, 1),
-        ("top1", row.top1, np.full(10, T), 10, 1),
-    ):
-        value, error = expected(total, weight, groups)
-        assert got[key] == pytest.approx(value / unit, rel=1e-9)
-        assert got[f"{key}_error"] == pytest.approx(error / unit, rel=1e-6)
-    assert got["more_than_baseline_error"] < got["bits_per_byte_error"]
-
-
-def test_nibbles_come_back(rng: torch.Generator) -> None:
-    values = torch.randint(-8, 8, (63, 130), generator=rng, dtype=torch.int8)
-    packed = pack_nibbles(values)
-    assert packed.shape == (63, 65)
-    assert torch.equal(unpack_nibbles(packed), values)
-
-
-@pytest.mark.parametrize("lower", [True, False])
-def test_front_holds_what_nothing_beats(lower: bool, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    points = [(float(x), float(y)) for x, y in rng.integers(0, 12, (40, 2))]
-    better = (lambda a, b: a <= b) if lower else (lambda a, b: a >= b)
-    kept = {
-        p for p in points if not any(q != p and q[0] <= p[0] and better(q[1], p[1]) for q in points)
-    }  # nothing else is as small and as good
-    assert set(pareto(points, lower=lower)) == kept
-
-
-# ---- methods
-
-
-def test_names_and_families() -> None:
-    assert [method.name for method in choose("fp32,bf16")] == ["fp32", "bf16"]
-    assert {method.family for method in choose("gguf")} == {"gguf"}
-    assert choose(None) == list(registry().values())
-    with pytest.raises(BitNetError, match="expected some of fp32"):
-        choose("fp32,none")
-
-
-@NEEDS_TORCHAO
-@pytest.mark.filterwarnings("ignore")  # torchao's own, at import
-@pytest.mark.parametrize(
-    ("name", "bits"), [("int8-absmax", 8), ("int8-zeropoint", 8), ("ptq-static", 8), ("ptq-int4", 4)]
-)
-def test_files_hold_what_was_quantised(name: str, bits: int, pair: Pair, tmp_path: Path) -> None:
-    """The file has the bits it claims, and gives a model whose weights are the twin's up to half a step."""
-    artifact = registry()[name].make(pair, tmp_path, SETTINGS)
-    model, autocast = read_model(Path(artifact.path))
-    twin = pair.baseline_model()
-    assert autocast is None
-    linears = 0
-    for layer, module in twin.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            got, weight = model.get_submodule(layer).weight.dequantize().float(), module.weight.detach()
-            linears += weight.numel()
-            span = weight.amax(1, keepdim=True).clamp(min=0) - weight.amin(1, keepdim=True).clamp(max=0)
-            step = torch.maximum(span, 2 * weight.abs().amax(1, keepdim=True)) / (2**bits - 2)
-            assert ((got - weight).abs() <= 0.51 * step + 1e-6).all(), layer
-    rest = sum(p.numel() for p in twin.parameters()) - linears
-    least = linears * bits / 8 + 2 * twin.model.embed_tokens.weight.numel()
-    ids = pair.training_windows(2)[:, :-1]
-    with torch.no_grad():
-        divergence = measure.divergence(twin(ids), model(ids))
-    assert 0 < float(divergence.mean()) < 0.1  # it runs, and nearly as the twin does
-    assert least < artifact.bytes < least + 4 * rest + linears // 4 + 40_000  # scales, norms, tokenizer, header
-
-
-@pytest.mark.parametrize(("name", "size"), [("fp32", 4), ("bf16", 2)])
-def test_float_files(name: str, size: int, pair: Pair, tmp_path: Path) -> None:
-    artifact = registry()[name].make(pair, tmp_path, SETTINGS)
-    twin = pair.baseline_model()
-    model, _ = read_model(Path(artifact.path))
-    tolerance = 0 if size == 4 else 2.0**-8
-    for key, value in twin.state_dict().items():
-        assert torch.allclose(model.state_dict()[key].float(), value, rtol=tolerance, atol=0), key
-    count = sum(p.numel() for p in twin.parameters())
-    assert count * size < artifact.bytes < count * size + 40_000
-
-
-def test_activation_ranges(pair: Pair) -> None:
-    twin, ids = pair.baseline_model(), pair.training_windows(9)[:, :-1]
-    seen: dict[str, list[float]] = {}
-    for name, module in twin.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            seen[name] = []
-            module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(float(args[0].abs().max())))
-    ranges = activation_ranges(twin, ids)
-    assert {name: float(value) for name, value in ranges.items()} == {
-        name: max(values) for name, values in seen.items()
-    }
-
-
-def test_missing_library_says_how_to_get_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name, extra in (("int8-absmax", "compare"), ("gptq-int4", "compare-gptq"), ("gguf-q4_0", "compare")):
-        reason = registry()[name].why_not(pair, SETTINGS)
-        assert reason is not None
-        assert f"pip install 'bitnet-ternary[{extra}]'" in reason
-    assert "--binary RUN" in str(registry()["bitnet-1bit"].why_not(pair, SETTINGS))
-
-
-def test_shapes_llama_cpp_cannot_hold(pair: Pair) -> None:
-    config = pair.baseline_model().config
-    assert gguf_methods.why_not_shape(config, "f16", 256) is None
-    assert "QK norm" in str(gguf_methods.why_not_shape(config.replace(qk_norm=True), "f16", 1))
-    assert "ReLU^2" in str(gguf_methods.why_not_shape(config.replace(hidden_act="relu2"), "f16", 1))
-    assert "intermediate_size 320 is not a multiple of 256" in str(
-        gguf_methods.why_not_shape(config.replace(intermediate_size=320), "f16", 256)
-    )
-
-
-# ---- pairs
-
-
-def test_scores_of_a_shorter_batch_replace_those_before(tmp_path: Path, rng: torch.Generator) -> None:
-    class Llama:
-        def clear(self) -> None:
-            self.cleared = True
-
-        def read(self, ids: list[int], start: int, every: bool) -> np.ndarray:
-            assert (self.cleared, start, every) == (True, 0, True)
-            self.cleared = False
-            return np.array(ids, dtype=np.float32)[:, None] * np.arange(7, dtype=np.float32)
-
-    fake, path = Llama(), tmp_path / "logits"
-    for count in (3, 1, 2):
-        rows = torch.randint(100, (count, 5), generator=rng)
-        assert llama.write_logits(fake, rows.tolist(), str(path)) == {"vocab": 7}
-        got = np.fromfile(path, dtype=np.float32).reshape(count, 5, 7)
-        assert np.array_equal(got, rows.numpy()[:, :, None].astype(np.float32) * np.arange(7, dtype=np.float32))
-
-
-def test_twins_that_are_none(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_cannot_be_compared_are_refused(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
     assert pair.check()["steps"] == 1
     assert find_baseline(pair.ternary) == pair.baseline.resolve()
@@ -249,9 +41,9 @@ def test_twins_that_are_none(runs: Path, pair: Pair, monkeypatch: pytest.MonkeyP
     early = train(runs, "early", "--linear", "ternary", "--set", "train.float_share=1")
     with pytest.raises(BitNetError, match="in its quantisation warm-up, 0% quantised at step 1"):
         Pair(early, pair.baseline).check()
-    for twin, part in ((pair.ternary, "--linear float"), (longer, "steps trained 2, expected 1")):
+    for baseline, part in ((pair.ternary, "--linear float"), (longer, "steps trained 2, expected 1")):
         with pytest.raises(BitNetError, match=part):
-            Pair(pair.ternary, twin).check()
+            Pair(pair.ternary, baseline).check()
     with pytest.raises(BitNetError, match=r"tokenizer checksum|fingerprint of the training tokens"):
         Pair(pair.ternary, other).check()
     with pytest.raises(BitNetError, match="--baseline RUN"):
@@ -280,9 +72,6 @@ def test_windows_are_spread_and_whole(pair: Pair, tmp_path: Path) -> None:
     assert np.array_equal(targets[0], np.where(whole[1:33] == stream.bos_id, -100, whole[1:33]))
     with pytest.raises(BitNetError, match="a window of the context"):
         spread_windows(stream, len(stream), 1)
-
-
-# ---- the whole
 
 
 def run_compare(pair: Pair, folder: Path, *args: object) -> int:
@@ -333,7 +122,7 @@ def alive(process: str) -> bool:
         return False
 
 
-def test_the_last_words_of_llama_cpp_are_kept(tmp_path: Path) -> None:
+def test_the_last_line_of_llama_cpp_is_reported(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho noise >&2\necho 'got a bad file' >&2\nexit 3\n")
     python.chmod(0o755)
@@ -351,8 +140,8 @@ def test_what_a_build_of_llama_cpp_lacks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_whole_comparison(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows measured in processes of their own; the twin against itself is exact, and JSON is what is printed."""
+def test_a_complete_comparison(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows measured in processes of their own; the baseline against itself is exact, and JSON is what is printed."""
     methods = "fp32,gguf-q8_0,bitnet-b1.58,bitnet-1bit"
     target = tmp_path / "r.json"
     kept = tmp_path / "kept"
@@ -365,8 +154,8 @@ def test_a_whole_comparison(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == report
     rows = {row["method"]: row for row in report["results"]}
     assert rows["bitnet-1bit"]["status"] == "missing"
-    twin = rows["fp32"]
-    assert (twin["kl"], twin["top1"], twin["more_than_baseline"]) == (0, 1, 0)
+    baseline = rows["fp32"]
+    assert (baseline["kl"], baseline["top1"], baseline["more_than_baseline"]) == (0, 1, 0)
     measured = {name: row for name, row in rows.items() if row["status"] == "ok"}
     for name, row in measured.items():
         files = [path for path in (kept / name).iterdir() if path.is_file() and path.name.startswith("model")]
@@ -376,7 +165,7 @@ def test_a_whole_comparison(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
         assert row["decode_tokens_per_second"] > 0
         assert row["peak_bytes"] > row["runtime_bytes"] > 0
     assert rows["bitnet-b1.58"]["kl"] > 0
-    if "gguf-q8_0" in measured:  # llama.cpp runs the twin: nearly the same distribution
+    if "gguf-q8_0" in measured:  # llama.cpp runs the baseline: nearly the same distribution
         assert rows["gguf-q8_0"]["kl"] < 1e-3
     assert report["text"]["tokens"] <= 640
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
@@ -426,7 +215,7 @@ class FakeModel:
     ("score", "reference", "needed"),
     [(False, False, 4 * (128 * 0.1 + 64 * 0.5)), (True, False, 179.2 + 20 * 32 * 0.1), (True, True, 179.2 + 23 * 3.2)],
 )
-def test_a_model_too_slow_for_its_budget_is_found_out_by_a_short_call(
+def test_a_short_call_finds_a_model_too_slow_for_its_budget(
     score: bool, reference: bool, needed: float, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "compared.npy", np.arange(3))
@@ -478,7 +267,7 @@ def test_pictures_and_table_hold_every_method(tmp_path: Path, rng: torch.Generat
     for path in plot_comparison(report, tmp_path / "p.png"):
         assert path.stat().st_size > 10_000
     svg = (tmp_path / "p.svg").read_text()
-    assert svg.count(">bitnet-b1.58</text>") == 2  # one label a panel
+    assert svg.count(">bitnet-b1.58</text>") == 2  # one label per panel
     from rich.console import Console
 
     console = Console(width=240, record=True, file=io.StringIO())

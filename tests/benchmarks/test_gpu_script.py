@@ -78,7 +78,7 @@ def test_what_it_gives_to_python(tmp_path: Path) -> None:
     assert not Path(folder).exists()
 
 
-def test_a_dry_run_says_the_worst_case_first() -> None:
+def test_a_dry_run_prints_the_worst_case_first() -> None:
     done = called(sys.executable, "--dry-run")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if " at most " in f" {line}"]
@@ -89,7 +89,7 @@ def test_a_dry_run_says_the_worst_case_first() -> None:
     assert [line.partition(":")[0] for line in lines[1:]][:2] == ["tests", "machine"]
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_is_an_error() -> None:
     done = called(sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: got no CUDA device, expected an NVIDIA GPU; what would run: --dry-run"]
@@ -159,7 +159,7 @@ def test_a_second_call_runs_what_has_no_result(
     assert len(log.read_text().split()) == 4
 
 
-def test_figures_of_another_gpu_are_not_gone_on_with(
+def test_figures_of_another_gpu_are_discarded(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     log = tmp_path / "log"
