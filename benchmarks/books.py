@@ -1,9 +1,9 @@
-"""A real run on books: train, pack, and score the packed file on books it has never seen.
+"""A complete run on books: train, pack, and score the packed file on other books.
 
     python benchmarks/books.py --data TRAIN... --val-data VAL... --out RUN [--steps 1200] [--set KEY=VALUE ...]
 
-The same as `bitnet train`, `bitnet pack` and `bitnet eval` by hand; a run that was stopped goes on. The reported figure
-is the packed file's, beside the one that training measured. The last line is one JSON document.
+The same as `bitnet train`, `bitnet pack` and `bitnet eval`; a run that was stopped is resumed. Reported are the bits
+per byte of the packed file and those measured in training. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 from bitnet.benchmarks.bench import machine, table
 from bitnet.cli import guarded
 from bitnet.engine.sampling import Sampling
@@ -28,9 +27,8 @@ from bitnet.train.scoring import score_text
 PROMPT = "It was"
 
 
-def main() -> int:
-    """Train (or go on), pack, score, write a sample, print the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--linear", default="ternary")
     parser.add_argument("--data", nargs="+", required=True)
@@ -40,7 +38,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Train or resume, pack, score, write a sample, print the JSON line."""
+    options = parse()
     use_threads(options.threads, "--threads")
     here = machine.describe()
     flags = {

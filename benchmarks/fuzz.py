@@ -1,19 +1,19 @@
-"""Mutated inputs against every reader of files: nothing but our own error may come out.
+"""Mutated inputs against every reader of files: each must be read, or refused with our own error.
 
     python benchmarks/fuzz.py --inputs 1000000 --workers 2        (make fuzz)
 
-Small good files are mutated (fuzz_targets.py): GGUF with tensors of each type, safetensors, indexes of shards,
-config.json, both tokenizers, our packed file with its checksum put right, saves, and whole folders and GGUF models
-that go through `bitnet import` to a packed file. Counted, by reader: read, and refused with BitNetError. Anything else
-fails:
+Small valid files are mutated (fuzz_targets.py): GGUF with tensors of each type, safetensors, indexes of shards,
+config.json, both tokenizers, our packed file with a corrected checksum, saves, and complete folders and GGUF models
+that go through `bitnet import` to a packed file. Inputs that are read, and inputs that are refused with BitNetError,
+are counted by reader. These are failures:
 
-  another exception, or a death of the process
+  another exception, or the death of the process
   more than 5 seconds for an input: a hang
-  memory: 2 x the input + 64 MiB, held by the kernel as a limit on each process (Linux); and a few hundred inputs of
-  megabytes that are built to take memory (fuzz_memory.py), each measured
+  memory beyond 2 x the input + 64 MiB, which the kernel enforces on each process (Linux); in addition a few hundred
+  inputs of megabytes, built to take memory, are measured one by one (fuzz_memory.py)
 
-An input that fails is kept in build/fuzz; `--seed S --only I` gives it again. Exit code 1 for a failure; one JSON
-document as the last line.
+An input that fails is kept in build/fuzz; `--seed S --only I` makes it again. Exit code 1 for a failure; the last line
+of stdout is one JSON document.
 """
 
 import argparse
@@ -36,16 +36,17 @@ import torch
 from fuzz_memory import SIZES, measure
 from fuzz_targets import Target, make_targets
 
+from bitnet.benchmarks.children.child import memory
 from bitnet.errors import BitNetError
 
 HANG = 5.0  # seconds
-GROWTH = 64 << 20  # bytes, beside twice the input
-FAILURES = 20  # a worker stops there
-STATE = struct.Struct("<qd")  # number of the input at work, when it began
+GROWTH = 64 << 20  # bytes that an input may take beyond twice its size
+FAILURES = 20  # a worker stops after so many
+STATE = struct.Struct("<qd")  # number of the input a worker is reading, and when it began
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
@@ -64,8 +65,8 @@ def main() -> int:
     for report in reports:
         counts.update(report["counts"])
     failures = [failure for report in reports for failure in report["failures"]]
-    memory = measure(options.large)
-    failures += [row for row in memory["rows"] if row["failed"]]
+    large = measure(options.large)
+    failures += [row for row in large["rows"] if row["failed"]]
     total = {
         "benchmark": "fuzz",
         "inputs": sum(counts.values()),
@@ -74,8 +75,8 @@ def main() -> int:
         "workers": options.workers,
         "slowest_input_seconds": max(report["slowest"] for report in reports),
         "memory_growth_bytes": max(report["growth"] for report in reports),
-        "large_inputs": memory["inputs"],
-        "large_inputs_worst": memory["worst"],
+        "large_inputs": large["inputs"],
+        "large_inputs_worst": large["worst"],
         "failures": failures,
         "counts": dict(sorted(counts.items())),
     }
@@ -88,7 +89,7 @@ def main() -> int:
 
 
 def run_workers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start the workers and watch them: one that hangs is killed, one that dies is reported with its input."""
+    """Run the workers. One that hangs is killed; one that dies is reported with its input."""
     with tempfile.TemporaryDirectory() as name:
         workers = []
         # A panic of a Rust library would read 50 MB of symbols to show where it was.
@@ -131,7 +132,7 @@ def work(options: argparse.Namespace) -> int:
     with scratch() as name, options.state.open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
         targets = make_targets(Path(name))
         warm_up(targets)
-        before = peak_memory()
+        before = memory("VmHWM")
         limit_memory(max(len(seed) for target in targets for seed in target.seeds))
         schedule = make_schedule(targets)
         for number in range(options.worker, options.inputs, options.workers):
@@ -151,7 +152,7 @@ def work(options: argparse.Namespace) -> int:
             if len(failures) == FAILURES:
                 break
         state[:] = STATE.pack(-1, time.time())
-    growth = peak_memory() - before
+    growth = memory("VmHWM") - before
     if growth > GROWTH:
         failures.append({"input": -1, "what": f"memory grew by {growth:,} bytes"})
     print(json.dumps({"counts": counts, "failures": failures, "slowest": round(slowest, 3), "growth": growth}))
@@ -159,7 +160,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def only(seed: int, number: int) -> int:
-    """One input again."""
+    """Read one input again, here."""
     torch.set_num_threads(1)
     with scratch() as name:
         targets = make_targets(Path(name))
@@ -184,19 +185,19 @@ def make_schedule(targets: list[Target]) -> list[int]:
 
 
 def draw(targets: list[Target], schedule: list[int], seed: int, number: int) -> tuple[Target, bytes]:
-    """The input of that number: it depends on nothing else."""
+    """The input of a number; it depends on the seed and the number alone."""
     rng = random.Random(seed << 40 | number)
     target = targets[schedule[number % 100]]
     return target, target.mutate(rng.choice(target.seeds), rng)
 
 
 def attempt(target: Target, data: bytes) -> str:
-    """ "read", "refused", or what else came out."""
+    """ "read", "refused", or a description of the failure."""
     try:
         target.read(data)
     except BitNetError:
         return "refused"
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         traceback.print_exc()
@@ -205,19 +206,17 @@ def attempt(target: Target, data: bytes) -> str:
 
 
 def warm_up(targets: list[Target]) -> None:
-    """Every good file once: what memory reading takes."""
+    """Read every valid file once, so that later growth of memory comes from mutated ones."""
     for target in targets:
         for seed in target.seeds:
             target.read(seed)
 
 
 def limit_memory(largest: int) -> None:
-    """From now on an allocation beyond twice the largest input and 64 MiB fails."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    """From now on let allocations beyond twice the largest input and GROWTH fail; Linux only."""
+    if sys.platform != "linux":
         return
-    held = next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
-    limit = held + 2 * largest + GROWTH
+    limit = memory("VmData") + 2 * largest + GROWTH
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
@@ -227,11 +226,6 @@ def keep(target: Target, data: bytes, what: str, seed: int, number: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{seed}-{number}").write_bytes(data)
     print(f"{target.name}: input {number} of seed {seed}: {what}", file=sys.stderr)
-
-
-def peak_memory() -> int:
-    """Bytes this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

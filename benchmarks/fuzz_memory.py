@@ -1,6 +1,6 @@
-"""Files of megabytes that are built to take memory: each is read in a process of its own, whose peak is measured.
+"""Files of megabytes that are built to take memory; each is read in a separate process, whose peak is measured.
 
-The bar is 2 x the file + 64 MiB over what the process holds before.
+The limit is 2 x the file + 64 MiB above what the process held before.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet.benchmarks.children.child import memory, reset_peak
 from bitnet.errors import BitNetError
 from bitnet.files import json_file, safetensors_file
 from bitnet.files.gguf import file as gguf_file
@@ -46,21 +47,16 @@ def measure(sizes: Sequence[int] = SIZES) -> dict[str, Any]:
 
 
 def _child(read: Callable[[Path], object], path: Path, sender: Any) -> None:
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = memory("VmRSS")
+    reset_peak()
     try:
         read(path)
         outcome = "read"
     except BitNetError:
         outcome = "refused"
-    except BaseException as error:  # noqa: BLE001  # a panic of a Rust library is no Exception
+    except BaseException as error:  # noqa: BLE001  # a panic of a Rust library is not an Exception
         outcome = f"{type(error).__name__}: {error}"[:200]
-    sender.send((outcome, _resident("VmHWM") - before))
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+    sender.send((outcome, memory("VmHWM") - before))
 
 
 Case = tuple[str, Callable[[Path], object], Callable[[int], bytes]]

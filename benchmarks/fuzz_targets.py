@@ -1,4 +1,4 @@
-"""What `fuzz.py` mutates: small good files of every kind that is read, how they are changed, and who reads them."""
+"""What `fuzz.py` mutates: small valid files of every kind that we read, with their mutations and readers."""
 
 import io
 import json
@@ -43,7 +43,7 @@ Random = random.Random
 
 @dataclass(frozen=True)
 class Target:
-    """A reader and what it is given. `share`: of 100 inputs, so many."""
+    """A reader, its valid inputs, and how they are mutated. share: how many of 100 inputs it gets."""
 
     name: str
     share: int
@@ -53,7 +53,7 @@ class Target:
 
 
 def make_targets(folder: Path) -> list[Target]:
-    """All readers; `folder` is where those that read files get them."""
+    """All readers. folder: where inputs are written for readers of files."""
     tokenizer = train_sentencepiece(["ab abc abcd\n" * 50], 264)
     byte_level = make_byte_level()
     bitnet, llama = make_model(tokenizer, 256), make_model(byte_level, 64, sub_norms=False)
@@ -237,7 +237,7 @@ def packed_target(folder: Path, bitnet: TrainedSource, llama: TrainedSource) -> 
 
 
 def sealed(data: bytes, rng: Random) -> bytes:
-    """The same file with the right checksum in most cases, or nothing would get behind it."""
+    """The mutated file, usually with a corrected checksum: otherwise no mutation would get past the check."""
     found = re.search(rb'"sha256":"([0-9a-f]{64})"', data[: 1 << 16])
     if rng.random() < 0.2 or not found:
         return data
@@ -257,13 +257,13 @@ def sealed(data: bytes, rng: Random) -> bytes:
 
 
 def folder_targets(folder: Path, bitnet: TrainedSource, llama: TrainedSource) -> list[Target]:
-    """A whole folder of Hugging Face's, one of its files mutated, the way of `bitnet import` to a packed file."""
+    """A Hugging Face folder with one of its files mutated, imported to a packed file as `bitnet import` does."""
     targets = []
     for label, source, packed in (("bitnet", bitnet, True), ("llama", llama, False)):
         hf = export_hf(source, folder / label, packed=packed)
         names = sorted(path.name for path in hf.iterdir())
         contents = [(hf / name).read_bytes() for name in names]
-        # The number of the mutated file travels in the first byte.
+        # The first byte is the number of the mutated file.
         seeds = [bytes([i]) + content for i, content in enumerate(contents)]
 
         def mutate(seed: bytes, rng: Random, names: list[str] = names) -> bytes:
@@ -298,7 +298,7 @@ def save_target(folder: Path) -> Target:
 
 
 def text_of(data: bytes) -> str:
-    """UTF-8, refused as the folder's reader refuses it."""
+    """Decoded UTF-8; invalid bytes are refused as the folder's reader refuses them."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -322,14 +322,14 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?|true|false|null|[{}\[\],
 
 @cache
 def spans(text: bytes) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where the tokens of a JSON text are, and where the values among them."""
+    """The positions of the tokens of a JSON text, and of the values among them."""
     found = [match.span() for match in TOKEN.finditer(text)]
     values = [(start, end) for start, end in found if text[start] not in b"{}[],:" and text[end : end + 1] != b":"]
     return found, values or found
 
 
 def mutate_json(seed: bytes, rng: Random) -> bytes:
-    """One to three values replaced, or tokens of any kind doubled, moved or left out; now and then bytes instead."""
+    """One to three values replaced, or tokens of any kind doubled, moved or dropped; sometimes bytes instead."""
     if rng.random() < 0.1:
         return mutate_bytes(seed, rng)
     tokens, values = spans(seed)
@@ -345,7 +345,7 @@ def mutate_json(seed: bytes, rng: Random) -> bytes:
         elif change == 1:
             other = found[rng.randrange(len(found))]
             data[start:end] = seed[other[0] : other[1]]
-        else:  # a whole stretch: a pair of name and value, say
+        else:  # a range of tokens, such as a name with its value
             last = found[min(place + rng.choice((0, 3, 4, 8)), len(found) - 1)][1]
             data[start : min(last, stop)] = seed[start:last] * rng.choice((0, 2, 2))
         stop = start

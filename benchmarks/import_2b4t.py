@@ -1,12 +1,12 @@
-"""The shape of microsoft/bitnet-b1.58-2B-4T end to end: its exact layout with random weights, imported and run.
+"""Import and run a model in the exact layout of microsoft/bitnet-b1.58-2B-4T, with random weights.
 
     python benchmarks/import_2b4t.py --folder build/2b4t
 
-Writes the folder as published (packed in the multiply convention, bf16 embedding, norms and scales, a byte-level BPE of
-128,256 ids in LLaMA-3's manner), then runs `bitnet import`, `inspect` and `generate` (C++ engine) on it, each in a
-process of its own whose peak memory is taken; pages of mapped files count. Import streams: its peak should be that of
-Python, torch and the largest tensor (the embedding, 657 MB). Every code and scale of the imported file is then held
-against what was written. The files are removed at the end (--keep leaves them).
+Writes the folder as published (packed in the multiply convention; bf16 embedding, norms and scales; a byte-level BPE
+of 128,256 ids like LLaMA-3's), then runs `bitnet import`, `inspect` and `generate` (C++ engine) on it, each in a
+separate process whose peak memory is measured, pages of mapped files included. Import streams: its peak should be
+that of Python, torch and the largest tensor (the embedding, 657 MB). Every code and scale of the imported file is
+compared with what was written. The files are deleted at the end, unless --keep is given.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BOS, EOS, EOT = 128_000, 128_001, 128_009
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="Needs 2.5 GB.")
     parser.add_argument("--keep", action="store_true", help="Leave the files there.")
     options = parser.parse_args()
@@ -113,6 +113,11 @@ def write(folder: Path) -> None:
                 writer.write(name, torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator))
         writer.finish()
     write_tokenizer(folder)
+    write_config(folder)
+
+
+def write_config(folder: Path) -> None:
+    """config.json and generation_config.json as published."""
     values = {
         "architectures": ["BitNetForCausalLM"],
         "model_type": "bitnet",

@@ -1,18 +1,18 @@
-"""A trained model through every export, against the tools themselves: do transformers and llama.cpp compute the same?
+"""Whether transformers and llama.cpp compute the same as we do, for a trained model in every export format.
 
     python benchmarks/interop.py --run RUN --text heldout.txt --lines latin.txt other-script.txt
 
-RUN holds a model that exports everywhere (--preset nano-portable). Logits are taken on held-out text, 125 positions a
-window behind a BOS; per layer, every projection of transformers' model and of ours gets the same input.
+RUN holds a model that can be exported to all formats (--preset nano-portable). Logits are taken on windows of 125
+positions of held-out text, each after a BOS; every projection of transformers' model and of ours gets the same input.
 
   hf, hf-packed    transformers in fp32 against our fp32 model: largest difference of a layer, KL, top-1
   f32, f16         llama.cpp computes in float: compared with the same ternary weights without int8 activations
-  tq2_0, tq1_0     llama.cpp rounds activations in blocks of 256, we by token: KL and top-1 against our engine
+  tq2_0, tq1_0     llama.cpp quantises activations in blocks of 256, we per token: KL and top-1 against our engine
   moved by ...     why the last two differ: our forward pass with one of llama.cpp's roundings at a time, against our
-                   engine (rounding.py), and llama.cpp against the pass that has them all
+                   engine (rounding.py), and llama.cpp against the pass with all of them
 
 "gap" is the largest difference of probability, in our model, between the two tokens where the best one differs; "error"
-the standard error of the top-1 share. Prints a table, and one JSON document as the last line.
+is the standard error of the top-1 share. Prints a table, and one JSON document as the last line of stdout.
 """
 
 import argparse
@@ -44,7 +44,7 @@ WINDOW = 125  # positions, BOS among them
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--lines", type=Path, nargs="+", default=[])
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def windows(tokenizer: Tokenizer, text: str, count: int) -> Tensor:
-    """Ids [count, WINDOW] from places spread over the text, each behind a BOS."""
+    """Ids [count, WINDOW] from places spread over the text, each after a BOS."""
     ids = tokenizer.encode(text)
     step = (len(ids) - WINDOW) // count
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -95,24 +95,24 @@ def windows(tokenizer: Tokenizer, text: str, count: int) -> Tensor:
 
 
 def pick(path: Path, count: int) -> list[str]:
-    """`count` lines spread over a file, empty ones left out."""
+    """`count` lines spread over a file, without empty ones."""
     lines = [line for line in path.read_text(encoding="utf-8", errors="ignore").splitlines() if line.strip()]
     return [lines[i * len(lines) // count] for i in range(count)]
 
 
 def as_float(model: Transformer) -> Transformer:
     """The same ternary weights without int8 activations."""
-    twin = Transformer(model.config.replace(linear="float"))
+    baseline = Transformer(model.config.replace(linear="float"))
     state, source = model.state_dict(), TrainedSource(model, None, {})
     for name in projections(model.config):
         codes, scale = source.codes(name)
         state[f"{name}.weight"] = codes * scale
-    twin.load_state_dict(state)
-    return twin
+    baseline.load_state_dict(state)
+    return baseline
 
 
 def compared(expected: Tensor, got: Tensor) -> dict[str, float]:
-    """Both [..., V]: relative error, mean and largest KL in nats, share of equal top-1 and what separates the rest."""
+    """Relative error, mean and largest KL in nats, top-1 agreement with its error, and the gap. Both: [..., V]."""
     p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     best, other = p.max(-1), q.argmax(-1, keepdim=True)
@@ -129,14 +129,14 @@ def compared(expected: Tensor, got: Tensor) -> dict[str, float]:
 
 
 def reasons(source: TrainedSource, ids: Tensor, ours: Tensor, theirs: Tensor) -> dict[str, dict[str, float]]:
-    """How far each of llama.cpp's roundings moves our model, and how far llama.cpp is from all of them together."""
+    """How much each of llama.cpp's roundings changes our model, and how far llama.cpp is from all of them together."""
     half = rounding.half
     changes: dict[str, dict[str, Any]] = {
         "the order of sums": {},
         "keys and values in fp16": {"cache": half},
         "scales in fp16": {"scales": half},
         "activations in blocks": {"activations": rounding.by_block},
-        "activations not rounded": {"activations": rounding.as_it_is},
+        "activations not rounded": {"activations": rounding.exact},
         "all": {"activations": rounding.by_block, "cache": half, "scales": half, "head": half},
     }
     results = {}
@@ -168,7 +168,7 @@ def against_transformers(
 
 
 def from_llama_cpp(path: Path, tokenizer: Tokenizer, ids: Tensor, lines: list[str]) -> tuple[Tensor, float]:
-    """Logits [..., V], and the share of lines that it cuts into the same tokens."""
+    """Logits [..., V], and the share of lines that llama.cpp tokenizes as we do."""
 
     class Model(llama.LlamaModel):  # type: ignore[misc]
         n_vocab = tokenizer.vocab_size  # the wheel's get_logits_ith asks the model for it

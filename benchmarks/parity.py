@@ -1,11 +1,11 @@
-"""Does packing keep the model? The training forward pass in fp32 against the packed engine, on real text.
+"""Whether packing preserves the model: the training forward pass in fp32 against the packed engine, on real text.
 
     python benchmarks/parity.py RUN --data TEXT... [--tokens 4096]
 
-Compared on the newest save of a run: the int32 sums of every product (equal or not), the output of every block
-(largest relative difference), and the distributions over the next token (KL divergence, top-1 agreement). The packed
-file is written to a temporary folder first. The last line is one JSON document; the exit code is 1 if a bound of the
-contract is broken: sums equal, blocks to 1e-6, KL to 1e-5.
+Compares, for the newest save of a run, the int32 sums of every product, the output of every block (largest relative
+difference), and the distributions over the next token (KL divergence, top-1 agreement). The packed file is written to a
+temporary folder. The last line of stdout is one JSON document; the exit code is 1 where a bound of the contract is
+broken: equal sums, blocks to 1e-6, KL to 1e-5.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
 from bitnet.benchmarks.bench import machine
 from bitnet.engine.load import load
 from bitnet.engine.torch import TorchEngine
@@ -63,7 +62,7 @@ def compare(trained: TorchEngine, packed: TorchEngine, ids: Tensor) -> dict[str,
     """The figures of one batch of windows [B, T]."""
     sums, outputs, logits = observe(trained, ids)
     packed_sums, packed_outputs, packed_logits = observe(packed, ids)
-    # Training multiplies q, k, v (and gate, up) in one product; the engine one after the other.
+    # Training computes q, k, v (and gate, up) in one product; the engine computes them one after the other.
     joined, theirs = torch.cat([s.flatten(0, -2).T for s in sums]), torch.cat([s.T for s in packed_sums])
     log_p, log_q = logits.double().log_softmax(-1), packed_logits.double().log_softmax(-1)
     return {
@@ -80,7 +79,7 @@ def compare(trained: TorchEngine, packed: TorchEngine, ids: Tensor) -> dict[str,
 
 def main() -> int:
     """Compare window by window and print the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--data", nargs="+", required=True, help="text to compare on")
     parser.add_argument("--tokens", type=int, default=4096)

@@ -1,26 +1,25 @@
-"""Is it slower than it was? Two results of `bitnet bench -o json` compared: python benchmarks/regress.py OLD NEW
+"""Whether a new result of `bitnet bench -o json` is slower than an old one: python benchmarks/regress.py OLD NEW
 
-A script that measures nothing, not an option of the verb: it compares two documents, so that the same pair gives the
-same answer anywhere, and what it guards is this repository's business, not a user's.
+It measures nothing: the same two files give the same answer on any machine.
 
-Absolute times differ between machines and between days on one, so each row is compared by a ratio that both runs share:
+Absolute times differ between machines and between days, so each row is compared by a ratio that both runs have:
 
-    reference    t/s over t/s of the first contender that is not ours (--reference picks another), same test, same run
-    machine      t/s over what the machine did in that run, where there is no reference in both: the read bandwidth, or
-                 the peak of products, whichever bounds the row. Our own bytes and multiply-adds are no part of it: an
-                 engine that reads more than it did is slower
-    absolute     t/s, where there is neither and both runs come from the same CPU
+    reference    t/s over the t/s of the first contender that is not ours (--reference picks another), same test and run
+    machine      without a reference in both runs: t/s over what the machine did in that run, the read bandwidth or the
+                 peak of products, whichever bounds the row. Our own bytes and multiply-adds do not enter: an engine
+                 that reads more than before is slower
+    absolute     with neither: t/s, where both runs come from the same CPU
 
 A row is slower when the new ratio over the old one is below 1 - max(FLOOR, 3 sigma). sigma is the standard error of
-that quotient: of each median 1.25 s / sqrt(n) from its own run's spread, and of what the machine did where that is
-compared by. FLOOR is what runs of one build differ by beyond their own spread: caches, pages and neighbours that stay
-for a whole run.
+that quotient: that of each median, 1.25 s / sqrt(n) with the spread s of its own run, and that of the machine's rate
+where it is used. FLOOR is how much runs of one build differ beyond their own spread: caches, pages, and neighbours that
+stay for a complete run.
 
-A bound below 1 - TOO_NOISY says nothing: such a row is called noisy, and so is one of fewer than LEAST samples, whose
-spread nobody knows.
+A row is called noisy where its bound is below 1 - TOO_NOISY, and where it has fewer than LEAST samples, whose spread is
+unknown.
 
-Exit code: 0, 1 with the table if a row is slower or is not in the new run any more, 2 for files that cannot be compared
-or hold nothing but noise.
+Exit code: 0; 1 if a row is slower or is missing from the new run; 2 for files that cannot be compared, or where all
+rows are noisy.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from bitnet.errors import BitNetError
 
 FLOOR = 0.05
 TOO_NOISY = 0.30
-LEAST = 3  # samples of a row, for a spread
+LEAST = 3  # samples of a row for its spread to be known
 _SIGMAS = 3.0
 _MEDIAN = 1.25  # a median's standard error over a mean's, for normal noise
 Row = dict[str, Any]
@@ -62,7 +61,7 @@ class Verdict:
 
     @property
     def noisy(self) -> bool:
-        """Whether only a disaster would show."""
+        """Whether the bound is too low to detect anything but a large change."""
         return self.bound < 1 - TOO_NOISY
 
 
@@ -70,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
     """A bench document. Raises BitNetError for anything else."""
     try:
         document = stored(path.read_text(encoding="utf-8"))
-        rows = document["results"] = measured(document["results"])  # what was left out compares with nothing
+        rows = document["results"] = measured(document["results"])  # rows that were left out have no figures to compare
         if document["benchmark"] != "bench" or not rows:
             raise BitNetError(
                 f"{path}: got a result of '{document['benchmark']}', expected one of bitnet bench -o json"
@@ -83,20 +82,20 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def key(row: Row) -> Key:
-    """What makes a row the same measurement in another run."""
+    """Identifies the same measurement in another run."""
     device = row.get("device", "cpu")
     backend = row["backend"] if device == "cpu" else f"{row['backend']} on {device}"
     return row["model"], backend, row["threads"], row["test"]
 
 
 def noise(row: Row) -> float:
-    """Standard error of a row's median, relative to it; infinite for too few samples."""
+    """Standard error of a row's median, relative to the median; infinite for too few samples."""
     count = len(row["samples_ts"])
     return _MEDIAN * row["stddev_ts"] / row["median_ts"] / math.sqrt(count) if count >= LEAST else math.inf
 
 
 def allowed(document: dict[str, Any], row: Row) -> tuple[str, float, float] | None:
-    """What bounds a row, how fast the machine did that in the row's run, and the relative standard error of it."""
+    """What bounds a row, the rate at which the machine did that in its run, and that rate's relative standard error."""
     by = row["limit_by"]
     if by is None:
         return None
@@ -118,7 +117,7 @@ def allowed(document: dict[str, Any], row: Row) -> tuple[str, float, float] | No
 
 
 def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | None:
-    """The row of another contender in the same test of the same run; never one of ours by default."""
+    """The row of another contender in the same test of the same run; by default the first that is not ours."""
     for other in document["results"]:
         same = key(other | {"backend": ""}) == key(row | {"backend": ""})  # of one device
         if same and other["backend"] != row["backend"] and (other["backend"] == name if name else not other["ours"]):
@@ -127,7 +126,7 @@ def reference_of(document: dict[str, Any], row: Row, name: str | None) -> Row | 
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], floor: float, reference: str | None = None) -> list[Verdict]:
-    """All rows of ours that are in both runs. Raises BitNetError where there is none, or no ratio to compare by."""
+    """Compare our rows that are in both runs. Raises BitNetError where there is none, or no common ratio."""
     before = {key(row): row for row in old["results"]}
     found = [
         _verdict(old, new, before[key(row)], row, floor, reference)
@@ -148,7 +147,7 @@ def _verdict(
     other = reference_of(old, before, name)
     again = next((row for row in new["results"] if other and key(row) == key(other)), None)
     rows = [before, after]
-    machines: list[float] = []  # relative errors of what the machine did
+    machines: list[float] = []  # relative errors of the machine's rates
     if other and again:
         by, values = (
             other["backend"],
@@ -162,7 +161,7 @@ def _verdict(
         by, values = "t/s", (before["median_ts"], after["median_ts"])
     else:
         raise BitNetError(
-            f"regress: {' '.join(map(str, key(after)))}: got two machines and nothing to compare by, expected a "
+            f"regress: {' '.join(map(str, key(after)))}: got two machines and no common ratio, expected a "
             "reference contender in both runs (--against torch-bf16) or a known limit"
         )
     sigma = math.sqrt(sum(error**2 for error in [*map(noise, rows), *machines]))
@@ -170,13 +169,13 @@ def _verdict(
 
 
 def missing(old: dict[str, Any], new: dict[str, Any]) -> list[Key]:
-    """Rows of ours that the new run no longer has."""
+    """Our rows that the new run no longer has."""
     there = {key(row) for row in new["results"]}
     return [key(row) for row in old["results"] if row["ours"] and key(row) not in there]
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """The comparison for a person, the worst first."""
+    """The comparison as a Markdown table, the worst first."""
     header = ("model", "backend", "threads", "test", "compared by", "old", "new", "change", "bound", "verdict")
     rows = [
         (

@@ -1,12 +1,12 @@
-"""What a run survives, counted: kill -9 at random moments, a full disk, a folder that is read-only, two writers.
+"""What a training run survives: kill -9 at random moments, a full disk, a read-only folder, a second writer.
 
     make reliability                      # KILLS=200; a few minutes on two cores
     python benchmarks/reliability.py --kills 20
 
 Killed runs are started again until they finish, and must then equal a run that was never killed, to the last bit.
-After every kill each finished save must verify, and no more than one save interval may be gone; two where saves are
-written in the background. The last line is one JSON document. Exit code 1 when anything of that did not hold, or when
-there was no time for all kills (--minutes).
+After every kill each finished save must verify, and no more than one save interval may be lost; two where saves are
+written in the background. The last line of stdout is one JSON document. Exit code 1 where a requirement failed, or
+where the time (--minutes) was too short for all kills.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHAPE = "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_h
 
 
 def serve() -> None:
-    """Fork a process for each request: it starts at once, for all modules are loaded."""
+    """Fork a process for each request: it starts at once, because all modules are loaded already."""
     import faulthandler
     import resource
 
@@ -46,8 +46,8 @@ def serve() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            faulthandler.dump_traceback_later(240, exit=True)  # a run takes seconds: one that hangs shall say where
-            if limit := request.get("limit"):  # bytes a file may have: what lies beyond fails as on a full disk
+            faulthandler.dump_traceback_later(240, exit=True)  # a run takes seconds: this shows where one hangs
+            if limit := request.get("limit"):  # bytes that a file may have: longer writes fail as on a full disk
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             if request.get("as_owner"):
@@ -58,7 +58,7 @@ def serve() -> None:
 
 
 def obey_permissions() -> None:
-    """Give up root's right to write where nobody may (CAP_DAC_OVERRIDE); Linux, and nothing to do for others."""
+    """Give up root's right to ignore permissions (CAP_DAC_OVERRIDE); Linux only. Other users do not have it."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -71,7 +71,7 @@ def obey_permissions() -> None:
 
 
 class Trainer:
-    """Starts `bitnet train` on one folder, over and over."""
+    """Starts `bitnet train` on a folder, repeatedly."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.log = work, work / "log"
@@ -87,7 +87,7 @@ class Trainer:
         )
 
     def start(self, out: Path, settings: tuple[str, ...] = (), **how: Any) -> int:
-        """Returns the process id; it is a child of the server, which never waits for it: its id stays taken."""
+        """Start a run. Returns the id of its process; its parent never waits for it, so the id stays valid."""
         sets = [f"model.{setting}" for setting in (*SHAPE.split(), "max_position_embeddings=32")]
         sets += [f"train.save_every={INTERVAL}", "train.eval_every=7", "train.batch_size=4", *settings]
         flags = f"--data {self.work / 'toy.txt'} --out {out} --steps {STEPS} --tokenizer char --dtype fp32 -q"
@@ -99,7 +99,7 @@ class Trainer:
         return int(self._server.stdout.readline())
 
     def wait(self, pid: int, seconds: float = 300) -> int | None:
-        """The exit code, negative for a signal; None when it still runs after so long."""
+        """The exit code, negative for a signal; None where it still runs after so many seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -123,9 +123,9 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in Run(out).metrics() if "loss" in row]
 
 
-_LOST, _LOST_BEHIND = "more than an interval lost", "saved in the background: more than two intervals lost"
-_BAD = ("damaged saves", _LOST, _LOST_BEHIND, "saves before it lost", "half a save left behind")
-_REFUSED = ("tries", "ended with one line and code 2", "equal after going on")
+_LOST, _LOST_IN_BACKGROUND = "more than an interval lost", "saved in the background: more than two intervals lost"
+_BAD = ("damaged saves", _LOST, _LOST_IN_BACKGROUND, "earlier saves lost", "unfinished saves left")
+_REFUSED = ("tries", "ended with one line and code 2", "equal after resuming")
 _EQUAL = {  # what must have been counted as often as the first of them
     "kill -9": ("runs that finished", "runs equal to the one never killed"),
     "full disk": _REFUSED,
@@ -135,7 +135,7 @@ _EQUAL = {  # what must have been counted as often as the first of them
 
 
 def failures(parts: dict[str, Counter[str]], kills: int) -> list[str]:
-    """What did not hold, in words."""
+    """The requirements that failed, in words."""
     found = []
     for name, counts in parts.items():
         total, *others = _EQUAL[name]
@@ -162,6 +162,18 @@ def check_saves(out: Path, counts: Counter[str]) -> int:
     return newest
 
 
+def count_lost(out: Path, settings: tuple[str, ...], counts: Counter[str]) -> None:
+    """Verify the saves of a killed run, and count whether it lost more steps than it may."""
+    newest = check_saves(out, counts)
+    done = max((row[0] for row in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
+    if settings:  # the kill loses a save that is being written in the background, and the next one has not begun
+        counts["saved in the background: kills"] += 1
+        counts["saved in the background: more than one interval lost"] += done > newest + INTERVAL
+        counts[_LOST_IN_BACKGROUND] += done > newest + 2 * INTERVAL
+    else:
+        counts[_LOST] += done > newest + INTERVAL
+
+
 def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Counter[str]:
     """Kill runs at random moments until `kills` are counted, half of them with saves written in the background."""
     counts: Counter[str] = Counter()
@@ -169,7 +181,7 @@ def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Cou
         settings = ("train.async_save=true",) if number % 2 else ()
         if number < 2:
             began = time.monotonic()
-            trainer.finish(work / "straight")  # one for all: how saves are written changes no figure
+            trainer.finish(work / "straight")  # one for both ways of saving, which change no figure
             whole = max(0.3, time.monotonic() - began)
             if number == 0:
                 shutil.rmtree(work / "straight")
@@ -190,14 +202,7 @@ def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Cou
             counts["kills"] += 1
             counts["kills while a save was being written"] += saving
             patience += 0.05
-            newest = check_saves(out, counts)
-            done = max((row[0] for row in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
-            if settings:  # a save being written is lost with the kill, and the next one has then not begun either
-                counts["saved in the background: kills"] += 1
-                counts["saved in the background: more than one interval lost"] += done > newest + INTERVAL
-                counts[_LOST_BEHIND] += done > newest + 2 * INTERVAL
-            else:
-                counts[_LOST] += done > newest + INTERVAL
+            count_lost(out, settings, counts)
         counts["runs that finished"] += 1
         counts["runs equal to the one never killed"] += same(work / "straight", out)
         shutil.rmtree(out)
@@ -207,7 +212,7 @@ def kill_often(trainer: Trainer, work: Path, kills: int, deadline: float) -> Cou
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether losses, weights and optimiser are equal to the last bit."""
+    """Whether losses, weights and optimiser state are equal to the last bit."""
     import torch
 
     from bitnet.files.checkpoint import latest_save
@@ -223,19 +228,19 @@ def same(a: Path, b: Path) -> bool:
 
 
 def refused(trainer: Trainer, out: Path, counts: Counter[str], **how: Any) -> None:
-    """A start that cannot write: one line, exit code 2, no save touched; and then the run goes on."""
+    """Start a run that cannot write: it must end with one line and exit code 2, and leave the saves as they are."""
     before = check_saves(out, counts)
     code = trainer.wait(trainer.start(out, **how))
     lines = [line for line in trainer.log.read_text().splitlines() if "error:" in line or "Traceback" in line]
     counts["tries"] += 1
     counts["ended with one line and code 2"] += code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
     after = check_saves(out, counts)
-    counts["saves before it lost"] += after < before
-    counts["half a save left behind"] += any(path.suffix == ".tmp" for path in (out / "saves").glob("*"))
+    counts["earlier saves lost"] += after < before
+    counts["unfinished saves left"] += any(path.suffix == ".tmp" for path in (out / "saves").glob("*"))
 
 
 def half_done(trainer: Trainer, out: Path) -> None:
-    """A run with a few saves in it."""
+    """Make an unfinished run with a few saves."""
     pid = trainer.start(out)
     while trainer.wait(pid, 0.05) is None and len(list((out / "saves").glob("step-????????"))) < 2:
         pass
@@ -244,7 +249,7 @@ def half_done(trainer: Trainer, out: Path) -> None:
 
 
 def full_disk(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
-    """Files may not grow beyond a size: with each try another write of a save is the one that fails."""
+    """Files cannot grow beyond a random size: in each try another write of a save fails."""
     counts: Counter[str] = Counter()
     for number in range(tries):
         out = work / f"full-{number}"
@@ -252,12 +257,12 @@ def full_disk(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
         sizes = sorted(path.stat().st_size for path in (out / "saves").glob("*/*.safetensors"))
         refused(trainer, out, counts, limit=random.randrange(20_000, sizes[-1]))
         trainer.finish(out)
-        counts["equal after going on"] += same(work / "straight", out)
+        counts["equal after resuming"] += same(work / "straight", out)
     return counts
 
 
 def read_only(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
-    """Nothing in the folder may be written."""
+    """Nothing in the folder can be written."""
     counts: Counter[str] = Counter()
     for number in range(tries):
         out = work / f"read-only-{number}"
@@ -271,12 +276,12 @@ def read_only(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
             if path.exists():
                 path.chmod(mode)
         trainer.finish(out)
-        counts["equal after going on"] += same(work / "straight", out)
+        counts["equal after resuming"] += same(work / "straight", out)
     return counts
 
 
 def two_writers(trainer: Trainer, work: Path, tries: int) -> Counter[str]:
-    """A second start while the first one trains."""
+    """A second run is started on a folder while the first one trains."""
     counts: Counter[str] = Counter()
     for number in range(tries):
         out = work / f"two-{number}"
@@ -306,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--tries", type=int, default=5, help="of each of the other three")
-    parser.add_argument("--minutes", type=float, default=8, help="kill no more after so long")
+    parser.add_argument("--minutes", type=float, default=8, help="stop killing after so many minutes")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

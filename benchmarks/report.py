@@ -1,10 +1,15 @@
 """Stored results as one page: python benchmarks/report.py [RESULTS] [-o FOLDER]
 
-Reads every JSON file of benchmarks/results (or another folder) and writes report.md and report.html, with pictures
-beside them: what was measured, on which machine, with which versions and command; the newest day first, and of a day
-what `bitnet compare` and `bitnet bench` gave. Those get their own tables, and a bench its roofline and comparison; any
-other file gets tables of its figures. All get the pictures beside them under their names (2026-11-21-compare.json:
-2026-11-21-compare*.svg or .png).
+Reads every JSON file of benchmarks/results (or another folder) and writes report.md and report.html: what was measured,
+on which machine, with which versions and command; the newest day first, and within a day `bitnet compare`, `sweep` and
+`bench` first. Results of these verbs get their own tables and pictures, drawn here from the JSON:
+
+    NAME.json of bench      NAME-roofline.svg, NAME-comparison.svg
+    NAME.json of compare    NAME.svg
+    NAME.json of sweep      NAME-points.svg; NAME-curves.svg where it has curves; NAME-scaling.svg for several sizes
+
+Any other file gets tables of its figures. Pictures in the folder of the results that are named after a file and not
+drawn here (NAME*.svg or NAME*.png) are copied.
 """
 
 import argparse
@@ -18,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.benchmarks.bench import plot, table
-from bitnet.benchmarks.compare import table as comparison
-from bitnet.benchmarks.sweep.summary import summarized_anew
+from bitnet.benchmarks.compare import plot as compare_plot
+from bitnet.benchmarks.compare import table as compare_table
+from bitnet.benchmarks.sweep import plot as sweep_plot
+from bitnet.benchmarks.sweep.summary import summarize_again
 from bitnet.benchmarks.sweep.table import sweep_cells, tuned_gaps
 from bitnet.errors import BitNetError
+from bitnet.plotting import save
 
 RESULTS = Path(__file__).with_name("results")
-_LONG = 60  # characters of a cell, past which a value is cut: the file has it whole
-_WIDE = 12  # columns, past which a single row is written downwards
-_FIRST = ("compare", "sweep", "bench")  # of a day
+_LONG = 60  # characters of a cell; longer values are cut here and complete in the file
+_WIDE = 12  # columns; a wider table of a single row is turned by 90 degrees
+_FIRST = ("compare", "sweep", "bench")  # the order within a day
 
 
 @dataclass(frozen=True)
@@ -59,18 +67,18 @@ class Picture:
     text: str
 
 
-Part = Contents | Heading | Line | Grid | Picture
+Block = Contents | Heading | Line | Grid | Picture
 
 
 def read(folder: Path) -> dict[Path, dict[str, Any]]:
-    """All results of a folder in the page's order. Raises BitNetError for none and for a file that is no JSON."""
+    """All results of a folder in the page's order. Raises BitNetError where there is none, and for invalid JSON."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
             found[path] = table.stored(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise BitNetError(
-                f"report: {path.name}: got no JSON ({error}), expected a result; remove or mend it"
+                f"report: {path.name}: got no JSON ({error}), expected a result; remove or repair it"
             ) from None
     if not found:
         raise BitNetError(f"report: got no JSON file in '{folder}', expected results; see benchmarks/")
@@ -81,8 +89,8 @@ def read(folder: Path) -> dict[Path, dict[str, Any]]:
     }
 
 
-def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
-    """One result: what it is, its tables and its pictures, which are written to `out`."""
+def blocks(path: Path, document: dict[str, Any], out: Path) -> Iterator[Block]:
+    """One result: its heading, tables and pictures. The pictures are written to `out`."""
     yield Heading(path.stem)
     if command := document.get("command"):
         yield Line(" ".join(command) if isinstance(command, list) else str(command), code=True)
@@ -90,21 +98,23 @@ def parts(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
         case "bench":
             yield from _bench(path, document, out)
         case "compare":
-            yield from _compare(document)
+            yield from _compare(path, document, out)
         case "sweep":
-            yield from _sweep(document)
+            yield from _sweep(path, document, out)
         case _:
             if machine := document.get("machine"):
                 yield Line(machine if isinstance(machine, str) else table.machine_line(machine))
             yield from _figures(document)
-    for picture in _pictures(path):
+    for picture in _stored_pictures(path, document):
         if picture.resolve() != (out / picture.name).resolve():
             shutil.copyfile(picture, out / picture.name)
         yield Picture(Path(picture.name), picture.stem)
 
 
-def _pictures(path: Path) -> list[Path]:
-    """The pictures of a document: those named after it and after no other document; of two formats the drawing."""
+def _stored_pictures(path: Path, document: dict[str, Any]) -> list[Path]:
+    """Pictures named after a document and after no other; SVG where both formats exist; none that is drawn here."""
+    if document.get("benchmark") in _FIRST:
+        return []
     others = [other.stem for other in path.parent.glob(f"{path.stem}*.json") if other != path]
     found = {
         picture.stem: picture
@@ -115,7 +125,7 @@ def _pictures(path: Path) -> list[Path]:
     return [found[stem] for stem in sorted(found)]
 
 
-def _bench(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
+def _bench(path: Path, document: dict[str, Any], out: Path) -> Iterator[Block]:
     header, rows = table.cells(document["results"])
     yield Grid(tuple(header), [tuple(row) for row in rows])
     yield from (Line(note) for note in table.notes(document))
@@ -123,25 +133,37 @@ def _bench(path: Path, document: dict[str, Any], out: Path) -> Iterator[Part]:
         yield Picture(Path(picture.name), picture.stem)
 
 
-def _compare(document: dict[str, Any]) -> Iterator[Part]:
-    yield from (Line(line) for line in comparison.head(document))
-    yield Grid(comparison.COLUMNS, [comparison.cells(row) for row in document["results"] if row["status"] == "ok"])
+def _drawn(figure: Any, name: str, out: Path) -> Picture:
+    """Write a figure as NAME.svg into `out`."""
+    (path,) = save(figure, out / f"{name}.svg")
+    return Picture(Path(path.name), name)
+
+
+def _compare(path: Path, stored: dict[str, Any], out: Path) -> Iterator[Block]:
+    document = compare_table.with_current_keys(stored)
+    yield from (Line(line) for line in compare_table.head(document))
+    measured = [row for row in document["results"] if row["status"] == "ok"]
+    yield Grid(compare_table.COLUMNS, [compare_table.cells(row) for row in measured])
     if rest := [row for row in document["results"] if row["status"] != "ok"]:
         yield Line("not measured")
         yield Grid(("method", "why"), [(row["title"], row["note"]) for row in rest])
+    if measured:
+        yield _drawn(compare_plot.comparison(document), path.stem, out)
 
 
-def _sweep(document: dict[str, Any]) -> Iterator[Part]:
+def _sweep(path: Path, document: dict[str, Any], out: Path) -> Iterator[Block]:
     comments = [line.removeprefix("#").strip() for line in document["spec"].splitlines() if line.startswith("#")]
     yield from (Line(comment, code=comment.startswith("bitnet ")) for comment in comments)
-    report = summarized_anew(document)
+    report = summarize_again(document)
     yield Grid(*sweep_cells(report))
     yield from (Line(line) for line in tuned_gaps(report))
     yield Line(f"± is the standard error over seeds. {table.machine_line(document['machine'])}")
+    for name, figure in sweep_plot.figures(report).items():
+        yield _drawn(figure, f"{path.stem}-{name}", out)
 
 
-def _figures(document: dict[str, Any], title: str = "") -> Iterator[Part]:
-    """Any document: single values as one table, and a table of each list or dictionary of dictionaries."""
+def _figures(document: dict[str, Any], title: str = "") -> Iterator[Block]:
+    """Any document: a table of its single values, and one of each list or dictionary of dictionaries."""
     single: list[tuple[str, ...]] = []
     for key, value in document.items():
         if not title and key in ("machine", "command", "benchmark"):
@@ -172,21 +194,21 @@ def _is_spread(value: Any) -> bool:
 
 
 def _depth(value: Any) -> int:
-    """Dictionaries inside each other; a median with its quartiles is one value."""
+    """How deep dictionaries are nested; a median with its quartiles is one value."""
     if not isinstance(value, dict) or _is_spread(value):
         return 0
     return 1 + max((_depth(one) for one in value.values()), default=0)
 
 
 def _deep(value: Any) -> bool:
-    """Whether a value is more than one table."""
+    """Whether a value needs more than one table."""
     depth = _depth(value)
-    named = depth and all(_depth(one) for one in value.values())  # a row each
+    named = depth and all(_depth(one) for one in value.values())  # a row for each
     return depth > (3 if named else 1)
 
 
 def _rows(value: Any) -> list[dict[str, Any]] | None:
-    """A value as rows of a table, nested values flattened; None for what is none."""
+    """A value as rows of a table, nested values flattened; None where it is no table."""
     if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
         return [_flat(one) for one in value]
     if _depth(value) and value and all(_depth(one) for one in value.values()):
@@ -220,13 +242,13 @@ def _cell(value: Any) -> str:
     return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
 
 
-def as_markdown(page: list[Part]) -> str:
+def as_markdown(page: list[Block]) -> str:
     """The page as Markdown."""
-    return "\n\n".join(_markdown(part) for part in page) + "\n"
+    return "\n\n".join(_markdown(block) for block in page) + "\n"
 
 
-def _markdown(part: Part) -> str:
-    match part:
+def _markdown(block: Block) -> str:
+    match block:
         case Contents(headings):
             return "\n".join(f"- [{text}](#{text})" for text in headings)
         case Heading(text):
@@ -241,7 +263,7 @@ def _markdown(part: Part) -> str:
 
 
 def _words(rows: list[tuple[str, ...]]) -> set[int]:
-    """Columns that hold words: all but those with a figure, or nothing, in every row."""
+    """Columns that hold words: at least one cell neither begins with a digit nor is empty."""
     return {
         i
         for i, column in enumerate(zip(*rows))
@@ -257,9 +279,9 @@ img { max-width: 100%; margin: .5rem 0 } pre { background: #f4f4f4; padding: .5r
 h2 { margin-top: 3rem; border-top: 2px solid #444; padding-top: .5rem }"""
 
 
-def as_html(title: str, page: list[Part]) -> str:
-    """The page as HTML, one file but for its pictures."""
-    body = "\n".join(_html(part) for part in page)
+def as_html(title: str, page: list[Block]) -> str:
+    """The page as one HTML file, which refers to its pictures."""
+    body = "\n".join(_html(block) for block in page)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>\n{_STYLE}\n</style></head>\n<body>\n'
@@ -267,8 +289,8 @@ def as_html(title: str, page: list[Part]) -> str:
     )
 
 
-def _html(part: Part) -> str:
-    match part:
+def _html(block: Block) -> str:
+    match block:
         case Contents(headings):
             links = (f'<li><a href="#{html.escape(text)}">{html.escape(text)}</a></li>' for text in headings)
             return "<ul>\n" + "\n".join(links) + "\n</ul>"
@@ -291,11 +313,11 @@ def _html_row(tag: str, cells: tuple[str, ...], words: set[int]) -> str:
 
 
 def write(results: Path, out: Path) -> list[Path]:
-    """Write report.md and report.html into `out`, pictures beside them. Returns both paths."""
+    """Write report.md, report.html and their pictures into `out`. Returns the paths of both pages."""
     documents = read(results)
     out.mkdir(parents=True, exist_ok=True)
-    page: list[Part] = [Contents([path.stem for path in documents])]
-    page += [part for path, document in documents.items() for part in parts(path, document, out)]
+    page: list[Block] = [Contents([path.stem for path in documents])]
+    page += [block for path, document in documents.items() for block in blocks(path, document, out)]
     title = f"Measured: {len(documents)} results"
     written = {out / "report.md": f"# {title}\n\n{as_markdown(page)}", out / "report.html": as_html(title, page)}
     for path, text in written.items():

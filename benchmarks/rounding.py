@@ -1,7 +1,6 @@
-"""Our forward pass written a second time, with a choice of what is rounded how: which rounding moves how much?
+"""Our forward pass with a choice of roundings, to measure what each of llama.cpp's does. Used by `interop.py`.
 
-For `interop.py`: llama.cpp's roundings, one by one and all together, put into the same weights. Models with sub-norms
-and SiLU, which is what a `bitnet` GGUF holds.
+For models with sub-norms and SiLU, which a `bitnet` GGUF holds.
 
 Dimensions: T tokens, H heads, K in-features, V vocabulary.
 """
@@ -19,25 +18,29 @@ BLOCK = 256  # activations that share a scale in llama.cpp (Q8_K)
 
 
 def by_token(x: Tensor) -> Tensor:
-    """int8 with a scale a token, as here: values [T, K] after the way there and back."""
+    """Values [T, K] quantised to int8 with a scale per token, as our engines do, and dequantised."""
     scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
     return (x * scale).round().clamp(-128, 127) / scale
 
 
 def by_block(x: Tensor) -> Tensor:
-    """int8 with a scale for every 256 values, as llama.cpp's Q8_K: the largest becomes -127."""
+    """Values [T, K] quantised to int8 with a scale per 256 values, as llama.cpp's Q8_K does, and dequantised.
+
+    The largest value of a block becomes -127.
+    """
     blocks = x.unflatten(-1, (-1, BLOCK))
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = -127 / torch.where(largest == 0, torch.ones_like(largest), largest)
     return ((blocks * scale).round().clamp(max=127) / scale).flatten(-2)
 
 
-def as_it_is(x: Tensor) -> Tensor:
-    """Nothing rounded."""
+def exact(x: Tensor) -> Tensor:
+    """The values themselves."""
     return x
 
 
 def half(x: Tensor) -> Tensor:
+    """Values rounded to fp16."""
     return x.half().float()
 
 
@@ -49,9 +52,9 @@ class Rounded:
         source: Source,
         activations: Callable[[Tensor], Tensor] = by_token,
         *,
-        cache: Callable[[Tensor], Tensor] = as_it_is,
-        head: Callable[[Tensor], Tensor] = as_it_is,
-        scales: Callable[[Tensor], Tensor] = as_it_is,
+        cache: Callable[[Tensor], Tensor] = exact,
+        head: Callable[[Tensor], Tensor] = exact,
+        scales: Callable[[Tensor], Tensor] = exact,
     ) -> None:
         """activations: into projections. cache: queries, keys, values, attention. head: into it. scales: of weights."""
         self._config = source.config
@@ -76,10 +79,10 @@ class Rounded:
 
     def _attention(self, layer: str, x: Tensor) -> Tensor:
         config, tokens = self._config, len(x)
-        parts = self._project(x, *(f"{layer}self_attn.{name}_proj" for name in "qkv"))
-        q, k, v = (part.view(tokens, -1, config.head_dim) for part in parts)  # T, H, width of a head
+        projected = self._project(x, *(f"{layer}self_attn.{name}_proj" for name in "qkv"))
+        q, k, v = (y.view(tokens, -1, config.head_dim) for y in projected)  # T, H, width of a head
         q, k, v = self._cache(self._rotate(q)), self._cache(self._rotate(k)), self._cache(v)
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for y in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) / config.head_dim**0.5
         scores = scores + torch.full((tokens, tokens), float("-inf")).triu(1)
         y = torch.einsum("hts,shd->thd", self._cache(scores.softmax(-1)), v).reshape(tokens, -1)

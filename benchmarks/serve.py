@@ -1,13 +1,13 @@
-"""How the server holds up: throughput and first tokens under load, a soak, and requests nobody should send.
+"""Measure the server: throughput and first tokens under load, a soak, and mutated requests.
 
     python benchmarks/serve.py -m model.safetensors                     # 1, 4 and 16 clients; first token under load
     python benchmarks/serve.py -m model.safetensors --minutes 10        # mixed traffic; no leak, no 5xx
     python benchmarks/serve.py -m model.safetensors --fuzz 100000       # mutated requests; no 5xx, still alive
 
-Each starts `bitnet serve` itself, on a free loopback port, and ends it. Throughput counts streamed tokens of texts that
-do not end by themselves; the sum of single streams is the rate of one client alone times the number of clients: what
-clients would get if each had a server (and a machine) of its own. Exit code 1 where a bar is missed; the last line of
-standard output is one JSON document.
+Each call starts `bitnet serve` on a free loopback port and ends it. Throughput counts streamed tokens of texts that
+ignore stop tokens. The sum of single streams is the rate of one client alone times the number of clients: what clients
+would get if each had a server and a machine of its own. Exit code 1 where a requirement is missed; the last line of
+stdout is one JSON document.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from bitnet.threads import check_threads
 
 CLIENTS = (1, 4, 16)
 JSON = {"Content-Type": "application/json"}
-LEAK = 32 << 20  # bytes the server may grow after its first tenth of a soak: allocators settle, leaks go on
-FILES = 4  # that may be open after a soak beyond those before it: a connection that is just closing
+LEAK = 32 << 20  # bytes that the server may grow after the first tenth of a soak: allocators settle, leaks do not
+FILES = 4  # that may be open after a soak beyond those before it: connections that are closing
 WORDS = "the a of it was is and in to that he she they said for with on as had at but his her not".split()
 
 
 class Server:
-    """`bitnet serve` as a process of its own."""
+    """A running `bitnet serve`."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "bitnet.cli", "serve", "-m", options.model, "--port", 0]
@@ -71,23 +71,24 @@ class Server:
         return found
 
     def stop(self) -> int:
-        """Ends it politely; its exit code."""
+        """End it by SIGTERM. Returns its exit code."""
         self.process.terminate()
         return self.process.wait(timeout=60)
 
 
 def prompt(words: int) -> str:
+    """So many random words."""
     return " ".join(random.choice(WORDS) for _ in range(words))
 
 
 async def stream(http: httpx.AsyncClient, text: str, tokens: int, limit: int | None = None) -> list[float]:
-    """Times of the pieces of one text, the request's own first; `limit`: leave after so many."""
+    """Times (`perf_counter`) of a request and of each token of its text. limit: disconnect after so many tokens."""
     body = {"prompt": text, "max_tokens": tokens, "ignore_eos": True, "stream": True, "logprobs": 0}
     times = [time.perf_counter()]
     async with http.stream("POST", "/v1/completions", json=body) as reply:
         reply.raise_for_status()
-        async for part in reply.aiter_lines():
-            if part.startswith('data: {"id"') and '"tokens":[]' not in part:
+        async for line in reply.aiter_lines():
+            if line.startswith('data: {"id"') and '"tokens":[]' not in line:
                 times.append(time.perf_counter())
                 if limit and len(times) > limit:
                     break
@@ -98,13 +99,14 @@ async def stream(http: httpx.AsyncClient, text: str, tokens: int, limit: int | N
 
 
 async def speed(server: Server, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of 1, 4 and 16 clients, and milliseconds to the first token, idle and under load."""
     tokens = min(options.tokens, server.info["context"] - 40)
     rates: dict[int, list[float]] = {count: [] for count in CLIENTS}
     firsts: dict[str, list[float]] = {"idle": [], "busy": []}
     limits = httpx.Limits(max_connections=64)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as http:
         await stream(http, prompt(8), 16)  # warm
-        for _ in range(options.repeats):  # in turns, so that a slow minute meets all of them
+        for _ in range(options.repeats):  # interleaved, so that a slow minute affects all of them
             for count in CLIENTS:
                 runs = await asyncio.gather(*(stream(http, prompt(8), tokens) for _ in range(count)))
                 spent = max(run[-1] for run in runs) - min(run[0] for run in runs)
@@ -138,14 +140,14 @@ async def speed(server: Server, options: argparse.Namespace) -> dict[str, Any]:
 # ---- soak --------------------------------------------------------------------------------------------------
 
 
-async def visitor(server: Server, until: float, counts: Counter[str]) -> None:
-    """One client that does what clients do, until the time is up."""
+async def client(server: Server, until: float, counts: Counter[str]) -> None:
+    """One client of mixed traffic until `until` (`monotonic`); what it did and how it was answered is counted."""
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
         while time.monotonic() < until:
             kind = random.choice(["stream", "leave", "whole", "score", "wrong", "look", "hang up"])
             counts[kind] += 1
             try:
-                status = await visit(http, server, kind)
+                status = await request(http, server, kind)
             except httpx.HTTPStatusError as error:
                 status = error.response.status_code
                 if status == 429:
@@ -153,7 +155,8 @@ async def visitor(server: Server, until: float, counts: Counter[str]) -> None:
             counts[f"status {status}"] += 1
 
 
-async def visit(http: httpx.AsyncClient, server: Server, kind: str) -> int:
+async def request(http: httpx.AsyncClient, server: Server, kind: str) -> int:
+    """One request of a kind. Returns its status, 0 where none was waited for."""
     text, tokens = prompt(random.randint(1, 60)), random.randint(1, 100)
     if kind in ("stream", "leave"):
         await stream(http, text, tokens, limit=3 if kind == "leave" else None)
@@ -176,16 +179,17 @@ async def visit(http: httpx.AsyncClient, server: Server, kind: str) -> int:
 
 
 async def soak(server: Server, options: argparse.Namespace) -> dict[str, Any]:
+    """Mixed traffic of 24 clients: memory and open files must not grow, and nothing may be answered by 5xx."""
     begun, seconds = time.monotonic(), 60 * options.minutes
     counts: Counter[str] = Counter()
     files = server.files()
-    visitors = [asyncio.create_task(visitor(server, begun + seconds, counts)) for _ in range(24)]
+    clients = [asyncio.create_task(client(server, begun + seconds, counts)) for _ in range(24)]
     await asyncio.sleep(seconds / 10)
     memory = [server.resident()]
     while time.monotonic() < begun + seconds:
         await asyncio.sleep(min(10.0, seconds / 20))
         memory.append(server.resident())
-    await asyncio.gather(*visitors)
+    await asyncio.gather(*clients)
     await asyncio.sleep(1.0)
     figures = server.metrics()
     grown, more_files = memory[-1] - memory[0], server.files() - files
@@ -222,7 +226,7 @@ METHODS = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", 
 
 
 def mutated(values: Any) -> Any:
-    """The same JSON value with something in it replaced, dropped or added."""
+    """A JSON value with one part of it replaced, dropped or added."""
     if isinstance(values, dict) and values and random.random() < 0.9:
         name = random.choice(list(values))
         made = dict(values)
@@ -244,7 +248,7 @@ def mutated(values: Any) -> Any:
 
 
 def damaged(data: bytes) -> bytes:
-    """Bytes with some of them changed, cut or repeated."""
+    """Bytes with some of them replaced, cut or repeated."""
     made = bytearray(data)
     for _ in range(random.randint(1, 4)):
         at = random.randrange(len(made) + 1)
@@ -265,7 +269,7 @@ def damaged(data: bytes) -> bytes:
 
 
 async def fuzz_one(http: httpx.AsyncClient, server: Server) -> str:
-    """One request nobody should send; how it was answered."""
+    """Send one mutated request. Returns its status, or the name of the error."""
     path, seed = random.choice(SEEDS)
     values = seed
     for _ in range(random.choice([1, 1, 2, 3])):
@@ -296,7 +300,7 @@ async def fuzz_one(http: httpx.AsyncClient, server: Server) -> str:
 
 
 async def fuzz_raw(server: Server, path: str, body: bytes) -> str:
-    """Damaged HTTP over a socket of its own."""
+    """Send damaged HTTP over a socket. Returns its status, or the name of the error."""
     address = httpx.URL(server.url)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
@@ -315,6 +319,7 @@ async def fuzz_raw(server: Server, path: str, body: bytes) -> str:
 
 
 async def fuzz(server: Server, options: argparse.Namespace) -> dict[str, Any]:
+    """Mutated requests of 8 clients: none may be answered by 5xx or hang."""
     counts: Counter[str] = Counter()
     left = iter(range(options.fuzz))
 
@@ -341,13 +346,13 @@ async def fuzz(server: Server, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("-t", "--threads")
     parser.add_argument("--head", default="file")
-    parser.add_argument("--tokens", type=int, default=200, help="a text, for the speeds")
+    parser.add_argument("--tokens", type=int, default=200, help="per text, for the speeds")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=0.0, help="soak for so long instead")
+    parser.add_argument("--minutes", type=float, default=0.0, help="soak for so many minutes instead")
     parser.add_argument("--fuzz", type=int, default=0, help="send so many mutated requests instead")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
     options = parser.parse_args()

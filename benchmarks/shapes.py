@@ -1,6 +1,6 @@
-"""A packed file of random ternary weights in a shape that is no preset: python benchmarks/shapes.py 110m FILE
+"""Write a packed file of random ternary weights in a shape that is not a preset: python benchmarks/shapes.py 110m FILE
 
-For `bitnet bench -m FILE`; presets need no file: `bitnet bench --preset NAME`.
+For `bitnet bench -m FILE`. Presets need no file: `bitnet bench --preset NAME`.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 from bitnet.benchmarks.bench.random_model import write_random
 from bitnet.config import preset
 
-# The shape of the anchors' 110M model: GPT-2 small's width and depth, LLaMA's block.
+# Width and depth of GPT-2 small with LLaMA's block: the 110M model that published figures are compared with.
 SHAPES = {"110m": preset("small").replace(vocab_size=32768, num_key_value_heads=12, qk_norm=False)}
 
 

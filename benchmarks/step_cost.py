@@ -1,11 +1,10 @@
-"""What being ternary costs: time per training step against the float twin, interleaved in one run.
+"""What ternary training costs: time per step against the float baseline, interleaved in one run.
 
     python benchmarks/step_cost.py [--preset nano] [--batch-size 16] [--repeats 15] [--threads 2]
 
-All have the same shape, data, optimiser and dtype: the ternary model with its quantisers all in, the same one half-way
-there ("eased"), and its float twin ("float"). A round times one step of each, in alternating order, so that a change of
-the machine's load meets all. Reported: medians and quartiles of the step, of its parts, and of the ratio to the twin
-within each round. The last line is one JSON document.
+Three models of the same shape, data, optimiser and dtype: ternary, ternary half-way through its quantisation warm-up
+("warmup"), and the float baseline ("float"). A round times one step of each. Reported: medians and quartiles of the
+step, of its phases, and of the ratio to the baseline within each round. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -13,16 +12,14 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import itertools
-
 from bitnet.benchmarks.bench import machine, table
+from bitnet.benchmarks.bench.interleaving import in_turn, quartiles
 from bitnet.cli import guarded
 from bitnet.config import PRESETS, preset
 from bitnet.files.tensors import parameters
@@ -33,19 +30,20 @@ from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
 from bitnet.train.optim import Optimizer
 
-PARTS = ("forward", "backward", "optimiser")
-KINDS = ("ternary", "eased", "float")
+PHASES = ("forward", "backward", "optimiser")
+KINDS = ("ternary", "warmup", "float")
+_WARM_UP = 3  # rounds that are discarded
 
 
-class Twin:
-    """One contender: a model with its optimiser."""
+class TrainedModel:
+    """A model of one kind with its optimiser and a batch."""
 
     def __init__(self, name: str, kind: str, batch_size: int, optimizer: str) -> None:
         config = preset(name).replace(linear="float" if kind == "float" else "ternary")
         self.kind = kind
         self.model = Transformer(config)
         self.model.init_weights(0)
-        set_quant_warmup(self.model, 0.5 if kind == "eased" else 1.0)
+        set_quant_warmup(self.model, 0.5 if kind == "warmup" else 1.0)
         self.objective = Objective(self.model, TrainConfig())
         self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
         generator = torch.Generator().manual_seed(0)
@@ -64,24 +62,21 @@ class Twin:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         marks.append(time.perf_counter())
-        return [after - before for before, after in itertools.pairwise(marks)]
+        return [after - before for before, after in pairwise(marks)]
 
 
 def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int) -> dict[str, Any]:
-    """Time all contenders for `repeats` rounds after three to warm up."""
-    twins = [Twin(name, kind, batch_size, optimizer) for kind in KINDS]
-    rounds: list[dict[str, list[float]]] = []
-    for i in range(repeats + 3):
-        order = twins if i % 2 else twins[::-1]
-        rounds.append({twin.kind: twin.step(dtype) for twin in order})
-    rounds = rounds[3:]
+    """Time all kinds for `repeats` rounds. Returns one row of the result."""
+    models = [TrainedModel(name, kind, batch_size, optimizer) for kind in KINDS]
+    turns = range(repeats + _WARM_UP)
+    rounds = [{model.kind: model.step(dtype) for model in in_turn(models, turn)} for turn in turns][_WARM_UP:]
     row: dict[str, Any] = {"preset": name, "dtype": dtype, "optimizer": optimizer, "batch_size": batch_size}
     for kind in KINDS:
-        low, middle, high = statistics.quantiles([sum(r[kind]) / sum(r["float"]) for r in rounds], n=4)
-        row |= {f"{kind}_ratio": round(middle, 3), f"{kind}_ratio_quartiles": [round(low, 3), round(high, 3)]}
+        ratio = {key: round(x, 3) for key, x in quartiles([sum(r[kind]) / sum(r["float"]) for r in rounds]).items()}
+        row |= {f"{kind}_ratio": ratio["median"], f"{kind}_ratio_quartiles": [ratio["low"], ratio["high"]]}
         columns = list(zip(*(r[kind] for r in rounds), strict=True))
-        for part, values in zip(PARTS, columns, strict=True):
-            row[f"{kind}_{part}_ms"] = round(1e3 * statistics.median(values), 1)
+        for phase, values in zip(PHASES, columns, strict=True):
+            row[f"{kind}_{phase}_ms"] = round(1e3 * statistics.median(values), 1)
         row[f"{kind}_ms"] = round(1e3 * statistics.median([sum(r[kind]) for r in rounds]), 1)
         row[f"{kind}_tokens_per_second"] = round(batch_size * preset(name).context / row[f"{kind}_ms"] * 1e3)
     return row
@@ -89,7 +84,7 @@ def measure(name: str, batch_size: int, dtype: str, optimizer: str, repeats: int
 
 def main() -> int:
     """Measure, print a table, then the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano", choices=list(PRESETS))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
@@ -101,18 +96,18 @@ def main() -> int:
     print(table.machine_line(before))
     count = parameters(preset(options.preset)) / 1e6
     print(f"{options.preset}: {count:.1f}M parameters, {options.batch_size} sequences, {options.optimizer}\n")
-    print("| dtype | | step ms | to plain (quartiles) | forward | backward | optimiser | tokens/s |")
+    print("| dtype | | step ms | to float (quartiles) | forward | backward | optimiser | tokens/s |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for dtype in ("fp32", "bf16"):
         row = measure(options.preset, options.batch_size, dtype, options.optimizer, options.repeats)
         rows.append(row)
         for kind in KINDS:
-            parts = " | ".join(f"{row[f'{kind}_{part}_ms']}" for part in PARTS)
+            phases = " | ".join(f"{row[f'{kind}_{phase}_ms']}" for phase in PHASES)
             low, high = row[f"{kind}_ratio_quartiles"]
             print(
                 f"| {dtype} | {kind} | {row[f'{kind}_ms']} | {row[f'{kind}_ratio']:.2f} ({low:.2f} to {high:.2f}) "
-                f"| {parts} | {row[f'{kind}_tokens_per_second']:,} |"
+                f"| {phases} | {row[f'{kind}_tokens_per_second']:,} |"
             )
     print(json.dumps({"benchmark": "step_cost", "machine": before, "results": rows}))
     return 0

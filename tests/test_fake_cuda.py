@@ -20,7 +20,7 @@ import child_process
 import pytest
 import torch
 
-from bitnet.benchmarks.bench.process import Worker
+from bitnet.benchmarks.children.process import Child
 from bitnet.cli import main
 from bitnet.cli.options import pick_device
 from bitnet.device import indexed
@@ -176,12 +176,12 @@ def test_a_contender_of_bench(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     options = {"path": str(run / "model.safetensors"), "engine": "torch", "head": "file", "cache": "fp32"}
-    with Worker("torch", "ours", {**options, "threads": 1, "device": "cuda:1"}, 1) as worker:
+    with Child("torch", "bench/ours", {**options, "threads": 1, "device": "cuda:1"}, 1) as worker:
         assert worker.facts["gpu"] == stand_in().UUID
         assert worker.facts["backend"] == "torch"
         answer = worker.ask("measure", child_process.LIMIT, prompt=5, predict=3, depth=2, batch=2)
         assert answer["peak_bytes"] == 2**20  # what the stand-in says of its memory
-    with Worker("meter", "meter", {"threads": 1, "device": "cuda:1"}, 1) as meter:
+    with Child("meter", "bench/meter", {"threads": 1, "device": "cuda:1"}, 1) as meter:
         assert meter.ask("read", child_process.LIMIT, size=2**20)["how"] == "torch sum on the cuda"
 
 

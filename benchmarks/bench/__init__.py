@@ -1,10 +1,11 @@
-"""`bitnet bench`: tokens a second beside what the machine allows, against other engines, in one interleaved run.
+"""`bitnet bench`: tokens per second beside what the machine allows, and beside other engines in one interleaved run.
 
-command.py    what the verb does                   plan.py       which tests: lists that cross-multiply
-contenders.py who can run, and what it needs       measure.py    turns, medians, refusals
-worker.py     the child: loads once, runs a test   process.py    the parent's end of it
-runner.py     a contender within its budget
-ours.py dense.py llama.py meter.py                 what a child runs: contenders, and the machine's limits
-limits.py     bytes and multiply-adds a token      machine.py    what the figures were measured on
-table.py plot.py                                   for people: md, csv; roofline and comparison
+command.py      what the verb does                    plan.py         which tests: lists that cross-multiply
+contenders.py   which engines can run, their needs    series.py       the tests of one contender within its budget
+measure.py      the rounds                            rows.py         medians, and the limit of each row
+interleaving.py contenders in turn, quartiles         machine.py      what the figures were measured on
+ours.py dense.py meter.py                             what children run: engines, and the machine's limits
+limits.py       bytes and multiply-adds per token     device_meter.py bandwidth and peaks of a device
+random_model.py models of any shape, to be measured
+table.py plot.py                                      for people: Markdown, CSV; roofline and comparison
 """

@@ -1,4 +1,4 @@
-"""What `bitnet bench` does: check everything that can be wrong, then measure, then report."""
+"""What `bitnet bench` does: check everything that can be checked, then measure, then report."""
 
 import json
 import logging
@@ -6,9 +6,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,31 +18,32 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bitnet.benchmarks.bench import contenders, machine, measure, plan, table
-from bitnet.benchmarks.bench.contenders import Contender, Files, Wanted
-from bitnet.benchmarks.bench.measure import Subject
-from bitnet.benchmarks.bench.plan import Choice, Test
-from bitnet.benchmarks.bench.process import LOAD, cores_first
+from bitnet.benchmarks.bench.contenders import DENSE_SCRIPT, LLAMA_SCRIPT, Contender, EngineChoice, Files
+from bitnet.benchmarks.bench.plan import Test, TestChoice
 from bitnet.benchmarks.bench.random_model import write_random
-from bitnet.benchmarks.bench.runner import Budget
+from bitnet.benchmarks.bench.rows import Subject
+from bitnet.benchmarks.bench.series import Budget
+from bitnet.benchmarks.children import builds
+from bitnet.benchmarks.children.process import LOAD, cores_first
 from bitnet.config import PRESETS, ModelConfig, preset
 from bitnet.engine.cpu import CACHES, HEADS
 from bitnet.errors import BitNetError
-from bitnet.files.packed import read_config
+from bitnet.files.gguf.export import export_gguf
+from bitnet.files.packed import PackedSource, read_config, read_packed
 from bitnet.files.packed_layout import packed_bytes
 from bitnet.files.tensors import embedding_parameters, linear_parameters
 from bitnet.included import BOOKS
 from bitnet.machine import BUSY, busy, load, stolen
 from bitnet.threads import check_threads, use_threads
 
-STEADY = 0.10  # three in four samples of the memory's bandwidth may be this far off their median
+STEADY = 0.10  # a steady machine: three in four samples of memory bandwidth are no further from their median
 RANDOM = "random weights"
 OUTPUTS = ("md", "json", "csv")
-WriteGguf = Callable[[Path, ModelConfig, Path], None]  # packed file, the config llama.cpp is to see, file to write
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The command line as typed: lists are words with commas; an empty one has a default."""
+    """The command line as typed: lists are words separated by commas; an empty one stands for the default."""
 
     models: list[Path]
     preset: str
@@ -67,15 +68,15 @@ class Flags:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run."""
+    """Everything one call measures."""
 
     models: list[Path]
     presets: list[str]
-    choice: Choice
+    tests: TestChoice
     threads: list[int]
     repetitions: int
-    wanted: Wanted
-    price: float | None  # a machine's, in dollars an hour
+    engines: EngineChoice
+    price: float | None  # of the machine, in dollars per hour
     budget: Budget
     command: list[str]
 
@@ -83,7 +84,7 @@ class Settings:
 def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
     """The settings the flags ask for; `arguments` are the words after `bitnet`."""
     plan.words("-o", flags.output, OUTPUTS)
-    wanted = Wanted(
+    engines = EngineChoice(
         plan.words("--backend", flags.backend, contenders.BACKENDS),
         flags.isa.split(",") if flags.isa else [],
         plan.words("--head", flags.head, HEADS),
@@ -92,7 +93,7 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
         flags.llama or sys.executable,
         flags.device,
     )
-    choice = Choice(
+    tests = TestChoice(
         plan.numbers("-p", flags.prompt, 0) if flags.prompt else None,
         plan.numbers("-n", flags.predict, 0) if flags.predict else None,
         [plan.pair(text) for text in flags.pairs],
@@ -102,12 +103,12 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
     return Settings(
         models=flags.models if flags.models or flags.preset else [BOOKS],
         presets=plan.words("--preset", flags.preset, tuple(PRESETS)) if flags.preset else [],
-        choice=choice,
+        tests=tests,
         threads=list(dict.fromkeys(check_threads(word.strip()) for word in flags.threads.split(",")))
         if flags.threads
         else [use_threads()],
         repetitions=flags.repetitions,
-        wanted=wanted,
+        engines=engines,
         price=flags.price,
         budget=Budget(row=flags.budget, load=max(LOAD, flags.budget)),
         command=["bitnet", *(without_folder(word) for word in arguments)],
@@ -115,20 +116,20 @@ def parse(flags: Flags, arguments: Sequence[str]) -> Settings:
 
 
 def without_folder(word: str) -> str:
-    """A word of the command line for the record: of an absolute path only the name."""
+    """A word of the command line for the record: an absolute path is cut to its name."""
     option, equals, value = word.rpartition("=")
     return option + equals + (Path(value).name if value.startswith("/") else value)
 
 
-def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[str, Any]:
+def run(settings: Settings, quiet: bool = False) -> dict[str, Any]:
     """Measure everything. Returns one document of JSON values.
 
-    Raises BitNetError, before anything is loaded, for all that can be known to fail.
+    Raises BitNetError for bad input before anything is loaded.
     """
     subjects: list[tuple[Subject, Path | None]] = [(_packed(path), path) for path in settings.models]
     subjects += [(_preset(name), None) for name in settings.presets]
-    lined_up = contenders.line_up(settings.wanted)
-    work = [(one, path, _checked(one, settings, lined_up)) for one, path in subjects]
+    selected = contenders.select_contenders(settings.engines)
+    work = [(subject, path, _check(subject, settings, selected)) for subject, path in subjects]
     others = load_of(cores_first()[: max(settings.threads)])
     if others["busy"]:
         logging.getLogger("bitnet").warning(table.load_line(others))
@@ -136,12 +137,12 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     notes: list[str] = []
-    with terminated(), tempfile.TemporaryDirectory(prefix="bitnet-bench-") as folder, _progress(quiet) as (say, tell):
+    with terminated(), tempfile.TemporaryDirectory(prefix="bitnet-bench-") as folder, _progress(quiet) as (status, log):
         for subject, path, tests in work:
-            files = _files(subject, path, Path(folder), lined_up, write_gguf, say, notes)
+            files = _files(subject, path, Path(folder), selected, status, notes)
             for threads in settings.threads:
                 found, seen = measure.group(
-                    subject, files, lined_up, tests, threads, settings.repetitions, settings.budget, say, tell
+                    subject, files, selected, tests, threads, settings.repetitions, settings.budget, status, log
                 )
                 rows += found
                 reports += seen
@@ -154,7 +155,7 @@ def run(settings: Settings, write_gguf: WriteGguf, quiet: bool = False) -> dict[
 
 
 def load_of(cpus: Sequence[int]) -> dict[str, Any]:
-    """What else runs on these CPUs now, as JSON values. `busy`: so much that it shows in figures."""
+    """The load of other processes on these CPUs, as JSON values. `busy`: enough to show in the figures."""
     others = busy(cpus)
     return {
         "others": others,
@@ -174,19 +175,19 @@ def _preset(name: str) -> Subject:
     return Subject(name, config, packed_bytes(config), RANDOM)
 
 
-def _checked(subject: Subject, settings: Settings, lined_up: list[Contender]) -> list[Test]:
-    """The tests of a model, once it is known that they can run."""
-    tests = plan.tests(settings.choice, subject.config, subject.name)
-    contenders.check_memory(subject.name, subject.config, tests, lined_up)
-    contenders.check_batch(tests, lined_up)
-    if any(one.script == "llama" for one in lined_up):
+def _check(subject: Subject, settings: Settings, selected: list[Contender]) -> list[Test]:
+    """The tests of a model. Raises BitNetError where one of them cannot run."""
+    tests = plan.tests(settings.tests, subject.config, subject.name)
+    contenders.check_memory(subject.name, subject.config, tests, selected)
+    contenders.check_batch(tests, selected)
+    if any(one.script == LLAMA_SCRIPT for one in selected):
         contenders.llama_config(subject.config)
-    if subject.config.linear == "float" and any(one.script == "dense" for one in lined_up):
+    if subject.config.linear == "float" and any(one.script == DENSE_SCRIPT for one in selected):
         raise BitNetError(
-            f"bench: --against: {subject.name} has plain linears, expected ternary or binary ones for torch-bf16 and "
-            "torch-int8; leave them out"
+            f"bench: --against: {subject.name} has float linear layers, expected ternary or binary ones for torch-bf16 "
+            "and torch-int8; leave them out"
         )
-    free, needed = shutil.disk_usage(tempfile.gettempdir()).free, _disk(subject, lined_up)
+    free, needed = shutil.disk_usage(tempfile.gettempdir()).free, _disk(subject, selected)
     if free < needed:
         raise BitNetError(
             f"bench: {subject.name} needs about {needed / 1e9:.1f} GB of disk for temporary files, got "
@@ -195,36 +196,39 @@ def _checked(subject: Subject, settings: Settings, lined_up: list[Contender]) ->
     return tests
 
 
-def _disk(subject: Subject, lined_up: list[Contender]) -> float:
-    """Bytes that are written to temporary files: a preset's weights, and two GGUF files for llama.cpp."""
-    linear, tables = linear_parameters(subject.config), embedding_parameters(subject.config)
+def _disk(subject: Subject, selected: list[Contender]) -> float:
+    """Bytes of temporary files: a preset's weights, and two GGUF files for llama.cpp."""
+    linear, embedding = linear_parameters(subject.config), embedding_parameters(subject.config)
     packed = subject.size if subject.source == RANDOM else 0
-    gguf = 2 * 0.26 * linear + (2 + 0.83) * tables  # TQ2_0 in both; F16, then Q6_K
-    return packed + gguf * any(one.script == "llama" for one in lined_up)
+    gguf = 2 * contenders.TQ2_0_BYTES * linear + (2 + contenders.Q6_K_BYTES) * embedding  # embedding in F16, then Q6_K
+    return packed + gguf * any(one.script == LLAMA_SCRIPT for one in selected)
 
 
 def _files(
     subject: Subject,
     path: Path | None,
     folder: Path,
-    lined_up: list[Contender],
-    write_gguf: WriteGguf,
-    say: measure.Say,
+    selected: list[Contender],
+    status: measure.Show,
     notes: list[str],
 ) -> Files:
-    """The model as each contender wants it: written here what there is not."""
+    """The files that the contenders read; those that do not exist yet are written into `folder`."""
     files = Files(path or folder / "model.safetensors", folder / "raw.gguf", folder / "model.gguf")
     if path is None:
-        say(f"{subject.name}: making a model of random weights")
+        status(f"{subject.name}: making a model of random weights")
         write_random(subject.config, files.packed)
-    llama = next((one for one in lined_up if one.script == "llama"), None)
-    if llama:
+    if any(one.script == LLAMA_SCRIPT for one in selected):
         config, differs = contenders.llama_config(subject.config)
-        say(f"{subject.name}: writing it for llama.cpp")
-        write_gguf(files.packed, config, files.raw)
+        status(f"{subject.name}: writing it for llama.cpp")
+        packed_to_gguf(files.packed, config, files.raw)
         if differs:
-            notes.append(f"{subject.name} in llama.cpp: the same weights with {differs}: its time, not its text")
+            notes.append(f"{subject.name} in llama.cpp: the same weights with {differs}; its time counts, not its text")
     return files
+
+
+def packed_to_gguf(packed: Path, config: ModelConfig, target: Path) -> None:
+    """Write a packed file as GGUF, as if its model had the config `config`."""
+    export_gguf(PackedSource(replace(read_packed(packed), config=config)), target, "tq2_0")
 
 
 def _document(
@@ -260,7 +264,7 @@ def _document(
 
 
 def bandwidth_spread(reports: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """How far samples lie off the median of their size, three in four and the worst: in "memory" and "smaller" sets."""
+    """How far samples are from the median of their size, three in four and the worst: for "memory" and "smaller"."""
     found: dict[str, tuple[float, float]] = {}
     for read in (read for report in reports for read in report["reads"]):
         before = found.get(read["of"], (0.0, 0.0))
@@ -269,36 +273,34 @@ def bandwidth_spread(reports: list[dict[str, Any]]) -> dict[str, tuple[float, fl
 
 
 def _llama_notes(rows: list[dict[str, Any]], features: list[str]) -> list[str]:
-    """Whether llama.cpp was built for less than this CPU can do."""
-    systems = {row["system"] for row in rows if row.get("system")}
-    if "avx512_f" in features and any("AVX512 = 1" not in system for system in systems):
-        return [f"llama.cpp: built without AVX-512, which this CPU has; build it here: {contenders.LLAMA_INSTALL}"]
-    return []
+    """What the builds of llama.cpp lack on this CPU."""
+    found = dict.fromkeys(builds.lacks("", row["system"], features) for row in rows if row.get("system"))
+    return [f"llama.cpp: {text}" for text in found if text]
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[tuple[measure.Say, measure.Say]]:
-    """Two ways to speak on stderr: a line that says what is being done, on a terminal only, and lines that stay."""
+def _progress(quiet: bool) -> Iterator[tuple[measure.Show, measure.Show]]:
+    """Two printers to stderr: a status line, on a terminal only, and a log of lines that stay."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
-        def tell(text: str) -> None:
+        def log(text: str) -> None:
             if not quiet:
                 bar.console.print(f"bitnet: {text}", markup=False, highlight=False, soft_wrap=True)
 
-        yield lambda text: bar.update(task, description=text), tell
+        yield lambda text: bar.update(task, description=text), log
 
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: child processes stop and temporary files go. Exit code 143."""
+    """End the run on SIGTERM as on Ctrl-C: children end and temporary files are deleted. Exit code 143."""
 
-    def leave(number: int, _frame: FrameType | None) -> None:
+    def exit_(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, exit_)
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
-"""Who can run: our engines and those of others, what each needs, and why one cannot."""
+"""Which engines can run, ours and others: what each needs, and why one cannot."""
 
 import itertools
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ from typing import Any
 
 import torch
 
-from bitnet.benchmarks.bench.machine import MEMORY
+from bitnet.benchmarks.bench import machine
 from bitnet.benchmarks.bench.plan import Test
+from bitnet.benchmarks.children.builds import check_python
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.packed_layout import packed_bytes
@@ -21,16 +21,17 @@ from bitnet.machine import available_memory
 
 BACKENDS = ("auto", "cpu", "torch", "triton")
 OTHERS = ("torch-bf16", "torch-int8", "llama.cpp")
-_INTERPRETER = 250e6  # bytes of a process with torch in it
-LLAMA_INSTALL = "pip install --no-binary llama-cpp-python llama-cpp-python"  # compiles it for this very CPU
-_IMPORT = 60.0  # seconds for an import, which takes less than one
-_UBATCH = 512  # tokens llama.cpp computes at once, for each of which it keeps room for logits
-_SEQUENCES = 64  # that one llama.cpp context takes, and one session of the GPU engine
+OURS_SCRIPT, DENSE_SCRIPT, LLAMA_SCRIPT = "bench/ours", "bench/dense", "children/llama"
+TQ2_0_BYTES = 0.26  # per ternary weight: two bits, and an fp16 scale for 256 of them
+Q6_K_BYTES = 0.83  # per weight of an embedding: 6.56 bits
+_INTERPRETER = 250e6  # bytes of a process that has imported torch
+_UBATCH = 512  # tokens that llama.cpp computes at once, and keeps logits for
+_SEQUENCES = 64  # most sequences of a llama.cpp context, and of a session of the GPU engine
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where a model is: packed, and as a GGUF as written and as llama.cpp wants it."""
+    """Where a model is: packed, and as GGUF before and after llama.cpp has quantised its embedding."""
 
     packed: Path
     raw: Path
@@ -39,22 +40,30 @@ class Files:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run a model. `options(files, threads)` are those of its script; `bytes(config, test)` it needs."""
+    """One way to run a model, in a child.
+
+    script, options, python, environment: what the child loads and how. needs: bytes of memory a test takes.
+    """
 
     name: str
     script: str
-    options: Callable[[Files, int], dict[str, Any]]
+    options: Callable[[Files, int], dict[str, Any]]  # of the files and the threads
     needs: Callable[[ModelConfig, Test], float]
-    suffix: str = ""  # what tells it from the same engine with other options
+    suffix: str = ""  # distinguishes it from the same engine with other options
     python: str = sys.executable
     environment: dict[str, str] = field(default_factory=dict)
     ours: bool = True
-    device: str = "cpu"  # where it runs
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        """Its name with its options."""
+        return f"{self.name} {self.suffix}".strip()
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the user asked for, in lists that cross-multiply."""
+class EngineChoice:
+    """The engines that the user asked for, as lists that cross-multiply."""
 
     backends: list[str]
     isas: list[str]
@@ -65,58 +74,55 @@ class Wanted:
     device: torch.device
 
 
-def line_up(wanted: Wanted) -> list[Contender]:
+def select_contenders(choice: EngineChoice) -> list[Contender]:
     """All contenders, ours first. Raises BitNetError for one that cannot run here."""
-    engines = [_engine(name, wanted.device) for name in wanted.backends]
+    engines = [_engine(name, choice.device) for name in choice.backends]
     for flag, value, default, able in (
-        ("--head", wanted.heads, ["file"], "cpu" in engines),
-        ("--cache", wanted.caches, ["fp32"], "cpu" in engines),
-        ("--isa", wanted.isas, [], any(name != "triton" for name in engines)),
+        ("--head", choice.heads, ["file"], "cpu" in engines),
+        ("--cache", choice.caches, ["fp32"], "cpu" in engines),
+        ("--isa", choice.isas, [], any(name != "triton" for name in engines)),
     ):
         if value != default and not able:
             raise BitNetError(
-                f"bench: {flag}: got '{','.join(value)}' for {', '.join(wanted.backends)}, which has no such choice; "
+                f"bench: {flag}: got '{','.join(value)}' for {', '.join(choice.backends)}, which has no such choice; "
                 "use --backend cpu"
             )
-    # "auto" beside the engine that it is would run that one twice.
+    # "auto" beside the engine it stands for would run that engine twice.
     backends = [
-        name for name, engine in zip(wanted.backends, engines) if name == engine or engine not in wanted.backends
+        name for name, engine in zip(choice.backends, engines) if name == engine or engine not in choice.backends
     ]
-    found = [one for backend in backends for one in _ours(backend, wanted)]
-    for name in wanted.against:
+    found = [one for backend in backends for one in _ours(backend, choice)]
+    for name in choice.against:
         if name == "llama.cpp":
-            check_llama(wanted.llama)
-            found.append(_llama(wanted.llama))
+            check_python(choice.llama, "bench")
+            found.append(llama_contender(choice.llama))
         else:
             found.append(_dense(name))
     return list({(one.name, one.suffix): one for one in found}.values())
 
 
 def _engine(backend: str, device: torch.device) -> str:
-    """The engine of a backend; of "auto" the one it takes for a packed ternary model.
-
-    "cpu", the C++ engine, is the one that rounds head and cache on request.
-    """
+    """The engine of a backend; for "auto", the one that a packed ternary model gets."""
     if backend != "auto":
         return backend
     return {"cpu": "cpu", "triton": "triton"}.get(ops.select(device).name, "torch")
 
 
-def _ours(backend: str, wanted: Wanted) -> Iterator[Contender]:
-    device = torch.device("cpu") if backend == "cpu" else wanted.device
+def _ours(backend: str, choice: EngineChoice) -> Iterator[Contender]:
+    device = torch.device("cpu") if backend == "cpu" else choice.device
     reason = {"cpu": ops.CPU, "triton": ops.TRITON}[backend].why_not(device) if backend in ("cpu", "triton") else None
     if reason:
         raise BitNetError(f"bench: backend '{backend}' cannot be used: {reason}")
-    choices = _engine(backend, wanted.device) == "cpu"
-    heads, caches = (wanted.heads, wanted.caches) if choices else (["file"], ["fp32"])
-    isas = [""] if backend == "triton" else wanted.isas or [""]
+    rounds_on_request = _engine(backend, choice.device) == "cpu"  # head and cache: the C++ engine alone
+    heads, caches = (choice.heads, choice.caches) if rounds_on_request else (["file"], ["fp32"])
+    isas = [""] if backend == "triton" else choice.isas or [""]
     for isa, head, cache in itertools.product(isas, heads, caches):
         if isa:
             check_isa(isa)
         shown = [isa] * bool(isa) + [f"head {head}"] * (head != "file") + [f"cache {cache}"] * (cache != "fp32")
         yield Contender(
             backend,
-            "ours",
+            OURS_SCRIPT,
             lambda files, threads, head=head, cache=cache: {  # type: ignore[misc]
                 "path": str(files.packed),
                 "engine": backend,
@@ -143,12 +149,12 @@ def check_isa(name: str) -> None:
 
 
 def _our_bytes(config: ModelConfig, test: Test, backend: str, head: str) -> float:
-    linear, tables = linear_parameters(config), embedding_parameters(config)
-    if backend == "torch":  # int8 or two-bit codes, tables in fp32
-        size = linear * 1.0 + 4 * tables
+    linear, embedding = linear_parameters(config), embedding_parameters(config)
+    if backend == "torch":  # int8 or two-bit codes, embedding and head in fp32
+        size = linear * 1.0 + 4 * embedding
     else:
-        size = linear / 4 + tables * {"file": 0.0, "int8": 1.0, "int4": 0.5625}[head]
-    return _INTERPRETER + packed_bytes(config) + size + test.batch * kv_cache_bytes(config, test.room)
+        size = linear / 4 + embedding * {"file": 0.0, "int8": 1.0, "int4": 0.5625}[head]
+    return _INTERPRETER + packed_bytes(config) + size + test.batch * kv_cache_bytes(config, test.positions)
 
 
 def _dense(name: str) -> Contender:
@@ -157,66 +163,50 @@ def _dense(name: str) -> Contender:
 
     def needs(config: ModelConfig, test: Test) -> float:
         size = width * linear_parameters(config) + (2 + width) * embedding_parameters(config)
-        return _INTERPRETER + packed_bytes(config) + size + test.batch * kv_cache_bytes(config, test.room, 2)
+        return _INTERPRETER + packed_bytes(config) + size + test.batch * kv_cache_bytes(config, test.positions, 2)
 
     return Contender(
         name,
-        "dense",
+        DENSE_SCRIPT,
         lambda files, threads: {"path": str(files.packed), "dtype": dtype, "threads": threads},
         needs,
         ours=False,
     )
 
 
-def _llama(python: str) -> Contender:
+def llama_contender(python: str) -> Contender:
+    """llama.cpp in this Python."""
+
     def needs(config: ModelConfig, test: Test) -> float:
-        table = config.vocab_size * config.hidden_size
-        made = 10 * table  # a table at a time while it is quantised: F16 as read, fp32, and room for the result
+        matrix = config.vocab_size * config.hidden_size
+        quantising = 10 * matrix  # the embedding in F16 as read, in fp32, and as the result
         logits = 4 * config.vocab_size * max(_UBATCH, test.batch)
-        run = linear_parameters(config) * 0.26 + embedding_parameters(config) * 0.83  # TQ2_0, Q6_K
-        run += logits + test.batch * kv_cache_bytes(config, test.room, 2)
-        return _INTERPRETER + max(made, run)
+        running = linear_parameters(config) * TQ2_0_BYTES + embedding_parameters(config) * Q6_K_BYTES
+        running += logits + test.batch * kv_cache_bytes(config, test.positions, 2)
+        return _INTERPRETER + max(quantising, running)
 
     return Contender(
         "llama.cpp",
-        "llama",
-        lambda files, threads: {"raw": str(files.raw), "path": str(files.gguf), "threads": threads},
+        LLAMA_SCRIPT,
+        lambda files, threads: {
+            "purpose": "drive",
+            "raw": str(files.raw),
+            "path": str(files.gguf),
+            "threads": threads,
+        },
         needs,
         python=python,
         ours=False,
     )
 
 
-def check_llama(python: str) -> None:
-    """Raise BitNetError, with the way to install it, where this Python has no llama-cpp-python."""
-    try:
-        found = subprocess.run(
-            [python, "-c", "import llama_cpp"], capture_output=True, text=True, check=False, timeout=_IMPORT
-        )
-    except subprocess.TimeoutExpired:
-        raise BitNetError(
-            f"bench: --llama: '{python}' has not imported llama_cpp within {_IMPORT:.0f} s, expected seconds; leave "
-            "llama.cpp out, or see what it waits for"
-        ) from None
-    except OSError as error:
-        raise BitNetError(
-            f"bench: --llama: got '{python}', which cannot be run ({error.strerror}), expected a Python interpreter"
-        ) from None
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BitNetError(
-            f"bench: llama.cpp: {python} cannot import llama_cpp ({last}); build it for this CPU with "
-            f"{LLAMA_INSTALL} and name that environment's interpreter with --llama"
-        )
-
-
 def llama_config(config: ModelConfig) -> tuple[ModelConfig, str]:
-    """What llama.cpp can run of a config's shape, and how it differs, in words; empty where it does not.
+    """The nearest config that llama.cpp can run, and how it differs in words; "" where it does not.
 
     Raises BitNetError for a shape that its blocks of 256 cannot hold.
     """
     if config.linear == "float":
-        raise BitNetError("bench: llama.cpp: got a plain model, expected a ternary one for TQ2_0; leave llama.cpp out")
+        raise BitNetError("bench: llama.cpp: got a float model, expected a ternary one for TQ2_0; leave llama.cpp out")
     for key in ("hidden_size", "intermediate_size"):
         if getattr(config, key) % 256:
             raise BitNetError(
@@ -238,10 +228,10 @@ def llama_config(config: ModelConfig) -> tuple[ModelConfig, str]:
 
 
 def check_memory(model: str, config: ModelConfig, tests: list[Test], contenders: list[Contender]) -> None:
-    """Raise BitNetError where the contenders, which are all loaded at once, need more memory than there is."""
+    """Raise BitNetError where the contenders need more memory than there is; all are loaded at once."""
     available = available_memory()
-    needs = {f"{one.name} {one.suffix}".strip(): max(one.needs(config, test) for test in tests) for one in contenders}
-    needs["what measures the bandwidth"] = _INTERPRETER + MEMORY
+    needs = {one.label: max(one.needs(config, test) for test in tests) for one in contenders}
+    needs["the bandwidth meter"] = _INTERPRETER + machine.MEMORY
     if available is None or sum(needs.values()) <= available:
         return
     each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
@@ -252,7 +242,7 @@ def check_memory(model: str, config: ModelConfig, tests: list[Test], contenders:
 
 
 def check_batch(tests: list[Test], contenders: list[Contender]) -> None:
-    """Raise BitNetError for more sequences than a contender takes."""
+    """Raise BitNetError for more sequences than a contender can hold."""
     largest = max(test.batch for test in tests)
     for one in contenders:
         if one.name in ("llama.cpp", "triton") and largest > _SEQUENCES:

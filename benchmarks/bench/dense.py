@@ -1,15 +1,15 @@
-"""Dense torch as a contender: the whole forward pass of the same model, in bf16 or int8; run by worker.py.
+"""The same model as dense torch: its whole forward pass in bf16 or int8; run by children/child.py.
 
 What a good eager implementation does: q/k/v and gate/up as one matrix each, fused attention over a preallocated cache,
-logits of the last position only. Linears in one of two ways:
+logits of the last position only. Linear layers in one of two formats:
 
     bf16    bf16 weights
-    int8    weights int8 a tensor (ternary codes are: nothing is lost), activations int8 a token, rounded as they come.
-            The head has a scale a row.
+    int8    int8 weights with a scale per tensor (exact: the codes are ternary) and int8 activations with a scale per
+            token, quantised as they are used. The head has a scale per row.
 
-Torch has several ways to each product, and which is fast depends on the CPU (bitnet/dense_products.py). `prepare` times
-them on a product of this model, for a few rows and for many, and the faster one is taken for each; where those two
-differ, both layouts of the weights are kept if there is room.
+Torch computes each product in several ways, and which is fast depends on the CPU (bitnet/dense_products.py). `prepare`
+times them on a product of this model, for few rows and for many, and picks the faster one for each; where those two
+differ, both layouts of the weights are kept if memory allows.
 
 Norms, rotary positions, attention and the residual stream are bf16 in both. Its logits are the model's up to that
 rounding, which tests/benchmarks/test_bench.py checks.
@@ -36,10 +36,10 @@ from bitnet.kernels import packing, reference
 from bitnet.layers import attend, rotary_table
 from bitnet.machine import available_memory
 
-_ROWS = 8192  # of a table at a time
+_ROWS = 8192  # of a head that are quantised at a time: 2B4T's in fp32, twice, would take 2.6 GB
 _MANY = 128  # rows of a prompt in the product that is timed
-_WORTH = 1.1  # how much faster a second layout must be: less is noise
-_ROOM = 0.25  # of the available memory, that a second layout may take
+_WORTHWHILE = 1.1  # how many times as fast a second layout must be: less is noise
+_SPARE = 0.25  # of the available memory that a second layout may take
 Linear = Callable[[Tensor], Tensor]  # [B, T, K] bf16 -> [B, T, N] bf16
 
 
@@ -58,7 +58,7 @@ class _Block:
 
 
 def prepare(path: str, dtype: str, threads: int) -> dict[str, Any]:
-    """Time the ways to a product. Returns the options `few`, `many` and `remark` of the contender."""
+    """Time the ways to compute a product. Returns the options `few`, `many` and `remark` of `load`."""
     torch.set_num_threads(threads)
     config = read_config(Path(path))
     n, k = 2 * config.intermediate_size, config.hidden_size  # gate and up: the largest of a block
@@ -66,32 +66,32 @@ def prepare(path: str, dtype: str, threads: int) -> dict[str, Any]:
         few, many = (dense_products.compare(dtype, rows, n, k) for rows in (1, _MANY))
     weights = (2 if dtype == "bf16" else 1) * (linear_parameters(config) + config.vocab_size * config.hidden_size)
     free = available_memory()
-    names = choose(few, many, two=free is None or weights <= _ROOM * free)
+    names = choose(few, many, two=free is None or weights <= _SPARE * free)
     return {"few": names[0], "many": names[1], "remark": dense_products.remark(many)}
 
 
 def choose(few: list[Timed], many: list[Timed], two: bool) -> tuple[str, str]:
-    """The ways for a few rows and for many, from what was timed of each. two: whether they may differ.
+    """The ways for few rows and for many, from the timings of each. two: whether they may differ.
 
-    Raises BitNetError where torch has no way at all.
+    Raises BitNetError where torch cannot compute the product.
     """
     rates = [{one.way.name: one.rate for one in dense_products.contending(timed) if one.rate} for timed in (few, many)]
     if not all(rates):
         reasons = "; ".join(f"{one.way.name} {one.why_not}" for one in many)
-        raise BitNetError(f"torch has no such product on this CPU: {reasons}")
+        raise BitNetError(f"torch cannot compute this product on this CPU ({reasons}); leave this contender out")
     best = [max(found, key=lambda name: found[name]) for found in rates]
     if best[0] == best[1]:
         return best[0], best[1]
-    # One layout for both is as good where the other gains little; the best of the two is what both gain together.
+    # Where two layouts gain little over one, keep the one with the best product of both rates.
     both = {name: rates[0][name] * rates[1][name] for name in rates[0].keys() & rates[1].keys()}
     if not both:
         return best[0], best[1]
     one = max(both, key=lambda name: both[name])
     gain = max(found[name] / found[one] for found, name in zip(rates, best, strict=True))
-    return (best[0], best[1]) if two and gain >= _WORTH else (one, one)
+    return (best[0], best[1]) if two and gain >= _WORTHWHILE else (one, one)
 
 
-class Contender:
+class DenseDriver:
     """A packed file made dense. dtype: bf16 or int8; few, many: names of ways to a product, "" for the first one."""
 
     def __init__(self, path: str, dtype: str, threads: int, few: str = "", many: str = "", remark: str = "") -> None:
@@ -112,10 +112,10 @@ class Contender:
         version = torch.__version__.partition("+")[0]
         how = {
             "bf16": "bf16",
-            "int8": "int8 weights (a scale a tensor; head: a row), int8 activations (a scale a token)",
+            "int8": "int8 weights (a scale per tensor; head: per row), int8 activations (a scale per token)",
         }
         self.facts: dict[str, Any] = {
-            "what": f"torch {version} eager, dense, {self._named()}: {how[dtype]}; bf16 attention"
+            "what": f"torch {version} eager, dense, {self._ways()}: {how[dtype]}; bf16 attention"
             + f"; {remark}" * bool(remark),
             "remark": remark,
             "backend": f"torch-{dtype}",
@@ -124,8 +124,8 @@ class Contender:
             "peak": f"torch {dtype}",
         }
 
-    def _named(self) -> str:
-        """Which ways its products take."""
+    def _ways(self) -> str:
+        """The ways its products are computed, in words."""
         few, many = (f"torch.{way.name}" for way in (self._few, self._many))
         return f"products {few}" if few == many else f"products {many} for prompts and {few} for answers"
 
@@ -150,7 +150,7 @@ class Contender:
             weights = [_codes(tensors, f"{prefix}.{name}_proj", config) for name in names]
             return self._make(torch.cat([w for w, _ in weights]), torch.cat([s for _, s in weights]))
 
-        self._embedding = _table(tensors, "model.embed_tokens")
+        self._embedding = _embedding(tensors, "model.embed_tokens")
         self._blocks = []
         for i in range(config.num_hidden_layers):
             layer = f"model.layers.{i}"
@@ -170,17 +170,16 @@ class Contender:
                 )
             )
         self._gain = need("model.norm")
-        head = self._embedding if config.tie_word_embeddings else _table(tensors, "lm_head")
+        head = self._embedding if config.tie_word_embeddings else _embedding(tensors, "lm_head")
         scale = torch.ones(head.shape[0])
         if self._make == self._int8:
-            # So many rows at a time: of the whole in fp32, twice, a table of 2B4T would take 2.6 GB.
-            parts = [reference.quantize_activations(rows) for rows in head.split(_ROWS)]
-            head = torch.cat([codes for codes, _ in parts])
-            scale = torch.cat([inv_scale for _, inv_scale in parts]).reciprocal()[:, 0]
+            quantised = [reference.quantize_activations(rows) for rows in head.split(_ROWS)]
+            head = torch.cat([codes for codes, _ in quantised])
+            scale = torch.cat([inv_scale for _, inv_scale in quantised]).reciprocal()[:, 0]
         self._head = self._make(head, scale)
 
     def _bf16(self, weight: Tensor, scale: Tensor) -> Linear:
-        """weight: [N, K] codes, or the values of a table; scale: [N] fp32."""
+        """weight: [N, K] codes, or the values of a head; scale: [N] fp32."""
         values = weight if weight.dtype == torch.bfloat16 else (weight * scale[:, None]).bfloat16()
         self._weight_bytes += values.nbytes
         product = self._product(values)
@@ -190,7 +189,7 @@ class Contender:
         """weight: [N, K] int8, scale: [N] fp32."""
         self._weight_bytes += weight.nbytes + scale.nbytes
         product = self._product(weight)
-        return lambda x: _rounded(x, product, scale)
+        return lambda x: _quantised_product(x, product, scale)
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
         return F.rms_norm(x, gain.shape, gain, self.config.rms_norm_eps)
@@ -229,29 +228,34 @@ class Contender:
         self._position += ids.shape[1]
         return self._head(self._norm(x[:, -1], self._gain))
 
-    def start(self, batch: int, depth: int, room: int) -> None:
-        """A cache for `batch` sequences of `room` tokens, `depth` of them read."""
+    def start(self, batch: int, depth: int, capacity: int) -> None:
+        """A cache for `batch` sequences of `capacity` tokens, `depth` of them read."""
         config = self.config
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, room, config.head_dim)
-        self._cache = torch.empty(0)
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self._cache = torch.empty(0)  # frees the last one first
         self._cache = torch.empty(shape, dtype=torch.bfloat16)
-        self._ids = torch.randint(0, config.vocab_size, (batch, room))
+        self._ids = torch.randint(0, config.vocab_size, (batch, capacity))
         self._position = 0
         if depth:
             self.prefill(depth)
 
     def prefill(self, tokens: int) -> None:
-        """Read `tokens` random ids a sequence."""
+        """Read `tokens` random ids into each sequence."""
         self.forward(self._ids[:, self._position : self._position + tokens])
 
     def decode(self, tokens: int) -> None:
-        """Read `tokens` random ids a sequence, one at a time."""
+        """Read `tokens` random ids into each sequence, one at a time."""
         for at in range(self._position, self._position + tokens):
             self.forward(self._ids[:, at : at + 1])
 
 
-def _rounded(x: Tensor, product: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
-    """x: [..., K] bf16, rounded to int8 a token for `product`; scale: [N] of the weights. Returns [..., N] bf16."""
+def load(**options: Any) -> DenseDriver:
+    """The driver that child.py asks for."""
+    return DenseDriver(**options)
+
+
+def _quantised_product(x: Tensor, product: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+    """x: [..., K] bf16, quantised to int8 per token for `product`; scale: [N] of the weights. Returns [..., N] bf16."""
     rows = x.reshape(-1, x.shape[-1])
     inv_scale = reference.Q_MAX / rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=reference.EPS)
     q = (rows * inv_scale).round_().to(torch.int8)
@@ -259,12 +263,12 @@ def _rounded(x: Tensor, product: Callable[[Tensor], Tensor], scale: Tensor) -> T
 
 
 def _codes(tensors: dict[str, Tensor], name: str, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """A projection's codes [N, K] int8 and its scale, N times."""
+    """A projection's codes [N, K] int8, and its scale as [N]."""
     codes = packing.unpack(tensors.pop(f"{name}.weight"), projection_shape(config, name)[1])
     return codes, tensors.pop(f"{name}.weight_scale").expand(codes.shape[0])
 
 
-def _table(tensors: dict[str, Tensor], name: str) -> Tensor:
+def _embedding(tensors: dict[str, Tensor], name: str) -> Tensor:
     """Embedding or head [V, D] bf16."""
     weight, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.scale", None)
     return weight if scale is None else (weight * scale).bfloat16()

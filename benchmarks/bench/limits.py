@@ -1,13 +1,13 @@
-"""The least time a token can take: what it reads over the read bandwidth, or its multiply-adds over the peak.
+"""The least time a token can take: the bytes it reads over the bandwidth, or its multiply-adds over the peak.
 
-Counted in the naive version. Writing a token reads every projection, the head and all keys and values before it; a
-batch shares the weights. Reading a prompt reads the weights once for all of it. Activations are not counted: they stay
-in the caches. The head is applied once a sequence for a prompt and once a token written.
+    seconds per token >= max(bytes per token / bandwidth, multiply-adds per token / peak)        (the roofline)
 
-    seconds a token >= max(bytes a token / bandwidth, multiply-adds a token / peak)
+Bytes are those of the naive version. Writing a token reads every projection, the head, and all keys and values before
+it; the sequences of a batch share the weights. Reading a prompt reads the weights once for all its tokens. Activations
+are not counted: they stay in the caches. The head is applied once per sequence for a prompt and once per token written.
 
-which is the roofline; a test of both parts is bound by the sum of theirs. The bandwidth is that of a working set as
-large as what one step reads: a model that fits in a cache is held against the cache.
+A test that reads and writes is bound by the sum of both floors. The bandwidth is that of a working set as large as
+what one step reads: a model that fits in a cache is held against the cache.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ from bitnet.benchmarks.bench.plan import Test
 from bitnet.config import ModelConfig
 from bitnet.files.tensors import linear_parameters
 
-# A working set that is read this much faster than the memory's sits in a cache.
-CACHED = 1.25
+CACHED = 1.25  # a working set that is read so many times as fast as memory is in a cache
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What one contender reads: bytes of projections and head, and of keys and values a position."""
+class ModelBytes:
+    """What one contender reads: bytes of projections and head, and of keys and values per position."""
 
     weight_bytes: int
     kv_bytes: float
@@ -30,7 +29,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one part of a test, a token: bytes read, and multiply-adds."""
+    """One phase of a test, reading or writing: its tokens, and of each token bytes read and multiply-adds."""
 
     tokens: int
     bytes: float
@@ -39,53 +38,53 @@ class Work:
 
 @dataclass(frozen=True)
 class Limit:
-    """The floor of a test. `by` is "bandwidth" or "arithmetic", whichever takes longer."""
+    """The most tokens per second of a test. `by` is "bandwidth" or "arithmetic", whichever takes longer."""
 
     tokens_per_second: float
     by: str
 
 
-def parts(config: ModelConfig, weights: Weights, test: Test) -> list[Work]:
-    """Reading and writing, those of the two that the test has."""
+def phases(config: ModelConfig, read: ModelBytes, test: Test) -> list[Work]:
+    """Reading and writing, as far as the test has them."""
     found = []
     linear, head = linear_parameters(config), config.vocab_size * config.hidden_size
-    attention = 2 * config.num_hidden_layers * config.hidden_size  # q k and p v, a position looked at
+    attention = 2 * config.num_hidden_layers * config.hidden_size  # q k and p v, per position attended to
     if test.prompt:
-        shared = weights.weight_bytes / (test.prompt * test.batch)
-        kept = weights.kv_bytes * (test.depth + test.prompt) / test.prompt
+        shared = read.weight_bytes / (test.prompt * test.batch)
+        kept = read.kv_bytes * (test.depth + test.prompt) / test.prompt
         macs = linear + head / test.prompt + attention * (test.depth + (test.prompt + 1) / 2)
         found.append(Work(test.prompt, shared + kept, macs))
     if test.predict:
         positions = test.depth + test.prompt + (test.predict + 1) / 2
-        read = weights.weight_bytes / test.batch + weights.kv_bytes * positions
-        found.append(Work(test.predict, read, linear + head + attention * positions))
+        moved = read.weight_bytes / test.batch + read.kv_bytes * positions
+        found.append(Work(test.predict, moved, linear + head + attention * positions))
     return found
 
 
-def work(config: ModelConfig, weights: Weights, test: Test) -> Work:
-    """The mean over all tokens of a test."""
-    found = parts(config, weights, test)
-    total = sum(part.tokens for part in found)
+def work(config: ModelConfig, read: ModelBytes, test: Test) -> Work:
+    """The mean per token over all tokens of a test."""
+    found = phases(config, read, test)
+    total = sum(phase.tokens for phase in found)
     return Work(
         total,
-        sum(part.bytes * part.tokens for part in found) / total,
-        sum(part.macs * part.tokens for part in found) / total,
+        sum(phase.bytes * phase.tokens for phase in found) / total,
+        sum(phase.macs * phase.tokens for phase in found) / total,
     )
 
 
-def working_set(weights: Weights, test: Test) -> int:
-    """Bytes that the last step of a test reads, to two digits, so that neighbours share a measurement."""
-    size = int(weights.weight_bytes + test.batch * weights.kv_bytes * test.room)
+def working_set(read: ModelBytes, test: Test) -> int:
+    """Bytes that the last step of a test reads, to two digits, so that similar tests share a measurement."""
+    size = int(read.weight_bytes + test.batch * read.kv_bytes * test.positions)
     unit = 10 ** max(0, len(str(size)) - 2)
     return max(1, round(size / unit)) * unit
 
 
 def limit(found: list[Work], bandwidth: float, peak: float | None) -> Limit:
-    """The floor of a test's parts. bandwidth: bytes/s; peak: multiply-adds/s, None where unknown."""
+    """The limit of a test, from its phases. bandwidth: bytes/s; peak: multiply-adds/s, None where unknown."""
     seconds = {"bandwidth": 0.0, "arithmetic": 0.0}
-    for part in found:
-        reading = part.bytes / bandwidth
-        computing = part.macs / peak if peak else 0.0
-        seconds["arithmetic" if computing > reading else "bandwidth"] += part.tokens * max(reading, computing)
+    for phase in found:
+        reading = phase.bytes / bandwidth
+        computing = phase.macs / peak if peak else 0.0
+        seconds["arithmetic" if computing > reading else "bandwidth"] += phase.tokens * max(reading, computing)
     by = max(seconds, key=lambda name: seconds[name])
-    return Limit(sum(part.tokens for part in found) / sum(seconds.values()), by)
+    return Limit(sum(phase.tokens for phase in found) / sum(seconds.values()), by)

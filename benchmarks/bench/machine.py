@@ -1,4 +1,4 @@
-"""The machine a figure was measured on: what it is, and how fast it reads memory in this very run."""
+"""The machine a figure was measured on: what it is, and how fast it reads memory during the run."""
 
 import platform
 from datetime import date
@@ -9,11 +9,13 @@ import torch
 from bitnet.doctor import examine
 from bitnet.kernels import native
 
-MEMORY = 512 * 2**20  # bytes of a working set: more than the part of a cache that one machine at hand may fill
+MEMORY = (
+    512 * 2**20
+)  # bytes of a working set that counts as memory: larger than the caches of the machines measured so far
 
 
 def describe(bandwidth: bool = True) -> dict[str, Any]:
-    """Names and versions, and the read bandwidth of the moment, as JSON values."""
+    """Names, versions and, if asked for, the present read bandwidth, as JSON values."""
     report = examine()
     described = {
         "date": date.today().isoformat(),
@@ -34,5 +36,5 @@ def describe(bandwidth: bool = True) -> dict[str, Any]:
 
 
 def read_bandwidth(repeats: int = 7) -> float:
-    """GB/s of reading 512 MiB with torch's current threads; the median of `repeats` passes."""
+    """GB/s of reading MEMORY bytes with torch's current threads; the median of `repeats` passes."""
     return native.read_bandwidth(MEMORY, repeats) / 1e9

@@ -1,14 +1,14 @@
-"""What the machine allows, measured in the same run by a process of its own: read bandwidth and products' peaks.
+"""What the machine allows, measured in the same run by a separate child: read bandwidth and peaks of products.
 
-    read      bytes a second at which the contender's threads (or the GPU) read a working set of a given size, over and
-              over: a model that fits in a cache is held against the cache, not against the memory
-    product   multiply-adds a second of one kind of product on matrices that stay in the caches: the best of a few
+    read      bytes per second at which the contenders' threads (or the GPU) read a working set of a given size, over
+              and over: a model that fits in a cache is held against the cache, not against the memory
+    product   multiply-adds per second of one kind of product on matrices that stay in the caches: the best of a few
               shapes and of torch's ways to compute it, without norms, attention or scales around it
 
-Both begin with a short call and do less where the machine is slow: neither takes much longer than its SECONDS.
+Both begin with a short call and do less on a slow machine, so that neither takes much longer than its SECONDS.
 
-Kinds of products are named as contenders name them: an instruction set of our C++ kernels, "torch fp32", "torch bf16",
-"torch int8", and "int8 dot products", which are our comparison kernels that multiply (VNNI), where the CPU has it.
+Contenders name the kinds of products: an instruction set of our C++ kernels, "torch fp32", "torch bf16", "torch int8",
+and "int8 dot products", which are our comparison kernels that multiply (VNNI), where the CPU has them.
 """
 
 import statistics
@@ -23,9 +23,9 @@ from bitnet import dense_products
 from bitnet.benchmarks.bench.random_model import random_codes
 from bitnet.kernels import native, packing
 
-_PASSES = 7  # over a large working set; small ones are read until _ENOUGH bytes have been
-_ENOUGH = 64 * 2**20
-# Tokens, out-features, in-features, by rising cost: packed weights in a core's second cache up to ones that fill it.
+_PASSES = 7  # over a large working set
+_ENOUGH = 64 * 2**20  # bytes: a small working set is read until so much has been read
+# Tokens, out-features, in-features, by rising cost: the largest packed weights fill a core's second-level cache.
 _SHAPES = ((64, 1024, 1024), (256, 1024, 1024), (64, 2560, 2560), (256, 2560, 6912))
 _ROUNDS = 5
 READ_SECONDS = 3.0  # of one working set: 512 MB eight times at 1.4 GB/s
@@ -34,8 +34,8 @@ Make = Callable[[int, int, int], Callable[[], object]]  # tokens, out-features, 
 DOT_PRODUCTS = "int8 dot products"
 
 
-class Contender:
-    """No contender: what they are held against. device: where the contenders run."""
+class Meter:
+    """Measures what contenders are held against. device: where they run."""
 
     def __init__(self, threads: int, device: str) -> None:
         torch.set_num_threads(threads)
@@ -43,7 +43,7 @@ class Contender:
         self.facts: dict[str, Any] = {}
 
     def read(self, size: int) -> dict[str, Any]:
-        """Bytes a second of reading `size` bytes again and again."""
+        """Bytes per second of reading `size` bytes again and again."""
         passes = max(_PASSES, _ENOUGH // size)
         compiled = self.device.type == "cpu" and native.why_not() is None
         read = native.read_bandwidth if compiled else self._read_torch
@@ -56,26 +56,27 @@ class Contender:
         return values.nbytes / self._seconds(values.sum, passes, READ_SECONDS)
 
     def product(self, kind: str) -> dict[str, Any]:
-        """Multiply-adds a second of one kind of product, and by which way; None where this machine has it not."""
+        """Multiply-adds per second of one kind of product, and how it was computed; None where it cannot be here."""
         with torch.inference_mode():
             makes = self._makes(kind)
             if not makes:
                 return {"rate": None, "how": None}
             shapes = ((8192, 8192, 8192),) if self.device.type == "cuda" else _SHAPES
-            return dict(zip(("rate", "how"), max(self._rate(make, shapes, name) for name, make in makes.items())))
+            rate, how = max((self._rate(make, shapes), name) for name, make in makes.items())
+            return {"rate": rate, "how": how}
 
-    def _rate(self, make: Make, shapes: Sequence[tuple[int, int, int]], name: str) -> tuple[float, str]:
-        """The best of the shapes, dearer ones only while there is time for them."""
+    def _rate(self, make: Make, shapes: Sequence[tuple[int, int, int]]) -> float:
+        """Multiply-adds per second of the best shape; costly ones are tried only while there is time for them."""
         started, best = time.perf_counter(), 0.0
         for m, n, k in shapes:
             left = PRODUCT_SECONDS - (time.perf_counter() - started)
             if best and m * n * k / best * (_ROUNDS + 1) > left:
                 break
             best = max(best, m * n * k / self._seconds(make(m, n, k), _ROUNDS, left))
-        return best, name
+        return best
 
     def _makes(self, kind: str) -> dict[str, Make]:
-        """The ways to a kind of product that are worth timing; none where this machine has not got it."""
+        """The ways to compute a kind of product that may be the fastest; none where this machine has none."""
         if kind.startswith("torch "):
             dtype = kind.removeprefix("torch ")
             if self.device.type == "cuda":
@@ -92,7 +93,7 @@ class Contender:
         return (lambda: torch._int_mm(x, w.T)) if dtype == "int8" else (lambda: torch.nn.functional.linear(x, w))
 
     def _seconds(self, action: Callable[[], object], rounds: int, within: float) -> float:
-        """Median seconds of a call, after one that warms up; fewer calls, or that one alone, where time is short."""
+        """Median seconds of a call after one warm-up call; fewer calls, or the first alone, where time is short."""
         first = self._call(action)
         rounds = min(rounds, int(within / first)) if first > 0 else rounds
         return statistics.median([self._call(action) for _ in range(rounds)]) if rounds else first
@@ -104,9 +105,10 @@ class Contender:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
-    def gpu_bytes(self) -> int:
-        """Nothing: it holds no model."""
-        return 0
+
+def load(threads: int, device: str) -> Meter:
+    """The meter that child.py asks for."""
+    return Meter(threads, device)
 
 
 def _dense(way: dense_products.Way, dtype: str, m: int, n: int, k: int) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Our engines as a contender; run by worker.py."""
+"""Our engines as a benchmark drives them; run by children/child.py."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from bitnet.config import ModelConfig
 from bitnet.engine.base import Session
 from bitnet.engine.cpu import CpuEngine
-from bitnet.engine.load import load
+from bitnet.engine.load import load as load_packed
 from bitnet.engine.torch import TorchEngine
 from bitnet.errors import BitNetError
 from bitnet.files.tensors import kv_cache_bytes, norm_parameters
@@ -16,7 +16,7 @@ from bitnet.kernels import native, ops
 
 
 def prepare(engine: str, device: str, threads: int, **_options: Any) -> None:
-    """Test the kernels. Raises BitNetError where their sums are wrong: such an engine gets no figures."""
+    """Test the kernels. Raises BitNetError where their sums are wrong: such an engine is not measured."""
     torch.set_num_threads(threads)
     if engine == "cpu":
         check_kernel(ops.CPU, torch.device("cpu"))
@@ -26,7 +26,7 @@ def prepare(engine: str, device: str, threads: int, **_options: Any) -> None:
         check_kernel(ops.select(torch.device(device)), torch.device(device))
 
 
-class Contender:
+class EngineDriver:
     """A packed file in one of our engines. engine, head, cache: as `bitnet.load` takes them.
 
     Raises BitNetError for an engine that cannot run it.
@@ -35,17 +35,17 @@ class Contender:
     def __init__(self, path: str, engine: str, head: str, cache: str, threads: int, device: str) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device(device)
-        self.engine = load(path, device, engine=engine, head=head, cache=cache)
+        self.engine = load_packed(path, device, engine=engine, head=head, cache=cache)
         backend = ops.CPU if self.engine.name == "cpu" else ops.select(torch.device(device))
         config = self.engine.config
         self._session: Session | None = None
-        self._next = torch.empty(0)
+        self._ids = torch.empty(0)  # B, capacity
         self.facts: dict[str, Any] = {
             "what": self._what(backend, head, cache),
             "backend": self.engine.name,
             "weight_bytes": self._weight_bytes(),
             "kv_bytes": self._kv_bytes(config, cache),
-            "gpu": gpu_name(self._device),
+            "gpu": gpu_uuid(self._device),
             "peak": self._peak(backend),
         }
 
@@ -58,7 +58,7 @@ class Contender:
         return f"our torch engine, {backend.name}{set_} products, fp32 head and cache"
 
     def _peak(self, backend: ops.Backend) -> str | None:
-        """The kind of product it uses, as meter.py names them."""
+        """The kind of product it uses, as meter.py names it."""
         if self.engine.config.linear == "float":
             return "torch fp32"
         return (
@@ -68,7 +68,7 @@ class Contender:
         )
 
     def _weight_bytes(self) -> int:
-        """Bytes of projections, head and gains: what a decoded token reads of the model."""
+        """Bytes of projections, head and norm gains: what a decoded token reads of the model."""
         if isinstance(self.engine, CpuEngine):
             return self.engine.weight_bytes + self.engine.head_bytes + 4 * norm_parameters(self.engine.config)
         if isinstance(self.engine, TorchEngine):
@@ -76,29 +76,29 @@ class Contender:
         return self.engine.weight_bytes()
 
     def _kv_bytes(self, config: ModelConfig, cache: str) -> float:
-        """Bytes of keys and values a token of context; int8 has an fp32 scale for each head's vector."""
+        """Bytes of keys and values per token of context; int8 has an fp32 scale for each head's vector."""
         width = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / config.head_dim}[cache]
         return kv_cache_bytes(config, 1, 1) * width
 
-    def start(self, batch: int, depth: int, room: int) -> None:
-        """A session of `batch` sequences that has read `depth` tokens."""
-        self._session = None  # lets go of the last one's cache first
-        self._session = self.engine.session(batch, room)
-        self._next = torch.randint(0, self.engine.config.vocab_size, (batch, room))
+    def start(self, batch: int, depth: int, capacity: int) -> None:
+        """A session of `batch` sequences of up to `capacity` tokens that has read `depth` tokens."""
+        self._session = None  # frees the last session's cache first
+        self._session = self.engine.session(batch, capacity)
+        self._ids = torch.randint(0, self.engine.config.vocab_size, (batch, capacity))
         if depth:
             self.prefill(depth)
 
     def prefill(self, tokens: int) -> None:
-        """Read `tokens` random ids a sequence."""
+        """Read `tokens` random ids into each sequence."""
         assert self._session
         at = self._session.position
-        self._check(self._session.prefill(self._next[:, at : at + tokens]))
+        self._check(self._session.prefill(self._ids[:, at : at + tokens]))
 
     def decode(self, tokens: int) -> None:
-        """Read `tokens` random ids a sequence, one at a time."""
+        """Read `tokens` random ids into each sequence, one at a time."""
         assert self._session
         for at in range(self._session.position, self._session.position + tokens):
-            logits = self._session.decode(self._next[:, at])
+            logits = self._session.decode(self._ids[:, at])
         self._check(logits)
 
     def _check(self, logits: Tensor) -> None:
@@ -106,11 +106,16 @@ class Contender:
             raise BitNetError("got logits that are not finite, expected numbers; run bitnet doctor")
 
     def gpu_bytes(self) -> int:
-        """Most memory held on the GPU."""
+        """The most memory held on the GPU."""
         return torch.cuda.max_memory_allocated(self._device)
 
 
-def gpu_name(device: torch.device) -> str | None:
+def load(**options: Any) -> EngineDriver:
+    """The driver that child.py asks for."""
+    return EngineDriver(**options)
+
+
+def gpu_uuid(device: torch.device) -> str | None:
     """The UUID of a GPU; None for another device."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
@@ -120,13 +125,12 @@ def check_kernel(backend: ops.Backend, device: torch.device) -> None:
     wrong = ops.self_test(backend, device)
     if wrong:
         raise BitNetError(
-            f"the self-test of the '{backend.name}' kernels failed ({wrong}): a fast wrong sum is no result; "
-            "see bitnet doctor"
+            f"the self-test of the '{backend.name}' kernels failed ({wrong}), expected exact sums; run bitnet doctor"
         )
 
 
 def torch_bytes(engine: TorchEngine) -> int:
-    """Bytes of all weights of the torch engine but an embedding that is no head."""
+    """Bytes of all weights of the torch engine, except an embedding that is not also the head."""
     model = engine.model
     total = sum(p.nbytes for p in model.parameters())
     if model.lm_head is not None:

@@ -1,8 +1,8 @@
 """Which tests a run takes: llama-bench's vocabulary, comma lists that cross-multiply.
 
 pp512            read a prompt of 512 tokens          tg128           write 128 tokens, one at a time
-pp512+tg128      both, as one answer                  @ d1024         behind 1024 tokens that are not timed
-x4               of four sequences at once
+pp512+tg128      both, as one answer                  @ d1024         after 1024 tokens that are not timed
+x4               four sequences at once
 """
 
 import itertools
@@ -13,12 +13,12 @@ from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 
 PROMPT, PREDICT = 512, 128  # llama-bench's defaults
-_MOST = 2**20  # of any number: past it a typing error is likelier than a wish
+_MOST = 2**20  # a larger number is more likely a typing error
 
 
 @dataclass(frozen=True)
 class Test:
-    """One measurement; tokens are of each of `batch` sequences."""
+    """One measurement. Token counts are those of each of `batch` sequences."""
 
     __test__ = False  # pytest: not a class of tests
 
@@ -30,9 +30,9 @@ class Test:
     @property
     def name(self) -> str:
         """As llama-bench writes it."""
-        parts = [f"pp{self.prompt}"] * bool(self.prompt) + [f"tg{self.predict}"] * bool(self.predict)
+        words = [f"pp{self.prompt}"] * bool(self.prompt) + [f"tg{self.predict}"] * bool(self.predict)
         return (
-            "+".join(parts)
+            "+".join(words)
             + (f" @ d{self.depth}" if self.depth else "")
             + (f" x{self.batch}" if self.batch > 1 else "")
         )
@@ -43,14 +43,16 @@ class Test:
         return self.prompt + self.predict
 
     @property
-    def room(self) -> int:
-        """Positions a sequence needs."""
+    def positions(self) -> int:
+        """Positions that a sequence needs."""
         return self.depth + self.tokens
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the user asked for; prompts and predicts are None where the defaults hold."""
+class TestChoice:
+    """The tests that the user asked for; prompts and predicts are None for the defaults."""
+
+    __test__ = False  # pytest: not a class of tests
 
     prompts: list[int] | None
     predicts: list[int] | None
@@ -59,9 +61,9 @@ class Choice:
     batches: list[int]
 
 
-def tests(choice: Choice, config: ModelConfig, model: str) -> list[Test]:
-    """All tests on one model. Raises BitNetError for none at all and for those that outgrow its context."""
-    half = config.context // 2  # a default prompt leaves room for its answer
+def tests(choice: TestChoice, config: ModelConfig, model: str) -> list[Test]:
+    """All tests on one model. Raises BitNetError where there is none, and for one longer than the model's context."""
+    half = config.context // 2  # a default prompt leaves half the context to its answer
     prompts = [min(PROMPT, half)] if choice.prompts is None else choice.prompts
     predicts = [min(PREDICT, half)] if choice.predicts is None else choice.predicts
     asked = [(p, 0) for p in prompts if p] + [(0, n) for n in predicts if n] + choice.pairs
@@ -69,9 +71,9 @@ def tests(choice: Choice, config: ModelConfig, model: str) -> list[Test]:
     if not found:
         raise BitNetError("bench: got no test (-p 0 -n 0), expected a prompt, tokens to write or both")
     for test in found:
-        if test.room > config.context:
+        if test.positions > config.context:
             raise BitNetError(
-                f"bench: {test.name} needs {test.room} positions, expected at most the context of {model}, "
+                f"bench: {test.name} needs {test.positions} positions, expected at most the context of {model}, "
                 f"{config.context}; choose smaller -p, -n or -d"
             )
     return list(dict.fromkeys(found))
@@ -102,7 +104,7 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def words(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """The words of a comma list. Raises BitNetError for one that is not known."""
+    """The words of a comma list. Raises BitNetError for a word that is not among `known`."""
     found = [part.strip() for part in text.split(",")]
     for word in found:
         if word not in known:

@@ -1,4 +1,4 @@
-"""Two pictures of a run: the roofline, and the contenders side by side (needs matplotlib: the extra `plot`)."""
+"""Two pictures of a result: the roofline, and the contenders side by side (needs matplotlib: the extra `plot`)."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from bitnet.benchmarks.bench.table import measured
 from bitnet.plotting import check_target, pyplot, save
 
-# Told apart in grey print too: by hatch in bars, by shape in points.
+# Distinguished in grey print, too: by hatch in bars, by shape in points.
 _COLOURS = ("#1f5aa6", "#e07b39", "#5b8c5a", "#8c8c8c", "#b04a5a", "#6a5acd", "#c9a227", "#3a9ca6")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
-_ROOM = 1.4  # between two peaks whose names stand above each other
+_APART = 1.4  # factor between two peaks whose names do not overlap
 Row = dict[str, Any]
 
 
@@ -29,8 +29,10 @@ def draw(document: dict[str, Any], path: Path) -> list[Path]:
 
 
 def roofline(document: dict[str, Any]) -> Any:
-    """Multiply-adds a second over multiply-adds a byte, under the bandwidths and peaks of the same run; a panel a
-    number of threads."""
+    """Multiply-adds per second over multiply-adds per byte, below the bandwidths and peaks of the same run.
+
+    A panel for each number of threads.
+    """
     plt = pyplot()
     rows: list[Row] = document["results"]
     threads = sorted({row["threads"] for row in rows})
@@ -40,7 +42,7 @@ def roofline(document: dict[str, Any]) -> Any:
     for axis, count in zip(axes[0], threads, strict=True):
         _roofline_panel(axis, [row for row in rows if row["threads"] == count], names(rows, "backend"))
         axis.set_title(f"{count} thread{'s' * (count > 1)}", loc="left", fontsize=11)
-    axes[0][0].set_ylabel("multiply-adds a second (billions)")
+    axes[0][0].set_ylabel("multiply-adds per second (billions)")
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right upper", fontsize=9)
     return figure
@@ -59,7 +61,7 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
         if row.get(f"{whose}peak_gigamacs_per_second")
     }
     top = max(peaks.values(), default=max(reads) * high)
-    # A line for the slowest and the fastest working set: memory, and the cache of the smallest model.
+    # Lines for the slowest and the fastest working set: memory, and the cache that holds the smallest model.
     ends = dict.fromkeys((reads[0], reads[-1]) if reads[-1] > 1.25 * reads[0] else (reads[-1],))
     for rate in ends:
         axis.plot([low, top / rate], [low * rate, top], color="black", linewidth=1)
@@ -70,13 +72,7 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
             fontsize=8,
             rotation_mode="anchor",
         )
-    below, at_left = 0.0, True
-    for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
-        at_left = not at_left if peak < below * _ROOM else True  # two that lie close get an end each
-        below = peak
-        x, side = (low * 1.1, "left") if at_left else (high / 1.1, "right")
-        axis.axhline(peak, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.annotate(f"{name}: {peak:,.0f}", (x, peak * 1.05), fontsize=8, ha=side)
+    _peak_lines(axis, peaks, low, high)
     for name in backends:
         place = backends.index(name) % len(_SHAPES)
         mine = [(x, row) for x, row in points if row["backend"] == name]
@@ -91,12 +87,23 @@ def _roofline_panel(axis: Any, rows: list[Row], backends: list[str]) -> None:
             label=name,
         )
     axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(bottom, low * reads[0]), top * 2))
-    axis.set_xlabel("multiply-adds a byte read")
+    axis.set_xlabel("multiply-adds per byte read")
     axis.grid(which="major")
 
 
+def _peak_lines(axis: Any, peaks: dict[str, float], low: float, high: float) -> None:
+    """A line for each peak, in billions of multiply-adds per second. low, high: ends of the other axis."""
+    lower, at_left = 0.0, True
+    for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        at_left = not at_left if peak < lower * _APART else True  # the names of two close peaks go to opposite ends
+        lower = peak
+        x, side = (low * 1.1, "left") if at_left else (high / 1.1, "right")
+        axis.axhline(peak, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.annotate(f"{name}: {peak:,.0f}", (x, peak * 1.05), fontsize=8, ha=side)
+
+
 def comparison(document: dict[str, Any]) -> Any:
-    """Tokens a second of every contender, a row of bars a model and number of threads, a panel a test."""
+    """Tokens per second of every contender: a panel for each kind of test, a group of bars for each test."""
     plt = pyplot()
     rows: list[Row] = document["results"]
     kinds = [kind for kind in ("prompt", "answer", "both") if any(_kind(row) == kind for row in rows)]
@@ -120,7 +127,7 @@ def _kind(row: Row) -> str:
 
 
 def _groups(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows that belong side by side, under what they have in common."""
+    """Rows that are compared with each other, by their common label."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         key = f"{row['model']}\n{row['test']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
@@ -155,18 +162,18 @@ def _bars(axis: Any, groups: dict[str, list[Row]], backends: list[str]) -> None:
     axis.invert_yaxis()
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.set_xlim(low / 2, high * 2)  # the shortest bar shows, the longest has room for its figure
+    axis.set_xlim(low / 2, high * 2)  # so that the shortest bar is visible and the longest has space for its figure
     steps = (1, 2, 5) if high < 1000 * low else (1,)
     decades = range(math.floor(math.log10(low / 2)), math.ceil(math.log10(high * 2)))
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     ticks = [tick for tick in ticks if low / 2 <= tick <= high * 2]
     axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("tokens a second (logarithmic)")
+    axis.set_xlabel("tokens per second (logarithmic)")
     axis.grid(axis="x")
     axis.set_axisbelow(True)
 
 
 def names(rows: list[Row], key: str) -> list[str]:
-    """The values of a key in the order they appear."""
+    """The values of a key, in order of appearance."""
     return list(dict.fromkeys(row[key] for row in rows))

@@ -1,4 +1,4 @@
-"""Packed models of random ternary weights: any shape to measure, without training it."""
+"""Packed models of random ternary weights: a model of any shape, to be measured without training it."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from bitnet.files.tensors import projection_shape
 from bitnet.kernels import packing
 
 ZEROS = 0.4  # of the weights: trained models have 33 to 42 %, and zeros are what a kernel might skip
-_ROWS = 4096  # made at once: what is drawn in wider types on the way to two bits stays small
+_ROWS = 4096  # made at once, so that what is drawn in wider types stays small
 _DRAWS = 2**16  # equally likely bytes of four weights each; enough that rounding their number does not show
 
 
 def random_codes(n: int, k: int, generator: torch.Generator) -> Tensor:
-    """Codes [n, k] int8, 40 % zeros, +1 and -1 alike."""
+    """Codes [n, k] int8: 40 % zeros, as many +1 as -1."""
     draws = torch.rand(n, k, generator=generator)
     return (draws > ZEROS).to(torch.int8) * (1 - 2 * (draws > (1 + ZEROS) / 2).to(torch.int8))
 
 
 def random_packed(n: int, k: int, rng: np.random.Generator) -> Tensor:
-    """The same packed [n, ceil(k / 4)] uint8, a byte at a time: thirty times as fast, for models of billions."""
+    """Packed codes [n, ceil(k / 4)] uint8 of the same distribution, drawn a byte at a time, thirty times as fast."""
     one = np.array([(1 - ZEROS) / 2, ZEROS, (1 - ZEROS) / 2])  # of the codes 0, 1, 2: -1, 0, +1
     chances = np.einsum("a,b,c,d->abcd", one, one, one, one).reshape(-1)
     fields = np.indices((3, 3, 3, 3)).reshape(4, -1)
@@ -35,14 +35,14 @@ def random_packed(n: int, k: int, rng: np.random.Generator) -> Tensor:
     for start in range(0, n, _ROWS):
         rows = out[start : start + _ROWS]
         np.take(table, rng.integers(0, _DRAWS, rows.shape, np.uint16), out=rows)
-    if k % packing.CODES_PER_BYTE:  # what fills the last byte up is zero
+    if k % packing.CODES_PER_BYTE:  # unused codes of the last byte are zero
         held = (1 << 2 * (k % packing.CODES_PER_BYTE)) - 1
         zeros = int(packing.pack(torch.zeros(1, packing.CODES_PER_BYTE, dtype=torch.int8))[0, 0])
         out[:, -1] = out[:, -1] & held | zeros & ~held
     return torch.from_numpy(out)
 
 
-def random_table(rows: int, width: int, generator: torch.Generator) -> Tensor:
+def random_embedding(rows: int, width: int, generator: torch.Generator) -> Tensor:
     """Embedding or head [rows, width] bf16, normal with deviation 0.02."""
     out = torch.empty(rows, width, dtype=torch.bfloat16)
     for start in range(0, rows, _ROWS):
@@ -52,9 +52,9 @@ def random_table(rows: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
-    """Write a packed file whose layers keep the size of their input, without a tokenizer.
+    """Write a packed file without a tokenizer, its layers scaled so that they preserve the size of their input.
 
-    Takes about as much memory as the file is long.
+    Needs about as much memory as the file has bytes.
     """
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
@@ -64,7 +64,7 @@ def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
             tensors[name] = random_packed(size[0], k, rng)
             tensors[f"{name}_scale"] = torch.tensor([((1 - ZEROS) * k) ** -0.5])
         elif torch.bfloat16 in dtypes:
-            tensors[name] = random_table(size[0], size[1], generator)
+            tensors[name] = random_embedding(size[0], size[1], generator)
         elif name not in tensors:
             tensors[name] = torch.ones(size)
     write_file(path, config, tensors.items())

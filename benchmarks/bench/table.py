@@ -1,4 +1,4 @@
-"""Results for a person (Markdown, as llama-bench prints it) and for a spreadsheet (CSV)."""
+"""Results as Markdown, in the form of llama-bench, and as CSV."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: Container[int] = ()) -> str:
-    """A Markdown table whose columns also line up as text; all but the columns `words` hold numbers."""
+    """A Markdown table whose columns are also aligned as text. words: columns that are not numbers."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
 
@@ -23,7 +23,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: Contai
 
 
 def stored(text: str) -> Any:
-    """The document in the output of a run, or in a file of it: the whole text, else its last line.
+    """The JSON document in the output of a run or in a stored file: the complete text, or else its last line.
 
     Raises json.JSONDecodeError for anything else.
     """
@@ -42,12 +42,12 @@ def size(count: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, more before the point where there are more."""
+    """At least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _bound(row: Row) -> str:
-    """What stands in the way, and how fast that is."""
+    """What bounds a row, and how fast that is."""
     if is_left_out(row):
         return ""
     if row["limit_by"] is None:
@@ -85,7 +85,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("threads", lambda row: str(row["threads"])),
     ("t/s", _speed),
     ("first token ms", _optional("first_token_ms", digits)),
-    ("read a token", _optional("bytes_per_token", size)),
+    ("read per token", _optional("bytes_per_token", size)),
     ("GB/s", _optional("read_gigabytes_per_second", digits)),
     ("bound by", _bound),
     ("% of it", _optional("percent_of_limit", lambda value: f"{value:.0f}")),
@@ -95,11 +95,11 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("$/M tokens", _optional("dollars_per_million", lambda value: f"{value:.3g}")),
     ("remark", lambda row: row.get("left_out") or row.get("remark") or ""),
 )
-_WORDS = 3  # columns at the left that are words
+_WORDS = 3  # columns at the left that are not numbers
 
 
 def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the results; a column that no row fills is left out."""
+    """Header and cells of the results, without columns that are empty in every row."""
     shown = [[show(row) for _, show in COLUMNS] for row in rows]
     kept = [i for i in range(len(COLUMNS)) if any(row[i] for row in shown)]
     return [COLUMNS[i][0] for i in kept], [[row[i] for i in kept] for row in shown]
@@ -111,27 +111,27 @@ def results_table(rows: list[Row]) -> str:
 
 
 _LEGEND = (
-    "median ± standard deviation of -r {}; memory: most resident bytes above the interpreter and its libraries, while "
-    "loading too; load s: until it can start, which for a mapped file is before it is read; "
-    "bound by: the larger of bytes over bandwidth and multiply-adds over peak, "
-    "int8 over the fastest int8 product of the run, whoever's"
+    "t/s: median ± standard deviation of {} rounds (-r); memory: peak resident bytes, loading included, above those "
+    "of the interpreter and its libraries; load s: until it can start, which for a mapped file is before it is read; "
+    "bound by: bytes over bandwidth or multiply-adds over peak, whichever takes longer; int8 is held against the "
+    "fastest int8 product of any contender in the run"
 )
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """What the figures were measured on, in one line: what is known of it."""
+    """The machine that figures were measured on, in one line; unknown facts are left out."""
     texts = (
         {"cpu": "{}", "cores": "{} cores", "read_gigabytes_per_second": "memory read at {} GB/s"},
         {"bitnet": "bitnet {}", "torch": "torch {}", "python": "Python {}", "date": "{}"},
     )
-    known = (", ".join(text.format(machine[key]) for key, text in part.items() if key in machine) for part in texts)
-    return "; ".join(part for part in known if part)
+    known = (", ".join(text.format(machine[key]) for key, text in half.items() if key in machine) for half in texts)
+    return "; ".join(half for half in known if half)
 
 
 def load_line(load: dict[str, Any]) -> str:
-    """What else ran on the machine before it was measured."""
+    """The load of other processes before the run, in one line."""
     average = "" if load["average"] is None else f"; load average {load['average']:.1f}"
-    verdict = "a busy machine: figures are lower than they can be, and vary; " if load["busy"] else ""
+    verdict = "a busy machine: figures are too low, and vary; " if load["busy"] else ""
     return (
         f"{verdict}before the run other processes kept {load['others']:.1f} of {load['cpus']} "
         f"CPU{'s' * (load['cpus'] > 1)} busy{average}"
@@ -139,7 +139,7 @@ def load_line(load: dict[str, Any]) -> str:
 
 
 def notes(document: dict[str, Any]) -> list[str]:
-    """What has to be said beside the table, a line each."""
+    """The notes below the table, a line each."""
     machine = document["machine"]
     found = [
         machine_line(machine),
@@ -150,12 +150,15 @@ def notes(document: dict[str, Any]) -> list[str]:
             if what
         ),
     ]
-    where = {"memory": "in memory", "smaller": "in smaller sets, which caches hold in part or whole"}
+    where = {"memory": "in memory", "smaller": "in smaller sets, which fit the caches in part or entirely"}
     spread = [
         f"{off:.1%} ({worst:.0%}) {where[of]}" for of, (off, worst) in sorted(document["bandwidth_off_median"].items())
     ]
-    verdict = "" if document["steady"] else f": unsteady, the memory more than {document['steady_within']:.0%}"
-    found.append(f"read bandwidth: three in four samples (the worst) off their median by {', '.join(spread)}{verdict}")
+    verdict = "" if document["steady"] else f": unsteady, memory more than {document['steady_within']:.0%}"
+    found.append(
+        "read bandwidth: three in four samples (the worst) deviate from their median by at most "
+        f"{', '.join(spread)}{verdict}"
+    )
     if document["stolen"] >= 0.01:
         found.append(f"{document['stolen']:.0%} of the CPUs' time went to other guests of the host")
     if (load := document.get("load")) and load["others"] is not None:
@@ -169,7 +172,7 @@ def as_markdown(document: dict[str, Any]) -> str:
 
 
 def as_csv(rows: list[Row]) -> str:
-    """All figures of all rows but the single samples."""
+    """All figures of all rows, without the single samples."""
     keys = [key for key in rows[0] if key != "samples_ts"]
     out = io.StringIO()
     writer = csv.DictWriter(out, keys, extrasaction="ignore", lineterminator="\n")

@@ -1,7 +1,7 @@
-"""What a method makes: one file that holds a whole model, tokenizer included, and who runs it.
+"""What a method makes: one file that holds a complete model, tokenizer included, and what loads it.
 
-Torch models are kept as safetensors. torchao's tensors are taken apart and put together by torchao itself; their 4-bit
-values, which it holds in a byte each, lie two to a byte in the file.
+Torch models are stored as safetensors. torchao itself flattens and restores its tensors; their 4-bit values, which it
+holds in a byte each, are stored two to a byte.
 """
 
 import importlib
@@ -20,18 +20,16 @@ from bitnet.model import Transformer
 from bitnet.text.tokenizer import Tokenizer
 
 _TOKENIZER = "tokenizer"
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-GPTQ_BITS, GPTQ_GROUP = 4, 64  # bits a weight, weights that share a scale
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+GPTQ_BITS, GPTQ_GROUP = 4, 64  # bits per weight, weights that share a scale
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A made model. runner: "torch", "packed" (our file on our engine) or "llama"."""
+    """A model that a method made. loader: "torch", "packed" (our file in our engine) or "llama"."""
 
     path: str
-    runner: str
+    loader: str
     library: str  # with version
     note: str = ""
 
@@ -50,8 +48,8 @@ def write_model(
 ) -> Path:
     """Write a torch model as one safetensors file.
 
-    builder: how `read_model` makes the modules: "" (a float model, kept and computed in `dtype`), "torchao" or "gptq"
-    (quantised linears, tables in bf16, which holds them exactly).
+    builder: how `read_model` makes the modules: "" (a float model, stored and computed in `dtype`), "torchao" or "gptq"
+    (quantised linear layers, embeddings in bf16, which holds them exactly).
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     metadata = {"config": json.dumps(model.config.to_dict()), "builder": builder, "autocast": ""}
@@ -59,7 +57,7 @@ def write_model(
         state = {name: value.to(dtype) for name, value in state.items()}
         metadata["autocast"] = "" if dtype is torch.float32 else str(dtype).removeprefix("torch.")
     else:
-        state |= {name: state[name].to(torch.bfloat16) for name in _TABLES if name in state}
+        state |= {name: state[name].to(torch.bfloat16) for name in _EMBEDDINGS if name in state}
     if builder == "torchao":
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -74,12 +72,12 @@ def write_model(
 
 
 def _codes(name: str) -> str:
-    """Where torchao's flat form keeps the codes of a weight."""
+    """The name under which torchao's flat form stores the codes of a weight."""
     return f"{name.rpartition('.')[0]}._weight_qdata"
 
 
 def import_library(path: Path) -> None:
-    """Import what `read_model` needs for this file."""
+    """Import the library that `read_model` needs for this file."""
     with safetensors.safe_open(path, framework="pt") as file:
         builder = file.metadata()["builder"]
     if builder == "torchao":
@@ -89,7 +87,7 @@ def import_library(path: Path) -> None:
 
 
 def read_model(path: Path) -> tuple[Transformer, torch.dtype | None]:
-    """The model of such a file, and the dtype it computes in where that is not fp32."""
+    """The model in a file of `write_model`, and the dtype of its autocast, None for fp32."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != _TOKENIZER}  # noqa: SIM118
@@ -106,16 +104,16 @@ def read_model(path: Path) -> tuple[Transformer, torch.dtype | None]:
     elif metadata["builder"] == "gptq":
         gptq_skeleton(model)
     if not autocast:
-        tensors |= {name: tensors[name].float() for name in _TABLES if name in tensors}
+        tensors |= {name: tensors[name].float() for name in _EMBEDDINGS if name in tensors}
     model.load_state_dict(tensors, assign=True)
-    for table in (model.model.embed_tokens, model.lm_head):
-        if table is not None:
-            table.exact = True
+    for embedding in (model.model.embed_tokens, model.lm_head):
+        if embedding is not None:
+            embedding.exact = True
     return model.eval(), getattr(torch, autocast) if autocast else None
 
 
 def gptq_skeleton(model: nn.Module) -> None:
-    """Put the library's packed linears in the place of a model's, for weights to be loaded into."""
+    """Replace a model's linear layers by the library's packed ones, so that weights can be loaded into them."""
     from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
 
     for name, module in list(model.named_modules()):
@@ -149,5 +147,5 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def is_linear(module: nn.Module, name: str) -> bool:
-    """Which modules the methods quantise: the seven projections of every block; tables are no nn.Linear."""
+    """Whether the methods quantise a module: the seven projections of every block; embeddings are no nn.Linear."""
     return isinstance(module, nn.Linear)

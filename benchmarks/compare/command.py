@@ -1,10 +1,8 @@
-"""What `bitnet compare` does: make every file, measure each in its own process, put it all into one report."""
+"""What `bitnet compare` does: make every file, measure each in a separate child, put the figures into one report."""
 
 import datetime
 import json
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +19,9 @@ from rich.status import Status
 
 from bitnet import __version__
 from bitnet.benchmarks.bench.command import terminated, without_folder
-from bitnet.benchmarks.compare import llama, worker
+from bitnet.benchmarks.bench.interleaving import in_turn
+from bitnet.benchmarks.children import builds
+from bitnet.benchmarks.children.process import Child, ChildError, TooSlowError
 from bitnet.benchmarks.compare.artifact import Artifact
 from bitnet.benchmarks.compare.measure import Scores, figures
 from bitnet.benchmarks.compare.method import Method, Settings
@@ -41,22 +41,22 @@ from bitnet.train.runs.run import Run
 
 _log = logging.getLogger("bitnet")
 PREFILL, DECODE = 128, 64  # tokens that are timed, fewer where the context is short
-BUDGET = (
-    1800.0  # seconds a method may take to make its file, and a model to be timed and scored: GPTQ of 100M takes 600
-)
-LEFT_OUT = "left out"  # the status of a method that took longer
+# Seconds that a method may take to make its file, and a model to be timed and scored: GPTQ of 100M takes 600.
+BUDGET = 1800.0
+LEFT_OUT = "left out"  # the status of a method that takes longer
+JOBS = "compare/jobs"  # the script of its children
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides. Limits are in tokens."""
+    """The options of the command line. Limits are in tokens, the budget in seconds."""
 
     data: tuple[str, ...]
     max_tokens: int = 131_072
     kl_tokens: int = 16_384
     rounds: int = 2
     repeats: int = 3
-    keep: Path | None = None  # folder for the files of all methods; None: they go when all is measured
+    keep: Path | None = None  # folder for the files of all methods; None: they are deleted at the end
     budget: float = BUDGET
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Options:
 
 def compare_runs(
     run: Path,
-    twin: Path | None,
+    baseline: Path | None,
     binary: Path | None,
     names: str | None,
     options: Options,
@@ -77,16 +77,16 @@ def compare_runs(
     output: Path | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare. Returns the report as JSON values.
+    """Compare a ternary run and its baseline by all methods. Returns the report as JSON values.
 
-    output, plot: what is to be written later; refused now where it could not be. Raises BitNetError for runs that are
-    no pair, text that is none, unknown methods and options that lead nowhere.
+    output, plot: files that `write_report` will write; checked here, before anything is measured.
+    Raises BitNetError for runs that cannot be compared, text without tokens, unknown methods and bad options.
     """
     check_targets(output, plot)
     chosen = choose(names)
     if settings.llama:
-        llama.check_python(settings.llama)
-    pair = Pair(run, twin or find_baseline(run), binary)
+        builds.check_python(settings.llama, "compare")
+    pair = Pair(run, baseline or find_baseline(run), binary)
     facts = pair.check()
     config = ModelConfig.from_dict({**facts["model"], "linear": "ternary"})
     console = Console(stderr=True)
@@ -97,10 +97,10 @@ def compare_runs(
         files = options.keep or work / "files"
         files.mkdir(parents=True, exist_ok=True)
         text = cut_text(pair, options, work / "text")
-        bench = _Bench(pair, options, settings, config, work, files, _teller(status, quiet))
-        rows = bench.all(chosen)
+        comparison = _Comparison(pair, options, settings, config, work, files, _progress(status, quiet))
+        rows = comparison.rows(chosen)
         sizes = np.load(work / "text" / "tokens.npy"), np.load(work / "text" / "sizes.npy")
-        _add_figures(rows, bench.scores, *sizes, text["context"])
+        _add_figures(rows, comparison.scores, *sizes, text["context"])
     return {
         "benchmark": "compare",
         "bitnet": __version__,
@@ -110,29 +110,29 @@ def compare_runs(
         "models": {key: value for key, value in facts.items() if key != "model"} | {"config": facts["model"]},
         "parameters": parameters(config),
         "text": text,
-        "timing": bench.timing | {"rounds": options.rounds},
+        "timing": comparison.timing | {"rounds": options.rounds},
         "results": rows,
     }
 
 
-def _teller(status: Status | None, quiet: bool) -> Callable[[str], None]:
-    """How progress is told: one line that changes on a terminal, one line each in a log, nothing if quiet."""
+def _progress(status: Status | None, quiet: bool) -> Callable[[str], None]:
+    """How progress is shown: one line that changes on a terminal, one line each in a log, nothing if quiet."""
     if status is not None:
         return status.update
-    return (lambda words: None) if quiet else _log.info
+    return (lambda text: None) if quiet else _log.info
 
 
 def check_targets(output: Path | None, plot: Path | None) -> None:
-    """Raise BitNetError for files that cannot be written and pictures that cannot be drawn: before hours, not after."""
+    """Raise BitNetError for files that cannot be written and pictures that cannot be drawn, before hours of work."""
     for path in (output, plot):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise BitNetError(f"compare: got '{path}', expected a file to write in a folder that is there")
+            raise BitNetError(f"compare: got '{path}', expected a file to write in an existing folder")
     if plot is not None:
         check_target(plot)
 
 
 def write_report(report: dict[str, Any], output: Path | None, plot: Path | None) -> None:
-    """Write the JSON document and the picture that are asked for."""
+    """Write the JSON document and the picture, each where it is asked for."""
     if output is not None:
         with replacing(output) as work:
             work.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -141,12 +141,13 @@ def write_report(report: dict[str, Any], output: Path | None, plot: Path | None)
 
 
 def cut_text(pair: Pair, options: Options, folder: Path) -> dict[str, Any]:
-    """Write the windows of held-out text that every model scores into `folder`. Returns what they are.
+    """Write the windows of held-out text that every model scores into `folder`. Returns their facts as JSON values.
 
-    They are whole windows, spread evenly over the text when there is more of it than asked for.
+    Windows are full, and spread evenly over the text where it is longer than asked for.
     """
     folder.mkdir()
-    settings, context = Run(pair.run).config(), Run(pair.run).config().context
+    settings = Run(pair.ternary).config()
+    context = settings.context
     tokenizer = pair.tokenizer()
     stream = tokenize(options.data, tokenizer, folder, documents=settings.data.documents)
     inputs, targets = spread_windows(stream, context, max(1, options.max_tokens // context))
@@ -170,15 +171,17 @@ def cut_text(pair: Pair, options: Options, folder: Path) -> dict[str, Any]:
 
 
 def _warn_of_training_text(pair: Pair, options: Options) -> None:
-    """Held-out text must not have been trained on: a path that the run was trained on is said aloud."""
-    trained = {str(Path(path).resolve()) for path in Run(pair.run).config().data.paths}
+    """Warn of a path that the run was trained on: its figures would not be those of held-out text."""
+    trained = {str(Path(path).resolve()) for path in Run(pair.ternary).config().data.paths}
     for path in options.data:
         if str(Path(path).resolve()) in trained:
-            _log.warning("'%s' is text that the models were trained on: these are no held-out figures", path)
+            _log.warning(
+                "'%s' is text that the models were trained on, expected held-out text: the figures are too good", path
+            )
 
 
-class _Bench:
-    """Makes and measures, one process at a time."""
+class _Comparison:
+    """Makes and measures, one child at a time."""
 
     def __init__(
         self,
@@ -194,22 +197,25 @@ class _Bench:
         self._work, self._files, self._progress = work, files, progress
         self._vocab = config.vocab_size
         self._parameters = parameters(config)
-        context = Run(pair.run).config().context
+        context = Run(pair.ternary).config().context
         prefill = min(PREFILL, context // 2)
         self.timing = {"prefill": prefill, "decode": min(DECODE, context - prefill), "repeats": options.repeats}
         self.scores: dict[str, Scores] = {}
 
-    def all(self, chosen: Sequence[Method]) -> list[dict[str, Any]]:
+    def rows(self, chosen: Sequence[Method]) -> list[dict[str, Any]]:
         """A row for every method, measured or with the reason why not."""
-        rows = {method.name: self._made(method) for method in chosen}
+        rows = {method.name: self.make(method) for method in chosen}
         able = {name: row for name, row in rows.items() if row["status"] == "ok"}
-        reference = rows.get("fp32") or self._made(choose("fp32")[0])
+        reference = rows.get("fp32") or self.make(choose("fp32")[0])
         if reference["status"] == "ok":
             self._measure("fp32", reference, reference=True, score=True)
         if reference["status"] != "ok":  # everything else is held against it
-            raise BitNetError(f"compare: the float twin itself cannot be measured: {reference['note']}")
+            raise BitNetError(
+                f"compare: got no figures of the float baseline ({reference['note']}), expected them: every row is "
+                "compared with it"
+            )
         for turn in range(self._options.rounds):
-            for name, row in list(able.items())[:: 1 if turn % 2 == 0 else -1]:
+            for name, row in in_turn(list(able.items()), turn + 1):
                 if row["status"] == "ok" and not (name == "fp32" and turn == 0):
                     self._measure(name, row, reference=False, score=turn == 0)
         features = examine()["cpu"]["features"]
@@ -217,7 +223,8 @@ class _Bench:
             _finish(row, self.timing, features)
         return list(rows.values())
 
-    def _made(self, method: Method) -> dict[str, Any]:
+    def make(self, method: Method) -> dict[str, Any]:
+        """Let a method make its file. Returns the beginning of its row."""
         row: dict[str, Any] = {"method": method.name, "family": method.family, "title": method.title}
         reason = method.why_not(self._pair, self._settings)
         if reason is not None:
@@ -227,8 +234,8 @@ class _Bench:
         folder.mkdir(exist_ok=True)
         pair = {key: None if path is None else str(path) for key, path in asdict(self._pair).items()}
         started = time.perf_counter()
-        answer = self._run({"do": "make", "method": method.name, "pair": pair, "folder": str(folder)})
-        if isinstance(answer, _Left):
+        answer = self._ask("make", method=method.name, pair=pair, folder=str(folder))
+        if isinstance(answer, _NoFigures):
             return row | asdict(answer)
         artifact = Artifact(**answer)
         return row | {
@@ -245,9 +252,10 @@ class _Bench:
     def _measure(self, name: str, row: dict[str, Any], *, reference: bool, score: bool) -> None:
         self._progress(f"{name}: {'scoring and timing' if score else 'timing'}")
         scores = self._work / f"{name}.npz"
-        job = {"do": "measure", "artifact": row["artifact"], "text": str(self._work / "text"), "vocab": self._vocab}
-        answer = self._run(job | self.timing | {"reference": reference, "score": score, "scores": str(scores)})
-        if isinstance(answer, _Left):
+        job = {"artifact": row["artifact"], "text": str(self._work / "text"), "vocab": self._vocab}
+        job |= {"reference": reference, "score": score, "scores": str(scores), "budget": self._options.budget}
+        answer = self._ask("measure_model", **job, **self.timing)
+        if isinstance(answer, _NoFigures):
             row |= asdict(answer)
             return
         row["times"] += answer.pop("times")
@@ -256,29 +264,23 @@ class _Bench:
             with np.load(scores) as values:
                 self.scores[name] = Scores(values["nats"], values["kl"], values["top1"])
 
-    def _run(self, job: dict[str, Any]) -> "dict[str, Any] | _Left":
-        """The answer of a worker, or why there is none: the last line it left on stderr, or that its time was over."""
-        answer = self._work / "answer.json"
-        answer.unlink(missing_ok=True)
-        path, budget = self._work / "job.json", self._options.budget
-        more = {"settings": asdict(self._settings), "answer": str(answer), "budget": budget}
-        path.write_text(json.dumps(job | more), encoding="utf-8")
-        command = [sys.executable, "-m", "bitnet.benchmarks.compare.worker", str(path), str(os.getpid())]
+    def _ask(self, do: str, **job: Any) -> "dict[str, Any] | _NoFigures":
+        """The answer of a child that does one job, or why there is none."""
+        budget, started = self._options.budget, time.perf_counter()
+        options = {"settings": asdict(self._settings)}
         try:
-            done = subprocess.run(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, timeout=budget
-            )
-        except subprocess.TimeoutExpired:
-            return _Left(LEFT_OUT, f"{job['do']}: not done within {budget:,.3g} s (--budget); its process was ended")
-        if done.returncode == 0:
-            values: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            return values
-        lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]
-        return _Left(LEFT_OUT if done.returncode == worker.TOO_SLOW else "failed", lines[-1])
+            with Child("compare", JOBS, options, self._settings.threads, limit=budget) as child:
+                answer = child.ask(do, max(1.0, budget - (time.perf_counter() - started)), **job)
+        except TooSlowError:
+            what = do.removesuffix("_model")
+            return _NoFigures(LEFT_OUT, f"{what}: not done within {budget:,.3g} s (--budget); its process was ended")
+        except ChildError as error:
+            return _NoFigures("failed", error.reason)
+        return _NoFigures(LEFT_OUT, answer["too_slow"]) if "too_slow" in answer else answer
 
 
 @dataclass(frozen=True)
-class _Left:
+class _NoFigures:
     """Why a method has no figures."""
 
     status: str
@@ -286,7 +288,7 @@ class _Left:
 
 
 def _finish(row: dict[str, Any], timing: dict[str, int], features: Sequence[str]) -> None:
-    """Turn seconds into tokens a second, and what the runner said into columns. features: of this CPU."""
+    """Turn seconds into tokens per second, and the facts of the model into columns. features: of this CPU."""
     if row["status"] != "ok":
         return
     times, facts = row.pop("times"), row.pop("facts")
@@ -296,16 +298,16 @@ def _finish(row: dict[str, Any], timing: dict[str, int], features: Sequence[str]
         row[f"{name}_spread"] = [float(x) for x in np.quantile(speeds, (0.25, 0.75))]
     row["peak_bytes"], row["runtime_bytes"] = facts["peak"], facts["before"]
     row["model_bytes"] = facts["peak"] - facts["before"]
-    row["runner"] = row.pop("artifact")["runner"]
+    row["runner"] = row.pop("artifact")["loader"]
     if "library" in facts:
         row["library"] = facts["library"]
-    lacks = llama.build_remark(facts["library"], facts["features"], features) if row["runner"] == "llama" else ""
-    row["note"] = "; ".join(part for part in (row["note"], facts.get("remark"), lacks) if part)
+    lacks = builds.lacks(facts["library"], facts["features"], features) if row["runner"] == "llama" else ""
+    row["note"] = "; ".join(text for text in (row["note"], facts.get("remark"), lacks) if text)
     for key in ("operators", "instruction_set", "engine", "features"):
         if facts.get(key):
             row[key] = facts[key]
     if "operators" in row:
-        row["note"] = "; ".join(part for part in (row["note"], f"decode in {row['operators']['decode']}") if part)
+        row["note"] = "; ".join(text for text in (row["note"], f"decode in {row['operators']['decode']}") if text)
     elif row.get("instruction_set"):
         row["note"] += f"; C++ engine, {row['instruction_set']}"
 

@@ -17,7 +17,7 @@ def _make(pair: Pair, folder: Path, settings: Settings) -> Artifact:
 
     logging.getLogger("neural_compressor").setLevel(logging.ERROR)
     model, tokenizer = pair.baseline_model(), pair.tokenizer()
-    # model_path: where a model kept on disk would lie; it asks for a folder that exists even if it reads nothing there.
+    # model_path: the folder of a model on disk. The library needs one that exists, though it reads nothing there.
     config = GPTQConfig(
         dtype="int", bits=GPTQ_BITS, group_size=GPTQ_GROUP, use_sym=True, act_order=False, model_path=str(folder)
     )
@@ -27,7 +27,8 @@ def _make(pair: Pair, folder: Path, settings: Settings) -> Artifact:
             prepared(row[None])
         quantised = convert(prepared)
     path = write_model(folder / "model.safetensors", quantised, tokenizer, builder="gptq")
-    note = f"weights int4, a scale for {GPTQ_GROUP}; {settings.calibration} windows of training text; fp32 once used"
+    windows = f"{settings.calibration} windows of training text"
+    note = f"weights int4, a scale per {GPTQ_GROUP}; {windows}; unpacked to fp32 when used"
     return Artifact(str(path), "torch", version("neural-compressor"), note)
 
 

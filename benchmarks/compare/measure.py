@@ -1,13 +1,14 @@
-"""The formulas: what text costs a model, and how far it is from the float twin, with standard errors.
+"""The figures of quality: bits per byte of a text, and the distance to the float baseline, with standard errors.
 
-bits per byte = nats / ln 2 / UTF-8 bytes. KL = sum over the vocabulary of p (ln p - ln q), p the twin, in nats a
-position. Standard errors are those of a ratio over stretches of the text that lie one after another: neighbouring
-windows are of one book and not independent, long stretches nearly are. The difference to the twin is taken window by
-window before it is averaged: both read the same text, so that its error is far smaller than that of either.
+bits per byte = nats / ln 2 / UTF-8 bytes. KL = sum over the vocabulary of p (ln p - ln q), p of the baseline, in nats
+per position. Standard errors are those of a ratio over consecutive stretches of the text: neighbouring windows come
+from one book and are not independent, long stretches nearly are. The difference to the baseline is taken window by
+window before it is averaged: both read the same text, so its error is far smaller than that of either.
 
-Dimensions: W windows, T time, V vocabulary, S stretches.
+Dimensions: W windows, C compared windows, T time, V vocabulary, S stretches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,14 @@ from torch import Tensor
 
 from bitnet.train.evaluate import IGNORED, ratio, summarize
 
-STRETCHES = 32  # a standard error from 32 has an uncertainty of its own of an eighth
+STRETCHES = 32  # a standard error estimated from 32 values is itself uncertain by an eighth
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What scoring gives of every window: nats [W] of its text; where compared, sums over positions [C] of KL and of
-    equal top-1, C <= W."""
+    """The scores of windows: nats [W]; of compared ones also sums over positions [C], of KL and of equal top-1."""
 
     nats: Floats
     kl: Floats
@@ -53,7 +53,7 @@ def agreement(reference: Tensor, logits: Tensor) -> Tensor:
 
 def stretches(values: NDArray[Any], count: int = STRETCHES) -> NDArray[Any]:
     """Sums [S] over at most `count` stretches of neighbouring windows [W], as even as possible."""
-    return np.array([part.sum() for part in np.array_split(values, min(count, len(values)))])
+    return np.array([stretch.sum() for stretch in np.array_split(values, min(count, len(values)))])
 
 
 def figures(
@@ -61,7 +61,7 @@ def figures(
 ) -> dict[str, Any]:
     """The quality of one row, as JSON values.
 
-    tokens, sizes: [W] scored tokens and UTF-8 bytes of each window. positions: of one compared window.
+    tokens, sizes: [W] scored tokens and UTF-8 bytes of each window. positions: T of a compared window.
     """
     own = summarize(stretches(scores.nats), stretches(tokens), stretches(sizes))
     more = summarize(stretches(scores.nats - reference.nats), stretches(tokens), stretches(sizes))
@@ -71,8 +71,8 @@ def figures(
     return {
         "bits_per_byte": own.bits_per_byte,
         "bits_per_byte_error": own.bits_per_byte_error,
-        "more_than_twin": more.bits_per_byte,
-        "more_than_twin_error": more.bits_per_byte_error,
+        "more_than_baseline": more.bits_per_byte,
+        "more_than_baseline_error": more.bits_per_byte_error,
         "perplexity": own.perplexity,
         "kl": kl,
         "kl_error": kl_error,
@@ -82,7 +82,7 @@ def figures(
 
 
 def score_all(
-    score: Any,
+    score: Callable[[Tensor], Tensor],
     inputs: Tensor,
     targets: Tensor,
     compared: NDArray[np.int64],
@@ -90,7 +90,10 @@ def score_all(
     *,
     batch: int,
 ) -> Scores:
-    """Score windows [W, T] a batch at a time; those numbered in `compared` against reference logits [C, T, V]."""
+    """Score windows [W, T] in batches; those with indices `compared` [C] also against reference logits [C, T, V].
+
+    score: ids [B, T] -> logits [B, T, V].
+    """
     place = {int(window): i for i, window in enumerate(compared)}
     nats: list[Tensor] = []
     kl, top1 = np.zeros(len(compared)), np.zeros(len(compared))
@@ -100,7 +103,7 @@ def score_all(
         for row in range(len(logits)):
             if start + row in place:
                 i = place[start + row]
-                there = torch.from_numpy(np.array(reference[i]))
-                kl[i] = float(divergence(there, logits[row]).sum())
-                top1[i] = float(agreement(there, logits[row]).sum())
+                expected = torch.from_numpy(np.array(reference[i]))  # T, V
+                kl[i] = float(divergence(expected, logits[row]).sum())
+                top1[i] = float(agreement(expected, logits[row]).sum())
     return Scores(torch.cat(nats).numpy(), kl, top1)

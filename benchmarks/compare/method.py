@@ -1,4 +1,4 @@
-"""What a way to shrink a model is: why it cannot run here, or how it makes a file."""
+"""A method, one way to shrink a model: why it cannot run here, or how it makes its file."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ from bitnet.benchmarks.compare.pair import Pair
 
 @dataclass(frozen=True)
 class Settings:
-    """What the methods are asked to do."""
+    """Settings of all methods."""
 
     threads: int
     qat_steps: int = 100
@@ -22,22 +22,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """One row. why_not: the reason it cannot run here on these models, None where it can."""
+    """One row of the comparison. why_not: why it cannot run here on these models, None where it can."""
 
     name: str
     family: str
     title: str
     why_not: Callable[[Pair, Settings], str | None]
-    make: Callable[[Pair, Path, Settings], Artifact] = field(repr=False)  # into a folder of its own
+    make: Callable[[Pair, Path, Settings], Artifact] = field(repr=False)  # into a folder that no other method uses
 
 
 def always(pair: Pair, settings: Settings) -> str | None:
-    """For methods that need nothing that is not here."""
+    """`why_not` of a method that can always run."""
     return None
 
 
 def needs(module: str, install: str) -> Callable[[Pair, Settings], str | None]:
-    """why_not of a method that needs one package."""
+    """`why_not` of a method that needs one package. install: the command that installs it."""
 
     def why_not(pair: Pair, settings: Settings) -> str | None:
         if importlib.util.find_spec(module) is not None:

@@ -1,4 +1,4 @@
-"""Methods that need no other library: the twin in three float types, and the BitNet runs in our packed file."""
+"""Methods that need no other library: the float baseline in three dtypes, and the BitNet runs in our packed file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def _float(dtype: torch.dtype, note: str) -> Make:
 
 
 FLOATS = [
-    Method("fp32", "float", "FP32, the float twin", always, _float(torch.float32, "the reference of KL and top-1")),
+    Method("fp32", "float", "FP32, the float baseline", always, _float(torch.float32, "the reference of KL and top-1")),
     Method("fp16", "float", "FP16", always, _float(torch.float16, "eager, autocast; norms in fp32")),
     Method("bf16", "float", "BF16", always, _float(torch.bfloat16, "eager, autocast; norms in fp32")),
 ]
@@ -30,8 +30,8 @@ FLOATS = [
 
 def _packed(linear: str, embedding: str, note: str) -> Make:
     def make(pair: Pair, folder: Path, settings: Settings) -> Artifact:
-        run = pair.run if linear == "ternary" else pair.binary
-        assert run is not None, "why_not said so"
+        run = pair.ternary if linear == "ternary" else pair.binary
+        assert run is not None, "why_not excludes it"
         path = pair.pack(run, folder / "model.safetensors", embedding)
         return Artifact(str(path), "packed", f"bitnet {__version__}", note)
 
@@ -50,20 +50,20 @@ BITNETS = [
         "bitnet",
         "BitNet 1-bit",
         _lacks_binary,
-        _packed("binary", "bf16", "trained so, int8 activations; kept at two bits a weight; tables bf16"),
+        _packed("binary", "bf16", "trained 1-bit, int8 activations; stored at two bits per weight; embedding bf16"),
     ),
     Method(
         "bitnet-b1.58",
         "bitnet",
         "BitNet b1.58",
         always,
-        _packed("ternary", "bf16", "trained so, int8 activations; tables bf16"),
+        _packed("ternary", "bf16", "trained ternary, int8 activations; embedding bf16"),
     ),
     Method(
         "bitnet-b1.58-table8",
         "bitnet",
-        "BitNet b1.58, int8 table",
+        "BitNet b1.58, int8 embedding",
         always,
-        _packed("ternary", "int8", "trained so, int8 activations; tables int8"),
+        _packed("ternary", "int8", "trained ternary, int8 activations; embedding int8"),
     ),
 ]

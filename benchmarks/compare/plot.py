@@ -7,8 +7,8 @@ from typing import Any
 from bitnet.errors import BitNetError
 from bitnet.plotting import pyplot, save_both
 
-# A colour and a marker a family; Okabe and Ito's colours, which most colour-blind people tell apart.
-_LOOKS = {
+# A colour and a marker per family. Colours are Okabe and Ito's, which most colour-blind people can distinguish.
+_STYLES = {
     "float": ("#555555", "o", "float"),
     "int8": ("#0072B2", "s", "INT8, weights only"),
     "ptq": ("#56B4E9", "D", "PTQ, activations too"),
@@ -21,7 +21,12 @@ _Box = tuple[float, float, float, float]
 
 
 def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
-    """Draw the measured rows of a report into target.png and target.svg. Raises BitNetError without matplotlib."""
+    """Write `comparison` as target.png and target.svg. Raises BitNetError without matplotlib or a measured row."""
+    return save_both(comparison(report), target)
+
+
+def comparison(report: dict[str, Any]) -> Any:
+    """Quality against size and speed against size, of the measured rows of a report."""
     plt = pyplot()
     from matplotlib.lines import Line2D
 
@@ -42,27 +47,27 @@ def plot_comparison(report: dict[str, Any], target: Path) -> list[Path]:
         _label(figure, axis, [(row["file_bytes"] / 1e6, row[key], row["method"]) for row in rows])
     families = list(dict.fromkeys(row["family"] for row in rows))
     handles = [
-        Line2D([], [], linestyle="", color=_LOOKS[f][0], marker=_LOOKS[f][1], markersize=8, label=_LOOKS[f][2])
+        Line2D([], [], linestyle="", color=_STYLES[f][0], marker=_STYLES[f][1], markersize=8, label=_STYLES[f][2])
         for f in families
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return save_both(figure, target)
+    return figure
 
 
-def _panel(axis: Any, rows: list[dict[str, Any]], key: str, words: str, title: str) -> None:
+def _panel(axis: Any, rows: list[dict[str, Any]], key: str, label: str, title: str) -> None:
     for row in rows:
-        colour, marker, _ = _LOOKS[row["family"]]
+        colour, marker, _ = _STYLES[row["family"]]
         size = row["file_bytes"] / 1e6
-        if key == "bits_per_byte" and row["more_than_twin_error"] is not None:
-            # The error of the difference to the twin: all read the same text.
-            axis.errorbar(size, row[key], row["more_than_twin_error"], color=colour, capsize=2, linewidth=1)
+        if key == "bits_per_byte" and row["more_than_baseline_error"] is not None:
+            # The error of the difference to the baseline: all models read the same text.
+            axis.errorbar(size, row[key], row["more_than_baseline_error"], color=colour, capsize=2, linewidth=1)
         area = 220 if marker == "*" else 70
         axis.scatter(size, row[key], s=area, color=colour, marker=marker, edgecolor="white", linewidth=0.6, zorder=3)
     front = pareto([(row["file_bytes"] / 1e6, row[key]) for row in rows], lower=key == "bits_per_byte")
     axis.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, linestyle="--", zorder=1)
     axis.set_xscale("log")
-    axis.set_xlabel("file, MB (tokenizer included)")
-    axis.set_ylabel(words)
+    axis.set_xlabel("file, MB (including the tokenizer)")
+    axis.set_ylabel(label)
     axis.set_title(title, loc="left", fontsize=11)
     sizes = [row["file_bytes"] / 1e6 for row in rows]
     axis.set_xlim(min(sizes) / 1.25, max(sizes) * 1.45)
@@ -72,7 +77,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], key: str, words: str, title: s
 
 
 def pareto(points: list[tuple[float, float]], *, lower: bool) -> list[tuple[float, float]]:
-    """The points that no smaller one beats, by size."""
+    """The points (size, quality) that no smaller point beats, by size. lower: whether less is better."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], point[1] if lower else -point[1])):
         if not front or (y < front[-1][1] if lower else y > front[-1][1]):
@@ -81,13 +86,13 @@ def pareto(points: list[tuple[float, float]], *, lower: bool) -> list[tuple[floa
 
 
 def _label(figure: Any, axis: Any, points: list[tuple[float, float, str]]) -> None:
-    """Write each name near its point where no other name and no point is: the nearest free place wins."""
+    """Write each name at the nearest place to its point that is free of other names and points."""
     scale = figure.dpi / 72
     dots = [tuple(axis.transData.transform((x, y))) for x, y, _ in points]
     taken: list[_Box] = [(px - 6 * scale, py - 6 * scale, px + 6 * scale, py + 6 * scale) for px, py in dots]
     frame = axis.get_window_extent()
     for (x, y, name), (px, py) in sorted(zip(points, dots, strict=True), key=lambda pair: pair[1]):
-        width, height = 4.6 * len(name) * scale, 9.5 * scale  # of 8-point letters, about
+        width, height = 4.6 * len(name) * scale, 9.5 * scale  # about that of letters of 8 points
         for dx, dy in _places():
             left, bottom = px + dx * scale - (width if dx < 0 else 0), py + dy * scale - height / 2
             box = (left, bottom, left + width, bottom + height)

@@ -1,4 +1,4 @@
-"""Every way to shrink a model that is compared, in the order of the table."""
+"""All methods of `bitnet compare`."""
 
 from bitnet.benchmarks.compare.method import Method
 from bitnet.errors import BitNetError
@@ -6,9 +6,9 @@ from bitnet.errors import BitNetError
 
 def registry() -> dict[str, Method]:
     """All methods by name, in the order of the table."""
-    from bitnet.benchmarks.compare import gptq, llama, own, torchao_methods
+    from bitnet.benchmarks.compare import gguf_methods, gptq, own, torchao_methods
 
-    methods = [*own.FLOATS, *torchao_methods.METHODS, *gptq.METHODS, *llama.METHODS, *own.BITNETS]
+    methods = [*own.FLOATS, *torchao_methods.METHODS, *gptq.METHODS, *gguf_methods.METHODS, *own.BITNETS]
     return {method.name: method for method in methods}
 
 

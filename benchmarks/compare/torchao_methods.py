@@ -1,6 +1,6 @@
-"""Post-training quantisation and quantisation-aware training of the twin through torchao.
+"""Post-training quantisation and quantisation-aware training of the float baseline through torchao.
 
-Everything runs eagerly on the modules that torchao leaves behind: that is what a user gets who calls `quantize_`.
+Everything runs eagerly on torchao's modules, as it does for a user who calls `quantize_`.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from bitnet.model import Transformer
 
 _INSTALL = "pip install 'bitnet-ternary[compare]'"
 _GROUP = 32  # weights that share a scale at four bits, as in GGUF's Q4_0
-_QAT_LR = 1e-4  # of AdamW, falling to 0: the twin is trained, the rounding is to be learnt
-_QAT_BATCH = 8  # windows a step
+_QAT_LR = 1e-4  # of AdamW, falling to 0: the baseline is trained already and only adapts to the rounding
+_QAT_BATCH = 8  # windows per step
 
 
 def _int8_absmax(model: Transformer, pair: Pair, settings: Settings) -> str:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_linear)
-    return "weights int8, a scale a row"
+    return "weights int8, a scale per row"
 
 
 def _int8_zero_point(model: Transformer, pair: Pair, settings: Settings) -> str:
@@ -34,14 +34,14 @@ def _int8_zero_point(model: Transformer, pair: Pair, settings: Settings) -> str:
 
     config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0), mapping_type=MappingType.ASYMMETRIC)
     quantize_(model, config, filter_fn=is_linear)
-    return "weights int8, a scale and a zero point a row"
+    return "weights int8, a scale and a zero point per row"
 
 
 def _dynamic(model: Transformer, pair: Pair, settings: Settings) -> str:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=is_linear)
-    return "weights and activations int8, a scale a row and a token"
+    return "weights and activations int8, a scale per row and per token"
 
 
 def _static(model: Transformer, pair: Pair, settings: Settings) -> str:
@@ -55,7 +55,7 @@ def _static(model: Transformer, pair: Pair, settings: Settings) -> str:
             granularity=[PerTensor(), PerRow()],
         )
         quantize_(model, config, filter_fn=lambda module, path, name=name: path == name)
-    return f"weights and activations int8, one scale a layer from {settings.calibration} windows of training text"
+    return f"weights and activations int8, one scale per layer from {settings.calibration} windows of training text"
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def _int4_base() -> Any:
     )
 
 
-_INT4 = f"weights int4, a scale for {_GROUP}; activations int8; two to a byte in the file, a byte each in memory"
+_INT4 = f"weights int4, a scale per {_GROUP}; activations int8; two to a byte in the file, a byte each in memory"
 
 
 def _int4(model: Transformer, pair: Pair, settings: Settings) -> str:
@@ -109,7 +109,7 @@ def _qat(model: Transformer, pair: Pair, settings: Settings) -> str:
 
 
 def train_on(model: nn.Module, windows: Tensor) -> list[float]:
-    """Train on windows [steps * 8, T + 1], once each; the rate falls to 0. Returns the losses."""
+    """Train on windows [steps * 8, T + 1], each once; the learning rate falls to 0. Returns the losses."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_QAT_LR, betas=(0.9, 0.95), weight_decay=0.0)
     batches = windows.split(_QAT_BATCH)

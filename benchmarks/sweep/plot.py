@@ -1,27 +1,48 @@
-"""Pictures of a sweep: every point with its gap, the loss of every run, and loss against size."""
+"""Pictures of a sweep: every point with its gap, the training curve of every run, and loss against size."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bitnet.config import LINEARS
 from bitnet.errors import BitNetError
 from bitnet.plotting import pyplot, save_both
-from bitnet.train.report.plot import smooth
 
-_COLORS = dict(zip(LINEARS, ("C0", "C2", "C1"), strict=True))  # of a kind of linears, in every picture
+_COLORS = dict(zip(LINEARS, ("C0", "C2", "C1"), strict=True))  # of a kind of linear layers, in every picture
 
 
 def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
-    """Draw losses and, where there is a float twin, gaps of every point into target.png and target.svg.
+    """Write `points` as target.png and target.svg. Raises BitNetError without matplotlib."""
+    return save_both(points(report), target)
 
-    Raises BitNetError when matplotlib is not installed.
-    """
+
+def plot_curves(report: dict[str, Any], target: Path) -> list[Path]:
+    """Write `curves` as target.png and target.svg. Raises BitNetError without matplotlib."""
+    return save_both(curves(report), target)
+
+
+def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
+    """Write `scaling` as target.png and target.svg. Raises BitNetError without matplotlib, and for a single size."""
+    return save_both(scaling(report), target)
+
+
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """Every figure that a report has the data for, by name."""
+    able: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {
+        "points": (points, True),
+        "curves": (curves, "curves" in report),
+        "scaling": (scaling, len(report["sizes"]) > 1),
+    }
+    return {name: draw(report) for name, (draw, possible) in able.items() if possible}
+
+
+def points(report: dict[str, Any]) -> Any:
+    """The loss of every point and, where there is a float baseline, its gap."""
     plt = pyplot()
-
     names = list(dict.fromkeys(point["point"] for point in report["points"]))
     kinds = [("loss", "validation loss (nats per token)")]
     if any(point["gap"] for point in report["points"]):
-        kinds.append(("gap", "gap to the float twin (nats per token)"))
+        kinds.append(("gap", "gap to the float baseline (nats per token)"))
     size = (5 * len(kinds), 1.2 + 0.35 * len(names))
     figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (kind, label) in zip(axes[0], kinds, strict=True):
@@ -42,25 +63,20 @@ def plot_sweep(report: dict[str, Any], target: Path) -> list[Path]:
         axis.grid()
         _legend(axis)
     axes[0][0].invert_yaxis()
-    return save_both(figure, target)
+    return figure
 
 
-def plot_curves(metrics: dict[str, list[dict[str, Any]]], report: dict[str, Any], target: Path) -> list[Path]:
-    """Draw the smoothed training loss of every run over its tokens into target.png and target.svg.
-
-    metrics: of each run, by its name. Raises BitNetError when matplotlib is not installed.
-    """
+def curves(report: dict[str, Any]) -> Any:
+    """The smoothed training loss of every run over its tokens."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     drawn: set[str] = set()
     ends: list[float] = []
     for run in report["runs"]:
-        rows = [row for row in metrics[run["run"]] if "loss" in row]
-        losses, linear = smooth([row["loss"] for row in rows]), run["linear"]
+        curve, linear = report["curves"][run["run"]], run["linear"]
+        tokens, losses = [point[0] for point in curve], [point[1] for point in curve]
         label = None if linear in drawn else linear
-        axis.plot(
-            [row["tokens"] / 1e6 for row in rows], losses, color=_COLORS[linear], linewidth=1, alpha=0.8, label=label
-        )
+        axis.plot(tokens, losses, color=_COLORS[linear], linewidth=1, alpha=0.8, label=label)
         drawn.add(linear)
         ends += losses[len(losses) // 10 :]  # the first steps are far above the rest and would flatten it
     if ends:
@@ -69,24 +85,23 @@ def plot_curves(metrics: dict[str, list[dict[str, Any]]], report: dict[str, Any]
     axis.set_ylabel("training loss, smoothed (nats per token)")
     axis.grid()
     _legend(axis)
-    return save_both(figure, target)
+    return figure
 
 
-def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
-    """Draw loss against parameters, a line for each kind of linears, into target.png and target.svg.
+def scaling(report: dict[str, Any]) -> Any:
+    """Loss against parameters, a line for each kind of linear layers, through the best points of each size.
 
-    Of several points of one size the best by validation counts. Raises BitNetError when matplotlib is not installed,
-    and where all points have one size.
+    Raises BitNetError where all points have one size.
     """
     if len(report["sizes"]) < 2:
-        raise BitNetError("sweep: got points of one size, expected at least two to draw a curve of scaling")
+        raise BitNetError("sweep: got points of one size, expected at least two for a scaling curve")
     plt = pyplot()
-    points = {(point["point"], point["linear"]): point for point in report["points"]}
+    by_name = {(point["point"], point["linear"]): point for point in report["points"]}
     kinds = ["loss", *(["test_loss"] if any(point["test_loss"] for point in report["points"]) else [])]
     figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
         for linear in dict.fromkeys(point["linear"] for point in report["points"]):
-            best = [points[size["best"][linear], linear] for size in report["sizes"] if linear in size["best"]]
+            best = [by_name[size["best"][linear], linear] for size in report["sizes"] if linear in size["best"]]
             shown = [point for point in best if point[kind]]
             if shown:
                 axis.errorbar(
@@ -103,10 +118,10 @@ def plot_scaling(report: dict[str, Any], target: Path) -> list[Path]:
         axis.set_ylabel("test loss (nats per token)" if kind == "test_loss" else "validation loss (nats per token)")
         axis.grid()
         _legend(axis)
-    return save_both(figure, target)
+    return figure
 
 
 def _legend(axis: Any) -> None:
-    """Above the picture, where it hides no point: to look for a free corner takes a second on a busy machine."""
-    if axis.get_legend_handles_labels()[0]:  # where every run diverged there is nothing to name, and pyplot would warn
+    """Place the legend above the picture, where it hides no point; finding a free corner takes a second."""
+    if axis.get_legend_handles_labels()[0]:  # where every run diverged there is nothing to name, and pyplot warns
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(LINEARS))

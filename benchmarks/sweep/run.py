@@ -1,10 +1,8 @@
-"""A ladder of runs: every setting, every seed, one after the other; a table, JSON, pictures.
+"""Train the runs of a sweep spec, one after the other, and report them.
 
-sweep_plan.py has the file that asks for them, sweep_summary.py the figures that are made of them.
-
-A sweep goes on where it stopped: finished runs are read, the one that was under way is resumed. Runs with the same data
-share one set of token shards. The test text is scored anew when its files have changed; of a data set only the name is
-looked at. A run that diverges is a result, too: it is listed as such and the sweep goes on. To try it again, delete its
+A sweep resumes where it stopped: finished runs are read, an unfinished one is resumed. Runs with the same data share
+one set of token shards. The test text is scored again when its files have changed; of a data set on a hub only the name
+counts. A run that diverges is a result: it is listed as such, and the sweep continues. To try it again, delete its
 folder.
 """
 
@@ -19,8 +17,8 @@ from typing import Any
 import torch
 
 from bitnet.benchmarks.bench import machine
-from bitnet.benchmarks.sweep.plan import HeldOut, Plan, read_held_out, read_sweep
-from bitnet.benchmarks.sweep.summary import Result, summarize
+from bitnet.benchmarks.sweep.spec import HeldOut, PlannedRun, read_held_out, read_spec
+from bitnet.benchmarks.sweep.summary import Result, curve, summarize
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import replacing
@@ -30,70 +28,88 @@ from bitnet.train.config import RunConfig
 from bitnet.train.runs.run import Run
 from bitnet.train.scoring import score_run
 
-_DIVERGED = "training diverged"  # how pretrain begins the message
+_DIVERGED = "training diverged"  # how the message of pretrain begins
 
 
 def run_sweep(
-    path: Path, out: Path, device: torch.device, say: Callable[[str], None], **openers: Any
+    path: Path, out: Path, device: torch.device, log: Callable[[str], None], **openers: Any
 ) -> tuple[dict[str, Any] | None, int]:
-    """Train what is left of a sweep into folders of `out`. Returns (report or None, exit code).
+    """Train what is left of a sweep into folders of `out`. Returns (report, exit code); no report after a signal.
 
-    say: called with a line before and after each run. openers: as of `run_training`. The report, also in
-    `out/sweep.json`, has the machine, the file, every run, and each point's mean and spread over seeds; None when a
-    signal stopped the sweep.
-    Raises BitNetError for what does not fit the runs in `out`, and under `torchrun`.
+    log: called with a line before and after each run. openers: those of `run_training`. The report, also written to
+    `out/sweep.json`, has the machine, the spec, and what `summarize` and `curve` compute.
+    Raises BitNetError for settings that differ from those of the runs in `out`, and under `torchrun`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BitNetError(
-            f"sweep: got {os.environ['WORLD_SIZE']} processes, expected one: start it without torchrun, or each run "
-            "with: torchrun -m bitnet.cli train"
-        )
-    plans, held_out = read_sweep(path), read_held_out(path)
-    asked = held_out.asked() if held_out else {}  # a path that leads nowhere is named before hours of training
+    _check_processes()
+    plans, held_out = read_spec(path), read_held_out(path)
+    test = held_out.identity() if held_out else {}  # a path that does not exist is refused before hours of training
     out.mkdir(parents=True, exist_ok=True)
-    configs = [resolve(plan.preset, None, plan.values, [], Run(out / "a run not there yet")) for plan in plans]
-    for plan, config in zip(plans, configs, strict=True):  # all fit, or nothing is trained
-        if not config.train.init:  # the model it starts from decides on more settings
+    configs = [resolve(plan.preset, None, plan.values, [], Run(out / "no run yet")) for plan in plans]
+    for plan, config in zip(plans, configs, strict=True):  # nothing is trained unless all of them fit
+        if not config.train.init:  # otherwise the initial model sets more of the config
             Run(out / plan.folder).check(config)
         _check_steps(Run(out / plan.folder), config)
     results: list[Result] = []
     for number, (plan, config) in enumerate(zip(plans, configs, strict=True), 1):
         run = Run(out / plan.folder)
         if (result := _finished(plan, run, config)) is None:
-            say(f"{number}/{len(plans)}  {plan.folder}")
+            log(f"{number}/{len(plans)}  {plan.folder}")
             _share_data(out, [other.folder for other in plans], run, config)
-            try:
-                _, code = run_training(plan.preset, None, plan.values, [], run.path, device, quiet=True, **openers)
-            except BitNetError as error:
-                if not str(error).startswith(_DIVERGED):
-                    raise
-                (run.path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
-                code = 0
-            if code:
+            if code := _train(plan, run, device, openers):
                 return None, code
             result = _finished(plan, run, config)
             assert result is not None, plan.folder
         if held_out and result.loss is not None:
-            result = _tested(result, run, held_out, asked, device)
-        say(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
+            result = _with_test(result, run, held_out, test, device)
+        log(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
-    here = machine.describe(bandwidth=False)  # its time is no figure here
-    report = {"benchmark": "sweep", "machine": here, "spec": path.read_text(encoding="utf-8"), **summarize(results)}
+    return _report(path, out, results), 0
+
+
+def _report(path: Path, out: Path, results: list[Result]) -> dict[str, Any]:
+    """The report as JSON values, also written to `out/sweep.json`."""
+    report = {
+        "benchmark": "sweep",
+        "machine": machine.describe(bandwidth=False),  # no speeds are reported, so no bandwidth either
+        "spec": path.read_text(encoding="utf-8"),
+        **summarize(results),
+        "curves": {result.run: curve(Run(out / result.run).metrics()) for result in results},
+    }
     with replacing(out / "sweep.json") as work:
         work.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return report, 0
+    return report
 
 
-def _check_steps(run: Run, config: RunConfig) -> None:
-    """A run may go on for more steps than it was begun with; but its schedule was then that of a shorter one."""
-    if run.exists() and (steps := run.config().train.steps) != config.train.steps:
+def _check_processes() -> None:
+    """Raise BitNetError under torchrun, whose processes would all train every run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BitNetError(
-            f"sweep: '{run.path}' holds a run with train.steps = {steps}, got {config.train.steps}; its learning rate "
-            "followed the former: choose another folder (--out)"
+            f"sweep: got {os.environ['WORLD_SIZE']} processes, expected one: start it without torchrun, or start each "
+            "run with: torchrun -m bitnet.cli train"
         )
 
 
-def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
+def _train(plan: PlannedRun, run: Run, device: torch.device, openers: dict[str, Any]) -> int:
+    """Train or resume one run. Returns its exit code; a run that diverges is marked and returns 0."""
+    try:
+        return run_training(plan.preset, None, plan.values, [], run.path, device, quiet=True, **openers)[1]
+    except BitNetError as error:
+        if not str(error).startswith(_DIVERGED):
+            raise
+        (run.path / "diverged.txt").write_text(f"{error}\n", encoding="utf-8")
+        return 0
+
+
+def _check_steps(run: Run, config: RunConfig) -> None:
+    """Raise BitNetError where a run was started with other steps: its learning rate followed another schedule."""
+    if run.exists() and (steps := run.config().train.steps) != config.train.steps:
+        raise BitNetError(
+            f"sweep: '{run.path}' holds a run with train.steps = {steps}, got {config.train.steps}; expected "
+            "the same, which its learning rate followed; choose another folder (--out)"
+        )
+
+
+def _finished(plan: PlannedRun, run: Run, config: RunConfig) -> Result | None:
     """The result of a run that has nothing left to do, or None."""
     steps = config.train.steps
     rows = run.metrics()
@@ -111,18 +127,18 @@ def _finished(plan: Plan, run: Run, config: RunConfig) -> Result | None:
 
 
 def _model(run: Run, config: RunConfig) -> ModelConfig:
-    """The model of a run: the vocabulary asked for is an upper bound, of which its tokenizer may use little."""
+    """The model of a run, with the vocabulary of its tokenizer: that of the config is an upper bound."""
     if not run.exists():
         return config.model
     return run.config().model.replace(vocab_size=run.tokenizer().vocab_size)
 
 
-def _tested(result: Result, run: Run, held_out: HeldOut, asked: dict[str, Any], device: torch.device) -> Result:
-    """The result with figures of the test text, which are kept in the run's folder with what was asked for."""
+def _with_test(result: Result, run: Run, held_out: HeldOut, test: dict[str, Any], device: torch.device) -> Result:
+    """The result with figures of the test text, which are stored in the run's folder with the text's identity."""
     file = run.path / "test.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if {key: known.get(key) for key in asked} != asked:
-        known = {**asked, **score_run(run, held_out.paths, held_out.tokens, device)}
+    if {key: known.get(key) for key in test} != test:
+        known = {**test, **score_run(run, held_out.paths, held_out.tokens, device)}
         with replacing(file) as work:
             work.write_text(json.dumps(known, indent=1), encoding="utf-8")
     return replace(
@@ -134,7 +150,7 @@ def _tested(result: Result, run: Run, held_out: HeldOut, asked: dict[str, Any], 
 
 
 def _share_data(out: Path, folders: list[str], run: Run, config: RunConfig) -> None:
-    """Link the token shards of a run with the same data: they are never written to."""
+    """Link the token shards of another run with the same data: shards are never modified."""
     if run.data.exists():
         return
     wanted = config.data, config.tokenizer, config.model.vocab_size, config.train.init, config.train.teacher

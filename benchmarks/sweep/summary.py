@@ -1,14 +1,19 @@
-"""What came of the runs of a sweep: means and spreads over seeds, gaps to the float twin, the best of each size."""
+"""The figures of a sweep: means and standard errors over seeds, gaps to the float baseline, the best of each size."""
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from bitnet.train.report.plot import smooth
+
+CURVE_POINTS = 64  # of a run's curve: twice as many as the smoothing leaves independent
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one run: figures of the whole validation split after the last step, and of the test text."""
+    """The figures of one run: on the complete validation split after the last step, and on the test text."""
 
     point: str
     linear: str
@@ -17,29 +22,27 @@ class Result:
     parameters: int
     steps: int
     tokens: int
-    loss: float | None = None  # nats a token; None where the run diverged
+    loss: float | None = None  # nats per token; None where the run diverged
     bits_per_byte: float | None = None
-    test_loss: float | None = None  # None where there is no test text, too
+    test_loss: float | None = None  # None also where there is no test text
     test_bits_per_byte: float | None = None
-    test_bits_per_byte_error: float | None = None  # from window to window of the text, within one model
-    weights: int | None = None  # parameters less the gains of norms; files of older versions lack it
+    test_bits_per_byte_error: float | None = None  # over windows of the text, within one model
+    weights: int | None = None  # parameters without the gains of norms; missing from files of older versions
 
     @property
     def size(self) -> int:
-        """Equal for runs of one shape, whatever their linears and norms: those are what is tuned."""
+        """Equal for runs of one shape, whatever their linear layers and norms, which a sweep may vary."""
         return self.parameters if self.weights is None else self.weights
 
 
 FIGURES = ("loss", "bits_per_byte", "test_loss", "test_bits_per_byte")  # of a point; each with its gap
-
-
-Groups = dict[tuple[str, str], list[Result]]  # by point and linears
+Groups = dict[tuple[str, str], list[Result]]  # by point and kind of linear layers
 
 
 def summarize(results: list[Result]) -> dict[str, Any]:
-    """Every run; of each point and linear mean and standard error over seeds, and the gap to the float twin; sizes.
+    """Points (mean and standard error over seeds, gap to the float baseline), sizes (the best points), and all runs.
 
-    A gap is paired: the twin of a run has its seed, and `pairs` says how many there are.
+    A gap is paired: the baseline of a run has its seed, and `pairs` counts the pairs.
     """
     groups: Groups = {}
     for result in results:
@@ -49,13 +52,25 @@ def summarize(results: list[Result]) -> dict[str, Any]:
     return {"points": points, "sizes": sizes, "runs": [asdict(result) for result in results]}
 
 
-def summarized_anew(report: dict[str, Any]) -> dict[str, Any]:
-    """A stored report with points and sizes as this version has them: those of its runs."""
+def summarize_again(report: dict[str, Any]) -> dict[str, Any]:
+    """A stored report with the points and sizes that this version computes from its runs."""
     return {**report, **summarize([Result(**run) for run in report["runs"]])}
 
 
-def _point(mine: list[Result], twins: list[Result]) -> dict[str, Any]:
-    """The runs of one point and linear, and how far they are from their twins."""
+def curve(metrics: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """The smoothed training loss of a run: at most CURVE_POINTS of [tokens in millions, nats per token].
+
+    metrics: its rows in metrics.jsonl.
+    """
+    rows = [row for row in metrics if "loss" in row]
+    losses = smooth([row["loss"] for row in rows])
+    count = min(CURVE_POINTS, len(rows))
+    kept = [round(i * (len(rows) - 1) / max(1, count - 1)) for i in range(count)]
+    return [[round(rows[i]["tokens"] / 1e6, 4), round(losses[i], 4)] for i in kept]
+
+
+def _point(mine: list[Result], baselines: list[Result]) -> dict[str, Any]:
+    """The runs of one point and kind of linear layers, and their gaps."""
     figures = {name: mean_and_error([v for r in mine if (v := getattr(r, name)) is not None]) for name in FIGURES}
     return {
         "point": mine[0].point,
@@ -66,15 +81,15 @@ def _point(mine: list[Result], twins: list[Result]) -> dict[str, Any]:
         "seeds": len(mine),
         "diverged": sum(r.loss is None for r in mine),
         **figures,
-        **_gaps(mine, twins if mine[0].linear != "float" else []),
+        **_gaps(mine, baselines if mine[0].linear != "float" else []),
     }
 
 
 def _size(size: int, points: list[dict[str, Any]], groups: Groups) -> dict[str, Any]:
-    """Of one size the best point of each kind of linears, and the gaps with each kind at its best.
+    """The best point of each kind of linear layers at one size, and the gaps with each kind at its best.
 
-    So no badly set twin flatters. `tried` says out of how many points the best was taken: a kind that was tried more
-    often does better for that alone. The choice is by validation, never by the test text.
+    A badly tuned baseline would flatter the others. `tried` counts the points among which the best was chosen: a kind
+    with more tries does better for that alone. The choice is by validation loss, never by the test text.
     """
     mine = [point for point in points if point["size"] == size]
     tried = {linear: [p for p in mine if p["linear"] == linear] for linear in dict.fromkeys(p["linear"] for p in mine)}
@@ -93,13 +108,13 @@ def _size(size: int, points: list[dict[str, Any]], groups: Groups) -> dict[str, 
     }
 
 
-def _gaps(runs: list[Result], twins: list[Result]) -> dict[str, Any]:
-    """Of every figure the mean difference of runs to the twins with their seeds."""
+def _gaps(runs: list[Result], baselines: list[Result]) -> dict[str, Any]:
+    """The mean difference of every figure between runs and the baselines with their seeds."""
     gaps: dict[str, Any] = {}
     for name in FIGURES:
-        ours, theirs = ({r.seed: getattr(r, name) for r in side} for side in (runs, twins))
+        ours, theirs = ({r.seed: getattr(r, name) for r in side} for side in (runs, baselines))
         differences = _differences(ours, theirs)
-        gaps.setdefault("pairs", len(differences))  # by the first figure, which every run has that did not diverge
+        gaps.setdefault("pairs", len(differences))  # by the first figure: every run that did not diverge has it
         gaps[_gap(name)] = mean_and_error(differences)
     return gaps
 
@@ -109,13 +124,13 @@ def _gap(name: str) -> str:
     return name.replace("loss", "gap") if "loss" in name else f"{name}_gap"
 
 
-def _differences(mine: dict[int, float | None], twins: dict[int, float | None]) -> list[float]:
-    pairs = ((loss, twins.get(seed)) for seed, loss in mine.items())
-    return [loss - twin for loss, twin in pairs if loss is not None and twin is not None]
+def _differences(ours: dict[int, float | None], theirs: dict[int, float | None]) -> list[float]:
+    pairs = ((value, theirs.get(seed)) for seed, value in ours.items())
+    return [value - other for value, other in pairs if value is not None and other is not None]
 
 
 def mean_and_error(values: list[float]) -> dict[str, float | None] | None:
-    """Mean and standard error; no error for one value, nothing for none."""
+    """Mean and standard error; the error is None for a single value, and both are for none."""
     if not values:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""A sweep as a table, and the gap of each kind of linear layer in words."""
+"""A sweep as a table, and the gap of each kind of linear layers in words."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from bitnet.tables import plus_minus
 
 
 def sweep_table(report: dict[str, Any]) -> Table:
-    """The points of a sweep: losses and gaps to the float twin of the same settings, standard errors over seeds."""
+    """The points of a sweep: losses and gaps to the float baseline, standard errors over seeds."""
     header, rows = sweep_cells(report)
     table = Table(box=None, pad_edge=False)
     for name in header:
@@ -20,11 +20,11 @@ def sweep_table(report: dict[str, Any]) -> Table:
 
 
 def sweep_cells(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of a sweep's table; columns that no point fills are left out."""
+    """Header and rows of a sweep's table, without columns that are empty in every row."""
     titles = {
-        "loss": "nats a token",
+        "loss": "nats per token",
         "gap": "gap to float",
-        "test_bits_per_byte": "test, bits a byte",
+        "test_bits_per_byte": "test, bits per byte",
         "test_bits_per_byte_gap": "test, gap in bits",
         "test_gap": "test, gap in nats",
     }
@@ -48,7 +48,7 @@ def sweep_cells(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def tuned_gaps(report: dict[str, Any]) -> list[str]:
-    """Of each size and kind of linears one line: how far from the float twin, both at the best of their settings."""
+    """A line for each size and kind of linear layers: the gap to the float baseline, both at their best settings."""
     return [
         _tuned_gap(report["points"], size, linear, gaps)
         for size in report["sizes"]
@@ -58,9 +58,9 @@ def tuned_gaps(report: dict[str, Any]) -> list[str]:
 
 def _tuned_gap(points: list[dict[str, Any]], size: dict[str, Any], linear: str, gaps: dict[str, Any]) -> str:
     units = {
-        "gap": "nats a token on the validation text",
-        "test_gap": "nats a token",
-        "test_bits_per_byte_gap": "bits a byte on the test text",
+        "gap": "nats per token on the validation text",
+        "test_gap": "nats per token",
+        "test_bits_per_byte_gap": "bits per byte on the test text",
     }
     texts = [
         f"{value['mean']:+.4f}{plus_minus(value['error'], 4)} {unit}"
@@ -68,10 +68,10 @@ def _tuned_gap(points: list[dict[str, Any]], size: dict[str, Any], linear: str, 
         if (value := gaps[kind])
     ]
     best, tried = size["best"], size["tried"]
-    ours, twin = (f"{kind} at {best[kind]} (best of {tried[kind]})" for kind in (linear, "float"))
+    ours, baseline = (f"{kind} at {best[kind]} (best of {tried[kind]})" for kind in (linear, "float"))
     parameters = next(p["parameters"] for p in points if (p["point"], p["linear"]) == (best[linear], linear))
     pairs = f"{gaps['pairs']} pair{'' if gaps['pairs'] == 1 else 's'} of runs"
-    return f"{_millions(parameters)} parameters, {ours} against {twin}, {pairs}: {', '.join(texts) or 'no gap'}"
+    return f"{_millions(parameters)} parameters, {ours} against {baseline}, {pairs}: {', '.join(texts) or 'no gap'}"
 
 
 def _millions(count: int) -> str:

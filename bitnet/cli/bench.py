@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -133,20 +133,10 @@ def bench(
         from bitnet.plotting import check_target
 
         check_target(plot)
-    document = run(settings, packed_to_gguf, quiet)
+    document = run(settings, quiet)
     if plot:
         from bitnet.benchmarks.bench.plot import draw
 
         for path in draw(document, plot):
             log(f"bitnet: wrote {path}")
     typer.echo(show(document, output))
-
-
-def packed_to_gguf(packed: Path, config: Any, target: Path) -> None:
-    """Write a packed file as GGUF, with `config` in place of its own."""
-    from dataclasses import replace
-
-    from bitnet.files.gguf.export import export_gguf
-    from bitnet.files.packed import PackedSource, read_packed
-
-    export_gguf(PackedSource(replace(read_packed(packed), config=config)), target, "tq2_0")

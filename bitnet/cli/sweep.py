@@ -24,14 +24,13 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Train the runs of a sweep spec one after the other and compare them with their float baselines."""
-    from bitnet.benchmarks.sweep.plan import read_sweep
     from bitnet.benchmarks.sweep.plot import plot_curves, plot_scaling, plot_sweep
     from bitnet.benchmarks.sweep.run import run_sweep
+    from bitnet.benchmarks.sweep.spec import read_spec
     from bitnet.threads import use_threads
-    from bitnet.train.runs.run import Run
 
     if plan:
-        for each in read_sweep(spec):
+        for each in read_spec(spec):
             typer.echo(each.folder)
         return
     use_threads(threads)
@@ -42,7 +41,7 @@ def sweep(
         raise typer.Exit(code)
     try:
         plot_sweep(report, out / "sweep")
-        plot_curves({each["run"]: Run(out / each["run"]).metrics() for each in report["runs"]}, report, out / "curves")
+        plot_curves(report, out / "curves")
         if len(report["sizes"]) > 1:
             plot_scaling(report, out / "scaling")
     except BitNetError as error:  # matplotlib is not installed: the figures are still reported

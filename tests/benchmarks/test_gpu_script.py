@@ -78,7 +78,7 @@ def test_what_it_gives_to_python(tmp_path: Path) -> None:
     assert not Path(folder).exists()
 
 
-def test_a_dry_run_says_the_worst_case_first() -> None:
+def test_a_dry_run_prints_the_worst_case_first() -> None:
     done = called(sys.executable, "--dry-run")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if " at most " in f" {line}"]
@@ -89,7 +89,7 @@ def test_a_dry_run_says_the_worst_case_first() -> None:
     assert [line.partition(":")[0] for line in lines[1:]][:2] == ["tests", "machine"]
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_is_an_error() -> None:
     done = called(sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: got no CUDA device, expected an NVIDIA GPU; what would run: --dry-run"]
@@ -159,14 +159,14 @@ def test_a_second_call_runs_what_has_no_result(
     assert len(log.read_text().split()) == 4
 
 
-def test_figures_of_another_gpu_are_not_gone_on_with(
+def test_figures_of_another_gpu_are_discarded(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     log = tmp_path / "log"
     play(gpu, monkeypatch, log)
     gpu.run_all(tmp_path, "a GPU", False)
     gpu.run_all(tmp_path, "another GPU", False)
-    assert "figures of a GPU, not of another GPU: everything is measured anew" in capsys.readouterr().out
+    assert "figures of a GPU, not of another GPU: everything is measured again" in capsys.readouterr().out
     assert len(log.read_text().split()) == 6
     assert json.loads((tmp_path / "gpu.json").read_text())["on"] == "another GPU"
 
@@ -185,7 +185,7 @@ def test_a_part_that_hangs_ends_with_all_its_processes(
     assert gpu.run_all(tmp_path, "a GPU", False) == 1
     assert "gemv FAILED: ran out of its time" in capsys.readouterr().out
     assert log.read_text().split() == ["tests", "gemv", "decode"]  # the parts after it have their turn
-    for _ in range(100):  # a killed process is a zombie until somebody has asked for it
+    for _ in range(100):  # a killed process is a zombie until its parent has waited for it
         if ended(int(child.read_text())):
             break
         time.sleep(0.1)

@@ -301,10 +301,10 @@ def test_a_continuation_of_no_tokens_or_too_many(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_the_cpu(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The harness asks for the first one unless it is told otherwise."""
+    """The harness asks for the first one unless --device names another."""
     got = TextModel(str(model), engine="torch", device="cuda:0").loglikelihood("we", " sat")
     assert got == TextModel(str(model), engine="torch").loglikelihood("we", " sat")
-    assert "there is no GPU here; going on with the CPU" in caplog.text
+    assert "and no GPU; using the CPU" in caplog.text
 
 
 def test_cut() -> None:

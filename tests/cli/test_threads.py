@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bitnet import threads
-from bitnet.benchmarks.bench import process
+from bitnet.benchmarks.children import process
 from bitnet.config import ModelConfig
 from bitnet.engine.load import load
 from bitnet.errors import BitNetError, is_thread_shortage

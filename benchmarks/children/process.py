@@ -1,10 +1,11 @@
-"""The parent's end of a contender: start it on its own cores, ask it one thing at a time, and never leave it behind."""
+"""The parent's end of a child process: start it on its own cores, ask it one thing at a time, end it in any case."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -15,25 +16,49 @@ from typing import Any, Self
 from bitnet.errors import BitNetError
 from bitnet.machine import ROOT, affinity
 
-_WORKER = Path(__file__).with_name("worker.py")
-# Read by OpenMP, MKL and OpenBLAS before they have ideas of their own.
+_CHILD = Path(__file__).with_name("child.py")
+_SCRIPTS = Path(__file__).parents[1]
+# Read by OpenMP, MKL and OpenBLAS when they start; without them each takes all cores.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-DEBUG = "BITNET_BENCH_DEBUG"  # =1: show what contenders print, and their tracebacks
+DEBUG = "BITNET_BENCH_DEBUG"  # =1: show what children print, and their tracebacks
 LOAD = 300.0  # seconds until it has loaded, self-test and files included: 2B4T in torch int8 takes 21
+_SHOWN = 4096  # bytes of stderr that are searched for its last line
 
 
-class TooSlowError(BitNetError):
-    """A contender gave no answer within its time. Its process has been ended."""
+class ChildError(BitNetError):
+    """A child that answered with an error, died, or took too long. `reason` is the message without the child's name."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
+
+
+class TooSlowError(ChildError):
+    """A child gave no answer within `limit` seconds. Its process has been ended."""
 
     def __init__(self, name: str, limit: float) -> None:
-        super().__init__(f"{name}: no answer within {limit:,.3g} s; its process was ended")
+        super().__init__(name, f"no answer within {limit:,.3g} s; its process was ended")
         self.limit = limit
 
 
-class Worker:
-    """A running contender on `threads` cores. `facts` are what it said of itself once it had loaded.
+class DiedError(ChildError):
+    """A child ended without an answer. `code` is its exit code, negative for a signal."""
 
-    limit: seconds for the load. Raises BitNetError, with its reason, where it cannot load; TooSlowError past the limit.
+    def __init__(self, name: str, code: int, last_line: str) -> None:
+        ended = f"code {code}" if code >= 0 else f"signal {-code}" + ", as when memory runs out" * (code == -9)
+        super().__init__(
+            name,
+            f"its process ended with {ended}{f' ({last_line})' if last_line else ''}, expected an answer; leave it "
+            f"out, or see its output with {DEBUG}=1",
+        )
+        self.code = code
+
+
+class Child:
+    """A running child on `threads` cores. `facts` is its first answer, given once it has loaded.
+
+    script: a file without its `.py`, relative to benchmarks/. limit: seconds for the load.
+    Raises ChildError, with its reason, where it cannot load; TooSlowError past the limit.
     """
 
     def __init__(
@@ -47,15 +72,16 @@ class Worker:
         limit: float = LOAD,
     ) -> None:
         self.name = name
-        command = [python, str(_WORKER), script, json.dumps(options), str(os.getpid())]
+        self._stderr = None if os.environ.get(DEBUG) else tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        command = [python, str(_CHILD), str(_SCRIPTS / f"{script}.py"), json.dumps(options), str(os.getpid())]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if os.environ.get(DEBUG) else subprocess.DEVNULL,
+            stderr=self._stderr,
             text=True,
             env={**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), **(environment or {})},
-            start_new_session=True,  # Ctrl-C is ours to answer: we end it
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children
         )
         try:
             pin(self._process.pid, threads)
@@ -67,7 +93,7 @@ class Worker:
     def ask(self, do: str, limit: float, **command: Any) -> dict[str, Any]:
         """Send one command and wait at most `limit` seconds for its answer.
 
-        Raises BitNetError where it fails or has died, TooSlowError past the limit.
+        Raises ChildError where it fails, DiedError where it has ended, TooSlowError past the limit.
         """
         assert self._process.stdin
         try:
@@ -79,7 +105,7 @@ class Worker:
 
     def _answer(self, limit: float) -> dict[str, Any]:
         assert self._process.stdout
-        # A timer and not a wait for the pipe: half a line may be in it, and only the end of the process ends that.
+        # A timer, not a wait for the pipe: the pipe may hold half a line, and only the end of the process ends that.
         late = threading.Event()
 
         def cut_off() -> None:
@@ -99,32 +125,33 @@ class Worker:
             raise self._died()
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise BitNetError(f"{self.name}: {answer['error']}")
+            raise ChildError(self.name, answer["error"])
         return answer
 
-    def _died(self) -> BitNetError:
-        code = self._process.wait()
-        reason = (
-            f"code {code}" if code >= 0 else f"signal {-code}" + (", as when memory runs out" if code == -9 else "")
-        )
-        return BitNetError(
-            f"{self.name}: its process ended with {reason}, expected an answer; leave it out, or see what it says "
-            f"with {DEBUG}=1"
-        )
+    def _died(self) -> DiedError:
+        return DiedError(self.name, self._process.wait(), self._last_line())
+
+    def _last_line(self) -> str:
+        """The last line of its stderr; empty where that was shown instead of kept."""
+        if self._stderr is None:
+            return ""
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - _SHOWN))
+        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
 
     def close(self) -> None:
-        """End it at once: it holds nothing worth saving."""
+        """End it at once: it holds nothing that has to be saved."""
         self._end()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
-            try:
+            with suppress(BrokenPipeError):  # a command that it did not read
                 pipe.close()
-            except BrokenPipeError:  # a command it did not read any more
-                continue
+        if self._stderr is not None:
+            self._stderr.close()
 
     def _end(self) -> None:
-        """Kill it and all it has started, unless it was waited for: its number may then be another's."""
+        """Kill it and all it has started, unless it was already waited for: its id may then be another process's."""
         if self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -137,14 +164,14 @@ class Worker:
 
 
 def pin(process: int, threads: int) -> None:
-    """Bind a process to `threads` cores of ours, where the system can and has as many."""
+    """Bind a process to `threads` of our cores, where the system allows it and has as many."""
     cores = cores_first()
     if len(cores) >= threads:
         os.sched_setaffinity(process, cores[:threads])
 
 
 def cores_first(root: Path = ROOT) -> list[int]:
-    """The CPUs we may use, one of each core before any second hyperthread; empty where the system cannot tell."""
+    """The CPUs we may use, one of each core before any second hyperthread; empty where the system does not say."""
     seen: Counter[tuple[int, ...]] = Counter()
     places = {}
     for cpu in affinity():
@@ -155,11 +182,11 @@ def cores_first(root: Path = ROOT) -> list[int]:
 
 
 def _hyperthreads(cpu: int, root: Path) -> tuple[int, ...]:
-    """The CPUs that share a core with this one, itself included: "0,128" or "0-1" in a file of Linux."""
+    """The CPUs that share a core with this one, itself included. Linux writes them as "0,128" or "0-1"."""
     path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     found: list[int] = []
-    for part in path.read_text(encoding="ascii").strip().split(",") if path.exists() else ():
-        low, _, high = part.partition("-")
+    for entry in path.read_text(encoding="ascii").strip().split(",") if path.exists() else ():
+        low, _, high = entry.partition("-")
         if low:
             found += range(int(low), int(high or low) + 1)
     return tuple(found) or (cpu,)

@@ -1,32 +1,32 @@
-"""Which runs a sweep makes: one TOML file, read and checked.
+"""A sweep spec: a TOML file that says which runs a sweep makes, read and checked here.
 
     seeds = [1, 2, 3]
-    linears = ["ternary", "float"]        # with "float" among them: gaps to the float twin
+    linears = ["ternary", "float"]        # kinds of linear layers; with "float": gaps to the float baseline
     preset = "nano"
-    test = ["unseen/"]                    # text that every finished run scores once; leave away while tuning
-    test_tokens = 200_000                 # of it, spread over it; 0 or nothing: all
+    test = ["unseen/"]                    # text that every finished run scores once; omit it while tuning
+    test_tokens = 200_000                 # how much of it, evenly spread; default 0: all
 
-    [base]                                # settings of all runs, written as in a run's own file; they outrank a preset
+    [base]                                # settings of all runs, as in a run's own file; they override the preset
     data.paths = ["books/"]
     train.steps = 400
 
-    [grid]                                # lists: every combination
+    [grid]                                # lists of values: every combination is a run
     train.lr = [0.003, 0.006, 0.012]
 
-    [[runs]]                              # or one by one; with a grid, each of them at every point of it
+    [[runs]]                              # single runs; with a grid, each of them at every point of it
     name = "zero init"
     train.zero_init = true
 
     [[runs]]
     name = "ternary at once"
-    linears = ["ternary"]                 # instead of those above: for what the others do not have
+    linears = ["ternary"]                 # instead of those above: float layers have no warm-up
     train.quant_warmup = 0.0
 
     [[runs]]
-    preset = "mini"                       # instead of that above, with its vocabulary, context and block, but for what
-                                          # [base] and [grid] say of them: no widths there, then
+    preset = "mini"                       # instead of that above; [base] and [grid] still override it, so they should
+                                          # not set its sizes
 
-`model.linear` and `train.seed` are a sweep's own, and refused among the settings.
+`model.linear` and `train.seed` follow from `linears` and `seeds` and are refused among the settings.
 """
 
 import hashlib
@@ -46,15 +46,15 @@ from bitnet.train.data.hub import is_dataset
 from bitnet.train.data.sources import STANDARD_INPUT, find_sources
 
 _KEYS = {"seeds", "linears", "preset", "test", "test_tokens", "base", "grid", "runs"}
-_OWN_KEYS = ("name", "linears", "preset")  # of a listed run, beside its settings
-_PLANNED = {"model.linear": "linears", "train.seed": "seeds"}  # what a plan sets itself: by which key it is asked for
+_RUN_KEYS = ("name", "linears", "preset")  # of a listed run, beside its settings
+_PLANNED = {"model.linear": "linears", "train.seed": "seeds"}  # settings that the sweep makes -> the key to use instead
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """One run of a sweep."""
 
-    point: str  # the settings that make it differ, in words
+    point: str  # the settings that distinguish it, as text
     linear: str
     seed: int
     preset: str | None
@@ -62,35 +62,37 @@ class Plan:
 
     @property
     def folder(self) -> str:
-        """Name of its folder."""
+        """The name of its folder."""
         return f"{re.sub(r'[^A-Za-z0-9.+=-]+', '-', self.point)}-{self.linear}-s{self.seed}"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that finished runs score."""
+    """The test text that finished runs score."""
 
     paths: tuple[str, ...]
     tokens: int  # 0: all
 
-    def asked(self) -> dict[str, Any]:
-        """What a score is of, with a digest of the files' bytes: a data set would take a download to look at.
+    def identity(self) -> dict[str, Any]:
+        """What identifies the text of a score: paths, tokens, and a digest of local files (not of data sets on a hub).
 
-        Raises BitNetError for a path that leads nowhere.
+        Raises BitNetError for a path that does not exist.
         """
         files = [path for path in self.paths if not is_dataset(path)]
-        whole = hashlib.sha256()
-        for source in find_sources(files, Path(tempfile.gettempdir())):  # the folder is for standard input: none here
+        digest = hashlib.sha256()
+        for source in find_sources(
+            files, Path(tempfile.gettempdir())
+        ):  # the folder is for standard input, which is refused
             with source.path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        return {"paths": list(self.paths), "tokens_asked": self.tokens, "digest": whole.hexdigest()}
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return {"paths": list(self.paths), "tokens_asked": self.tokens, "digest": digest.hexdigest()}
 
 
-def read_sweep(path: Path) -> list[Plan]:
-    """The runs a sweep file asks for. Raises BitNetError for what it does not know, and for two runs of one name."""
+def read_spec(path: Path) -> list[PlannedRun]:
+    """The runs of a sweep spec. Raises BitNetError for unknown keys, bad values, and two runs of one name."""
     values = _read(path)
     plans = [
-        Plan(
+        PlannedRun(
             point,
             linear,
             seed,
@@ -109,7 +111,7 @@ def read_sweep(path: Path) -> list[Plan]:
 
 
 def read_held_out(path: Path) -> HeldOut | None:
-    """The test text of a sweep file, if it names one. Raises BitNetError for what cannot be that."""
+    """The test text of a sweep spec, None where it names none. Raises BitNetError for bad values."""
     values = _read(path)
     paths, tokens = values.get("test"), values.get("test_tokens", 0)
     if paths is None and "test_tokens" not in values:
@@ -119,7 +121,7 @@ def read_held_out(path: Path) -> HeldOut | None:
             f"sweep: '{path}': got test {paths!r}, test_tokens {tokens!r}, expected a list of paths and a number"
         )
     if STANDARD_INPUT in paths:
-        raise BitNetError(f"sweep: '{path}': got test '-', expected files: every run reads the text anew")
+        raise BitNetError(f"sweep: '{path}': got test '-', expected files: every run reads the text again")
     return HeldOut(tuple(paths), tokens)
 
 
@@ -135,7 +137,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(path: Path, values: dict[str, Any]) -> None:
-    """Raise BitNetError where a sweep file has another form than the one at the head of this module."""
+    """Raise BitNetError where a spec differs from the form at the head of this module."""
     if not _list_of(int, seeds := values.get("seeds", [0])):
         raise BitNetError(f"sweep: '{path}': got seeds {seeds!r}, expected a list of integers, not empty")
     _check_kind(f"sweep: '{path}'", values)
@@ -149,14 +151,14 @@ def _check(path: Path, values: dict[str, Any]) -> None:
         _check_kind(where, listed)
         if "name" in listed and not (isinstance(listed["name"], str) and listed["name"]):
             raise BitNetError(f"{where}: got name {listed['name']!r}, expected text")
-        _check_settings(where, _settings(listed), f", or {', '.join(_OWN_KEYS)}")
+        _check_settings(where, _settings(listed), f", or {', '.join(_RUN_KEYS)}")
 
 
 def _check_kind(where: str, values: dict[str, Any]) -> None:
     linears = values.get("linears", ["ternary"])
     if not _list_of(str, linears) or not set(linears) <= set(LINEARS):
         raise BitNetError(f"{where}: got linears {linears!r}, expected a list of {', '.join(LINEARS)}")
-    if "preset" in values and values["preset"] not in list(PRESETS):  # a list: what was got may have no hash
+    if "preset" in values and values["preset"] not in list(PRESETS):  # in a list: the value may not be hashable
         raise BitNetError(f"{where}: got preset {values['preset']!r}, expected one of {', '.join(PRESETS)}")
 
 
@@ -169,13 +171,13 @@ def _check_settings(where: str, settings: Any, or_else: str = "") -> None:
                 f"{where}: got {section} = {content!r}, expected settings with their section, such as train.lr{or_else}"
             )
         for key in content:
-            if way := _PLANNED.get(f"{section}.{key}"):  # the plan's own would take its place without a word
-                raise BitNetError(f"{where}: got {section}.{key}, expected none; {way} = [...] says for which to run")
+            if way := _PLANNED.get(f"{section}.{key}"):  # the planned value would silently replace it
+                raise BitNetError(f"{where}: got {section}.{key}, expected none; {way} = [...] lists its values")
 
 
 def _settings(listed: dict[str, Any]) -> dict[str, Any]:
-    """A listed run less what it says about itself."""
-    return {section: content for section, content in listed.items() if section not in _OWN_KEYS}
+    """The settings of a listed run, without its name, linears and preset."""
+    return {section: content for section, content in listed.items() if section not in _RUN_KEYS}
 
 
 def _list_of(kind: type, value: Any) -> bool:
@@ -183,12 +185,12 @@ def _list_of(kind: type, value: Any) -> bool:
 
 
 def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Values]]:
-    """Name, params (linears, preset) and settings of every point: each listed run at every combination of the grid."""
+    """Name, keys (linears, preset) and settings of every point: each listed run at every combination of the grid."""
     axes = [[(f"{section}.{key}", value) for value in _as_list(path, section, key, listed)]
             for section, content in values.get("grid", {}).items() for key, listed in content.items()]  # fmt: skip
     for listed in values.get("runs", [{}]):
         own = _settings(listed)
-        _check_apart(path, own, values.get("grid", {}))
+        _check_overlap(path, own, values.get("grid", {}))
         for chosen in itertools.product(*axes):
             grid: Values = {}
             for name, value in chosen:
@@ -198,8 +200,8 @@ def _points(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, dict[str,
             yield " ".join(words) or "base", {**values, **listed}, merge(values.get("base", {}), own, grid)
 
 
-def _check_apart(path: Path, own: Values, grid: Values) -> None:
-    """Raise BitNetError for a setting of a listed run that the grid would overrule, and the run's name still tell."""
+def _check_overlap(path: Path, own: Values, grid: Values) -> None:
+    """Raise BitNetError for a setting of a listed run that the grid overrides: the run's name would be wrong."""
     for section, content in own.items():
         if twice := content.keys() & grid.get(section, {}).keys():
             raise BitNetError(
@@ -214,7 +216,7 @@ def _as_list(path: Path, section: str, key: str, value: Any) -> list[Any]:
 
 
 def _words(listed: dict[str, Any]) -> list[str]:
-    """What a listed run is called: its name, or what it sets."""
+    """The name of a listed run, or its settings as words."""
     if "name" in listed:
         return [listed["name"]]
     preset = [f"preset={listed['preset']}"] if "preset" in listed else []
