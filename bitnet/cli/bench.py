@@ -143,7 +143,7 @@ def bench(
 
 
 def packed_to_gguf(packed: Path, config: Any, target: Path) -> None:
-    """Write a packed file as GGUF, with `config` in place of its own."""
+    """A packed file as GGUF, as if it had the config `config`."""
     from dataclasses import replace
 
     from bitnet.files.gguf.export import export_gguf
