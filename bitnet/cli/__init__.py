@@ -1,7 +1,7 @@
 """The command line: the list of verbs.
 
-A verb is a function whose parameters are its options. The module that does the work is imported when the verb runs, so
-that `--help` is quick. Results go to stdout, everything else to stderr.
+A verb is a function whose parameters are its options, which makes some of them long. The module that does the work is
+imported when the verb runs, so that `--help` is quick. Results go to stdout, everything else to stderr.
 """
 
 from collections.abc import Callable, Sequence

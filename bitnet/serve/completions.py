@@ -8,19 +8,16 @@ from starlette.responses import Response
 
 from bitnet.generation import prompt_ids, stop_ids
 from bitnet.serve.delivery import EventStream, Mailbox, collect
-from bitnet.serve.guard import read_body
 from bitnet.serve.jobs import ClosedError, Job, QueueFullError
-from bitnet.serve.protocol import RequestError, RequestParams, parse_chat, parse_completion, parse_json
+from bitnet.serve.protocol import RequestError, RequestParams, parse_chat, parse_completion
 from bitnet.serve.replies import ChatReply, CompletionReply, Reply, Usage
-from bitnet.serve.service import ServedModel, service_of
+from bitnet.serve.service import ServedModel, read_json, service_of
 from bitnet.serve.text import Speller
 
 
 async def completions(request: Request) -> Response:
     """Continue texts or token ids."""
-    service = service_of(request)
-    values = parse_json(await read_body(request.receive, request.headers))
-    parsed = parse_completion(values)
+    service, parsed = service_of(request), parse_completion(await read_json(request))
     model, params = service.model, parsed.params
     service.check_model(params.model)
     _check_count(len(parsed.prompts) * params.n, model.scheduler.most_jobs)
@@ -42,9 +39,7 @@ async def completions(request: Request) -> Response:
 
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
-    service = service_of(request)
-    values = parse_json(await read_body(request.receive, request.headers))
-    parsed = parse_chat(values)
+    service, parsed = service_of(request), parse_chat(await read_json(request))
     model, params = service.model, parsed.params
     service.check_model(params.model)
     tokenizer = model.tokenizer

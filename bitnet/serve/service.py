@@ -9,8 +9,9 @@ from typing import Any
 from starlette.requests import Request
 
 from bitnet.errors import BitNetError
+from bitnet.serve.guard import read_body
 from bitnet.serve.metrics import Metrics
-from bitnet.serve.protocol import RequestError
+from bitnet.serve.protocol import RequestError, parse_json
 from bitnet.serve.scheduler import Scheduler
 from bitnet.text.tokenizer import Tokenizer
 
@@ -93,6 +94,11 @@ def service_of(request: Request) -> Service:
     """The service of the application that a request came to."""
     service: Service = request.app.state.service
     return service
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object in the body of a request. Raises RequestError (400, 408, 413, 415) and ClientGoneError."""
+    return parse_json(await read_body(request.receive, request.headers))
 
 
 def too_long(got: str, limit: int) -> RequestError:

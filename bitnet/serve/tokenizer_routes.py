@@ -4,18 +4,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bitnet.generation import prompt_ids
-from bitnet.serve.guard import read_body
-from bitnet.serve.protocol import RequestError, flag, parse_json, refuse
+from bitnet.serve.protocol import RequestError, flag, refuse
 from bitnet.serve.replies import json_reply
-from bitnet.serve.service import in_vocabulary, service_of
+from bitnet.serve.service import in_vocabulary, read_json, service_of
 from bitnet.serve.text import Speller
 from bitnet.text.tokenizer import Tokenizer
 
 
 async def tokenize(request: Request) -> Response:
     """{"prompt" or "content": text, "add_special_tokens": whether to add BOS as for a prompt (default true)} to ids."""
-    service = service_of(request)
-    values = parse_json(await read_body(request.receive, request.headers))
+    service, values = service_of(request), await read_json(request)
     model = service.model
     text = values.get("prompt", values.get("content"))
     if not isinstance(text, str):
@@ -38,8 +36,7 @@ def _control_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 async def detokenize(request: Request) -> Response:
     """{"tokens": ids} to {"prompt": text}."""
-    service = service_of(request)
-    values = parse_json(await read_body(request.receive, request.headers))
+    service, values = service_of(request), await read_json(request)
     tokenizer, ids = service.model.tokenizer, values.get("tokens")
     if not isinstance(ids, list) or not all(type(id) is int for id in ids):
         raise refuse("tokens", ids, "a list of token ids")
