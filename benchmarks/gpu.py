@@ -226,7 +226,6 @@ def decode() -> Result:
     from bitnet.config import preset
     from bitnet.engine.gpu import TritonEngine
     from bitnet.engine.sampling import GREEDY
-    from bitnet.engine.stream import stream
 
     config, rows = preset("2b4t"), []
     for embedding in ("int8", "bf16"):
@@ -236,7 +235,7 @@ def decode() -> Result:
                 continue
             engine = TritonEngine(packed, torch.device("cuda"), pdl=pdl)
             for batch in (1, 8, 64) if pdl else (1,):
-                row: Result = {"head": embedding, "pdl": pdl, "batch": batch, "weight_bytes": engine.weight_bytes()}
+                row: Result = {"head": embedding, "pdl": pdl, "batch": batch, "weight_bytes": engine.weight_bytes}
                 prompt = torch.arange(batch * 512).view(batch, 512) % config.vocab_size
                 session = engine.session(batch, 1024)
                 prompt = prompt if batch == 1 else prompt[:, :32]
@@ -260,11 +259,11 @@ def decode() -> Result:
                 torch.cuda.synchronize()
                 seconds = time.perf_counter() - started
                 row |= {"us_per_step": seconds / 128 * 1e6, "tokens_per_second": batch * 128 / seconds}
-                row["floor_us"] = engine.weight_bytes() / EXPECTED["copy"] * 1e6
+                row["floor_us"] = engine.weight_bytes / EXPECTED["copy"] * 1e6
                 if batch == 1:
                     written[pdl] = torch.stack(kept)
                     started = time.perf_counter()
-                    count = len(list(stream(engine, [1, 2, 3], 128, GREEDY, limit=256)))
+                    count = len(list(engine.stream([1, 2, 3], 128, GREEDY, limit=256)))
                     row["stream_tokens_per_second"] = count / (time.perf_counter() - started)
                 rows.append(row)
             del engine
@@ -285,10 +284,9 @@ TRAINED = {
 def train(name: str) -> Result:
     """A training step in bf16, compiled block by block (a third of the time that one graph of all layers takes):
     ternary (and with int8 gradients, and half-way eased in) against the float twin."""
-    from bitnet import quant
     from bitnet.config import ModelConfig
-    from bitnet.layers import set_quant_warmup
     from bitnet.model import Transformer, flops_per_token, parameters
+    from bitnet.quant import training_precision
     from bitnet.train.config import TrainConfig
     from bitnet.train.objective import Objective
 
@@ -303,18 +301,17 @@ def train(name: str) -> Result:
         model = Transformer(config)
         model.init_weights(0)
         model.cuda()
-        set_quant_warmup(model, 0.5 if kind == "ternary-warmup" else 1.0)
+        int8 = {"ternary-int8-dx": "dx", "ternary-int8-dx-dw": "all"}.get(kind, "none")
+        precision = training_precision(0.5 if kind == "ternary-warmup" else 1.0, int8, torch.device("cuda"))
         for block in model.blocks():
             block.forward = torch.compile(block.forward)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         network = Objective(model, TrainConfig())
         tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
 
-        def step(network: Any = network, optimizer: Any = optimizer, tokens: Any = tokens, kind: str = kind) -> Any:
-            # The compiled graph is guarded by these.
-            quant.int8_gradients.dx, quant.int8_gradients.dw = "dx" in kind, "dw" in kind
+        def step(network: Any = network, optimizer: Any = optimizer, tokens: Any = tokens, how: Any = precision) -> Any:
             with torch.autocast("cuda", torch.bfloat16):
-                loss, _ = network(tokens[:, :-1], tokens[:, 1:])
+                loss, _ = network(tokens[:, :-1], tokens[:, 1:], how)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

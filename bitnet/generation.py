@@ -13,7 +13,6 @@ from rich.progress import Progress
 from bitnet.engine.base import Engine
 from bitnet.engine.load import load
 from bitnet.engine.sampling import Sampling
-from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
 from bitnet.text.json_tokenizer import JsonTokenizer
 from bitnet.text.tokenizer import Tokenizer
@@ -55,7 +54,7 @@ def write_text(
     if show and prompt and not chat:
         show(prompt)
     started = first = time.perf_counter()
-    for token in stream(engine, ids, max_new_tokens, sampling, stop, limit):
+    for token in engine.stream(ids, max_new_tokens, sampling, stop, limit):
         if not new:
             first = time.perf_counter()
         new.append(token)

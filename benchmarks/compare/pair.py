@@ -50,7 +50,6 @@ class Pair:
             if table is not None:
                 with torch.no_grad():
                     table.weight.copy_(table.values())
-                table.exact = True
         return model.eval()
 
     def training_windows(self, count: int) -> Tensor:

@@ -80,7 +80,7 @@ class ChatSession:
     full: bool = False  # the context ended it
 
     def __post_init__(self) -> None:
-        self._slots = self.engine.slots(1, self.limit)
+        self._slots = self.engine.sequence_batch(1, self.limit)
         self._held: list[int] = []  # what the slot is known to hold
 
     def reset(self) -> None:

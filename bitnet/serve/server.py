@@ -261,7 +261,7 @@ class _Run:
             self._model, self._device, options.context, self._check_stop, **self._engine
         )
         self._check_stop(0)
-        slots = engine.slots(options.slots, limit)
+        slots = engine.sequence_batch(options.slots, limit)
         metrics = self._service.metrics
         metrics.slots.set(slots.count)
         scheduler = Scheduler(slots, tokenizer, metrics, lambda events: call(deliver, events), queue=options.queue)

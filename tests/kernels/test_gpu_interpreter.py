@@ -1,6 +1,6 @@
-"""Without a GPU, tests/kernels/test_gpu.py runs in Triton's interpreter and in a process of its own.
+"""Without a GPU, test_gpu.py and the engines' conformance tests run in Triton's interpreter, in a process of their own.
 
-The interpreter has to be chosen before the kernels are defined. On a machine with a GPU that file runs on the device.
+The interpreter has to be chosen before the kernels are defined. On a machine with a GPU they run on the device.
 """
 
 import os
@@ -12,22 +12,26 @@ import child_process
 import pytest
 import torch
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_every_kernel_in_the_interpreter(seed: int) -> None:
+@pytest.mark.timeout(1100)  # above the limit of the process that it starts
+@pytest.mark.parametrize(
+    ("file", "least"), [("kernels/test_gpu.py", 80), ("engine/test_conformance.py", 30)], ids=["kernels", "engine"]
+)
+def test_in_the_interpreter(file: str, least: int, seed: int) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_", "BITNET_"))
     }
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"BITNET_TEST_SEED": str(seed)}
-    python = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(TESTS / "test_gpu.py")]
+    python = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(TESTS / file)]
     done = child_process.run(python, limit=1000, check=False, env=environment)
     print(done.stdout[-20_000:], done.stderr[-2000:])
     assert done.returncode == 0
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    assert counts.get("passed", 0) > 80, "the tests of the kernels were not run"
+    assert counts.get("passed", 0) > least, "the tests were not run"
     assert set(counts) <= {"passed", "skipped"}
 
 

@@ -54,12 +54,12 @@ class ToySlots:
             self.broken = False
             raise RuntimeError("the toy is broken")
         assert parts
-        assert len({part.slot for part in parts}) == len(parts)
+        assert len({part.sequence for part in parts}) == len(parts)
         self.passes.append(list(parts))
         results = []
         for part in parts:
             assert part.ids
-            held = self.held[part.slot]
+            held = self.held[part.sequence]
             rows = [toy_logits([*held, *part.ids[: i + 1]]) for i in range(len(part.ids))]
             held.extend(part.ids)
             assert len(held) <= LIMIT
@@ -176,11 +176,11 @@ def test_a_pass_holds_every_running_text_and_a_bounded_part_of_prompts(
     made.until(lambda: all(made.ended(job) for job in jobs))
     written = dict.fromkeys(range(3), 0)  # tokens of each slot that a pass has read after its prompt
     for parts in made.slots.passes:
-        prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].ids)]
+        prompts = [part for part in parts if written[part.sequence] < len(jobs[part.sequence].ids)]
         assert sum(len(part.ids) for part in parts) <= 4
         assert all(len(part.ids) == 1 for part in parts if part not in prompts)
         for part in parts:
-            written[part.slot] += len(part.ids)
+            written[part.sequence] += len(part.ids)
     # While the second and third prompt were read, the first text went on in the same passes.
     assert any(len(parts) > 1 and max(len(part.ids) for part in parts) > 1 for parts in made.slots.passes)
 
