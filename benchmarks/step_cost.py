@@ -23,8 +23,8 @@ from bitnet.benchmarks.bench.interleaving import in_turn, quartiles
 from bitnet.cli import guarded
 from bitnet.config import PRESETS, preset
 from bitnet.files.tensors import parameters
-from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer
+from bitnet.quant import training_precision
 from bitnet.threads import use_threads
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
@@ -43,7 +43,7 @@ class TrainedModel:
         self.kind = kind
         self.model = Transformer(config)
         self.model.init_weights(0)
-        set_quant_warmup(self.model, 0.5 if kind == "warmup" else 1.0)
+        self.precision = training_precision(0.5 if kind == "warmup" else 1.0)
         self.objective = Objective(self.model, TrainConfig())
         self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
         generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ class TrainedModel:
         self.optimizer.set_step(100)
         marks = [time.perf_counter()]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            loss, _ = self.objective(self.inputs, self.targets)
+            loss, _ = self.objective(self.inputs, self.targets, self.precision)
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())

@@ -12,11 +12,11 @@ ACTIVATIONS = ("relu2", "silu")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and variant of a transformer; field names follow transformers' BitNetConfig where one exists.
+    """Shape and variant of a transformer; field names follow transformers' BitNetConfig where it has them.
 
-    `linear` picks the seven projections of every block: "ternary" (b1.58, weights in {-1, 0, +1}), "binary"
-    (1-bit BitNet, {-1, +1}) or "float" (nn.Linear: the float twin). Embedding and head are never quantised to
-    ternary; their values are rounded to bf16 in every forward pass, so that a packed file holds them exactly.
+    `linear` is the kind of the seven projections of every block: "ternary" (b1.58, weights in {-1, 0, +1}), "binary"
+    (1-bit BitNet, {-1, +1}) or "float" (nn.Linear: the float baseline). Embedding and head are never ternary; their
+    values are rounded to bf16 in every forward pass, so that a packed file holds them exactly.
     Raises BitNetError for a combination that cannot be built.
     """
 
@@ -79,7 +79,7 @@ class ModelConfig:
         return schema.from_values(cls, values, "model")
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, checked again."""
+        """A copy with some fields changed. Raises BitNetError as the constructor does."""
         return replace(self, **changes)
 
 
@@ -107,17 +107,17 @@ def _preset(vocab: int, width: int, ffn: int, layers: int, heads: int, kv_heads:
 
 
 def _lean(shape: ModelConfig) -> ModelConfig:
-    """The same shape in the block that trained best up to 10M parameters (benchmarks/results/LOG.md)."""
+    """The same shape with the variant that trained best up to 10M parameters (benchmarks/results/LOG.md)."""
     return shape.replace(hidden_act="silu", sub_norms=False)
 
 
 def _portable(shape: ModelConfig) -> ModelConfig:
-    """The same shape without what llama.cpp (ReLU^2, QK norm) and transformers (QK norm) do not have."""
+    """The same shape without what llama.cpp (ReLU^2, QK norm) and transformers (QK norm) do not support."""
     return shape.replace(hidden_act="silu", qk_norm=False)
 
 
-# Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide. The block is that of
-# 2B4T with QK norm, unless a line says otherwise.
+# Widths are multiples of 256 (the block of GGUF's ternary types) and heads are 64 or 128 wide. Blocks are those of 2B4T
+# plus QK norm, unless a line says otherwise.
 PRESETS: dict[str, ModelConfig] = {
     "nano": _lean(_preset(4096, 256, 768, 4, 4, 2, 256)),  # a laptop, minutes
     "micro": _lean(_preset(8192, 512, 1536, 4, 8, 4, 512)),  # a laptop, an hour
@@ -126,7 +126,7 @@ PRESETS: dict[str, ModelConfig] = {
     "medium": _preset(32768, 1024, 2816, 24, 16, 4, 2048),  # one GPU, a day
     "large": _preset(32768, 1536, 4096, 24, 12, 4, 2048),  # the 700M of the b1.58 paper
     "xl": _preset(32768, 2048, 5632, 24, 16, 4, 2048),  # its 1.3B
-    # The shapes from nano to small in a block that every other tool runs as well: SiLU, no QK norm.
+    # Three of these shapes in a variant that other tools run too: SiLU, no QK norm.
     "nano-portable": _portable(_preset(4096, 256, 768, 4, 4, 2, 256)),
     "mini-portable": _portable(_preset(8192, 512, 1536, 8, 8, 4, 512)),
     "small-portable": _portable(_preset(16384, 768, 2048, 12, 12, 4, 1024)),
@@ -136,7 +136,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of this name. Raises BitNetError for an unknown one."""
+    """The preset with this name. Raises BitNetError for an unknown name."""
     if name not in PRESETS:
         raise BitNetError(f"preset: got '{name}', expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

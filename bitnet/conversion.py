@@ -1,4 +1,4 @@
-"""Turn anybody's model ternary: swap its nn.Linear layers for BitLinear."""
+"""Make any PyTorch model ternary: replace its nn.Linear layers by BitLinear."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -11,21 +11,21 @@ from bitnet.layers import BitLinear
 
 M = TypeVar("M", bound=nn.Module)
 
-# What the usual libraries call the layer that turns states into logits; tied heads are found by their weight.
+# Common names of the layer that turns states into logits; tied heads are found by their weight.
 HEADS = ("lm_head", "head", "output", "classifier", "score", "embed_out", "unembed")
 
 
 def convert(model: M, linear: str = "ternary", exclude: str | Iterable[str] = HEADS) -> M:
     """Replace every nn.Linear in `model` by a BitLinear that shares its parameters, in place. Returns `model`.
 
-    linear: "ternary" or "binary". exclude: patterns for the last part of a layer's name or for all of it
-    ("lm_head", "encoder.*"). Embeddings, layers whose weight an embedding shares, and subclasses of nn.Linear
-    (their owners often read the weight without calling the layer) stay as they are.
-    Raises BitNetError when there is nothing to replace.
+    linear: "ternary" or "binary". exclude: patterns that match the last part of a layer's name, or its full name
+    ("lm_head", "encoder.*"). Embeddings, layers that share the weight of an embedding, and subclasses of nn.Linear
+    (other code often reads their weight without calling the layer) are left unchanged.
+    Raises BitNetError if there is nothing to replace.
     """
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    replaced: dict[nn.Linear, BitLinear] = {}  # a layer that is used twice stays one layer
+    replaced: dict[nn.Linear, BitLinear] = {}  # a layer that is used twice remains one layer
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is not nn.Linear or not name or id(module.weight) in tied:
             continue
@@ -41,7 +41,7 @@ def convert(model: M, linear: str = "ternary", exclude: str | Iterable[str] = HE
             f"that is not excluded ({', '.join(patterns) or 'nothing'})"
         )
     for module in model.modules():
-        # In evaluation these two read the weights of their linears without calling them: that would be the float model.
+        # In evaluation these two would read the float weights of their linears, without calling them.
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder):

@@ -13,7 +13,6 @@ from rich.progress import Progress
 from bitnet.engine.base import Engine
 from bitnet.engine.load import load
 from bitnet.engine.sampling import Sampling
-from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
 from bitnet.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -51,7 +50,7 @@ def write_text(
     if show and prompt and not chat:
         show(prompt)
     started = time.perf_counter()
-    answer = _decode_stream(stream(engine, ids, max_new_tokens, sampling, stop, limit), tokenizer.stream(), show)
+    answer = _decode_stream(engine.stream(ids, max_new_tokens, sampling, stop, limit), tokenizer.stream(), show)
     prompt_seconds, decode_seconds = answer.first - started, answer.ended - answer.first
     decoded = len(answer.ids) - 1  # the first token is computed with the prompt
     return {

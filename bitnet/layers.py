@@ -16,13 +16,14 @@ from bitnet import quant
 from bitnet.config import ModelConfig
 from bitnet.kernels import ops, reference
 from bitnet.kernels.reference import WeightCodes
+from bitnet.quant import QUANTISED, Normed, Precision
 
 
 class BitLinear(nn.Linear):
     """A linear layer that multiplies by ternary (b1.58) or binary weights and int8 activations, and trains.
 
-    Drop-in for nn.Linear: same arguments, same fp32 master `weight` [N, K] in the state dict, any leading
-    dimensions. `linear` is "ternary" or "binary". There is no norm inside: BitNet normalises before the layer.
+    A drop-in for nn.Linear: same arguments, same fp32 master `weight` [N, K] in the state dict, any leading dimensions.
+    `linear` is "ternary" or "binary". There is no norm inside: BitNet normalises before the layer.
     """
 
     def __init__(
@@ -38,49 +39,30 @@ class BitLinear(nn.Linear):
             raise ValueError(f"BitLinear: got linear='{linear}', expected one of {', '.join(quant.QUANTIZERS)}")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.linear = linear
-        self._kept_codes: WeightCodes | None = None  # set inside `keep_codes` only
-        self.quant_warmup: Tensor | None = (
-            None  # share [] of the quantised operands, while `set_quant_warmup` brings the quantisers in
-        )
+        self._kept_codes: WeightCodes | None = None  # not None inside `keep_codes` only
 
     def quantized_weight(self) -> WeightCodes:
         """The codes [N, K] int8 and scale [] fp32 this layer multiplies by."""
         return self._kept_codes or quant.quantize_weight(self.weight, self.linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., K] float. Returns [..., N]."""
-        (y,) = _apply(x, [self])
+    def forward(self, x: Tensor, precision: Precision = QUANTISED) -> Tensor:
+        """x: [..., K] float. Returns [..., N] in the autocast dtype if autocast is on, else in x's dtype."""
+        (y,) = _bit_linears(x, [self], precision)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # bf16 under autocast, as nn.Linear
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, linear={self.linear}"
 
 
-def set_quant_warmup(model: nn.Module, share: float) -> None:
-    """Let every BitLinear of `model` multiply operands of which `share` is quantised and the rest float.
-
-    1 is the ternary layer; evaluation and packing know no other. What coming in slowly gains is in
-    benchmarks/results/LOG.md.
-    """
-    ease = None
-    for module in model.modules():
-        if isinstance(module, BitLinear):
-            if share < 1 and ease is None:
-                ease = torch.full((), share, device=module.weight.device)  # a number would be compiled anew every step
-            module.quant_warmup = ease
-
-
-def _apply(x: Tensor, layers: Sequence[BitLinear], norm: quant.Norm | None = None) -> tuple[Tensor, ...]:
+def _bit_linears(x: Tensor | Normed, layers: Sequence[BitLinear], precision: Precision) -> tuple[Tensor, ...]:
     weights, codes = [layer.weight for layer in layers], [layer.quantized_weight() for layer in layers]
-    if (ease := layers[0].quant_warmup) is not None:  # `set_quant_warmup` goes over whole models: one share for all
-        return quant.eased_linear(x, weights, codes, ease)
-    return quant.bit_linear(x, weights, codes, norm)
+    return quant.bit_linear(x, weights, codes, precision)
 
 
 class keep_codes:  # noqa: N801 - a context manager, used like a function
-    """Quantise the weights of every BitLinear in `model` once, for as long as the block lasts.
+    """Quantise the weights of every BitLinear in `model` once for the duration of the block.
 
-    For gradient accumulation and evaluation: the masters must not change inside the block.
+    For gradient accumulation and evaluation. The masters must not change inside the block.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,8 +82,8 @@ class keep_codes:  # noqa: N801 - a context manager, used like a function
 class PackedLinear(nn.Module):
     """A linear layer that runs from packed two-bit weights; inference only.
 
-    Buffers: `packed` [N, ceil(K / 4)] uint8, `weight_scale` [1] fp32. The weights are rearranged for the
-    selected kernel backend on first use, or by `prepare()`, which may let go of the packed copy.
+    Buffers: `packed` [N, ceil(K / 4)] uint8, `weight_scale` [1] fp32. The weights are rearranged for the selected
+    backend on first use, or by `prepare()`, which can drop the packed copy.
     """
 
     packed: Tensor | None
@@ -116,14 +98,14 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_bit_linear(cls, layer: BitLinear) -> "PackedLinear":
-        """Pack a trained layer (without bias) at two bits a weight."""
+        """Pack a trained layer at two bits per weight. Raises ValueError for one with a bias."""
         if layer.bias is not None:
             raise ValueError("PackedLinear: got a BitLinear with a bias; packed layers have none, pass bias=False")
         codes, scale = layer.quantized_weight()
         return cls(ops.packing.pack(codes), scale.reshape(1), layer.in_features)
 
     def prepare(self, *, keep_packed: bool = True) -> ops.Prepared:
-        """Rearrange the weights for the backend of their device. Returns them; later calls reuse them."""
+        """The weights in the layout of their device's backend; rearranged once."""
         if self._prepared is None:
             assert self.packed is not None
             self._prepared = ops.prepare(self.packed, self.in_features)
@@ -148,21 +130,20 @@ def packed_linear(x: Tensor, layers: Sequence[PackedLinear]) -> tuple[Tensor, ..
     return tuple(y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def project(x: Tensor, *layers: nn.Module, norm: "RMSNorm | None" = None) -> tuple[Tensor, ...]:
+def project(x: Tensor | Normed, *layers: nn.Module, precision: Precision = QUANTISED) -> tuple[Tensor, ...]:
     """Apply bias-free linears that share the input x [..., K] (q/k/v, gate/up), one output [..., N_i] each.
 
-    norm: applied to x first; one with the quantiser where the kernels can.
+    The input is quantised once for all of them, and its norm, if it has one, is fused with the quantiser where a kernel
+    does both.
     """
     bit_layers = [layer for layer in layers if isinstance(layer, BitLinear)]
-    fuses = len(bit_layers) == len(layers) and all(layer.quant_warmup is None for layer in bit_layers)
-    if norm is not None and not (fuses and ops.trains_fused(x.device)):
-        x, norm = norm(x), None
     if len(bit_layers) == len(layers):
-        return _apply(x, bit_layers, None if norm is None else quant.Norm(norm.weight, norm.eps))
+        return _bit_linears(x, bit_layers, precision)
+    x = x.compute() if isinstance(x, Normed) else x
     packed_layers = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if len(packed_layers) == len(layers):
         return packed_linear(x, packed_layers)
-    return tuple(layer(x) for layer in layers)
+    return tuple(layer(x, precision) if isinstance(layer, BitLinear) else layer(x) for layer in layers)
 
 
 def make_linear(config: ModelConfig, in_features: int, out_features: int) -> nn.Linear:
@@ -173,16 +154,16 @@ def make_linear(config: ModelConfig, in_features: int, out_features: int) -> nn.
 
 
 class Embedding(nn.Module):
-    """Embedding or head: a matrix `weight` [V, D] that is used at the values a packed file can hold.
+    """Embedding or head: a matrix `weight` [V, D], used at the values that a packed file can hold.
 
     Training keeps fp32 masters and rounds them to bf16 in every forward pass, so that packing loses nothing.
-    With `exact`, the weights are what a file held and are used as they are.
+    exact: the weights are those of a file already (an int8 row times its scale is no bf16 value) and used as they are.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, exact: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.exact = False
+        self.exact = exact
 
     def values(self) -> Tensor:
         """The rows in use, [V, D]."""
@@ -190,7 +171,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (see `quant.rms_norm`)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -198,21 +179,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size]. Returns fp32: the quantisers behind it need all of its bits."""
-        x = x.float()
-        if torch.is_grad_enabled():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # Engines sum the squares in fp64 and round once: an fp32 sum would show the order of its terms in the last bit,
-        # and with it flip an int8 activation here and there against the next engine.
-        mean_square = x.double().square().mean(dim=-1, keepdim=True).float()
-        return x * (mean_square + self.eps).sqrt().reciprocal() * self.weight
+        """x: [..., size] float. Returns [..., size] fp32."""
+        return quant.rms_norm(x, self.weight, self.eps)
+
+
+class PreNorm(RMSNorm):
+    """An RMSNorm whose result goes into `project` and nowhere else, which computes it: fused, where a kernel can."""
+
+    def forward(self, x: Tensor) -> Normed:  # type: ignore[override]
+        """x: [..., size] float."""
+        return Normed(x, self.weight, self.eps)
 
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, E] of rotary position embedding (arXiv 2104.09864), half-split, in fp32."""
-    # Made outside inference mode: a table first needed while sampling serves the next training step too.
+    # Outside inference mode: tables that sampling makes serve the next training step too.
     with torch.inference_mode(False):
-        # fp64 angles: at position 100,000 an fp32 angle is already wrong in its third digit.
+        # fp64 angles: at position 100,000 the third digit of an fp32 angle is wrong.
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         angle = torch.outer(torch.arange(length, dtype=torch.float64), config.rope_theta**-exponent)
         angle = torch.cat((angle, angle), dim=-1)
@@ -220,7 +203,7 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tupl
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head by the angle of its position. x: [B, heads, T, E], tables: [T, E]."""
+    """Rotate each head by the angle of its position. x: [B, heads, T, E], cosines and sines: [T, E]."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -243,34 +226,32 @@ class Attention(nn.Module):
         self.k_proj = make_linear(config, d, kv)
         self.v_proj = make_linear(config, d, kv)
         self.o_proj = make_linear(config, d, d)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.attn_sub_norm = RMSNorm(d, config.rms_norm_eps) if config.sub_norms else None
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.attn_sub_norm = PreNorm(d, config.rms_norm_eps) if config.sub_norms else nn.Identity()
         self.head_dim = config.head_dim
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Normed,
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
-        norm: "RMSNorm | None" = None,
+        precision: Precision = QUANTISED,
     ) -> Tensor:
-        """x: [B, T, D], behind `norm` if one is given, rotary: tables [T, E] of its positions. Returns [B, T, D]."""
+        """x: [B, T, D] float, rotary: cosines and sines [T, E] of its positions. Returns [B, T, D]."""
         q, k, v = (
             rearrange(y, "b t (h e) -> b h t e", e=self.head_dim)
-            for y in project(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj, precision=precision)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
+        q, k = (rotate(norm(y), rotary).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if cache is not None:
             k, v = cache.extend(k, v)
         y = rearrange(attend(q, k, v), "b h t e -> b t (h e)")
-        return project(y, self.o_proj, norm=self.attn_sub_norm)[0]
+        return project(self.attn_sub_norm(y), self.o_proj, precision=precision)[0]
 
 
-# Up to this context a bf16 training step on a CPU attends by two plain products: torch's flash attention takes twice as
-# long there, forward and backward (a quarter of the step at 12 x 64 tokens, a twelfth at 8 x 256). In fp32 it does not.
+# Up to this context, bf16 training on a CPU computes attention as two batched products: torch's flash attention takes
+# twice as long, forward and backward (a quarter of the step at 12 x 64 tokens, a twelfth at 8 x 256). Not so in fp32.
 _SHORT = 512
 
 
@@ -279,7 +260,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t, s = q.shape[2], k.shape[2]
     if t == s <= _SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         return _attend_by_products(q, k, v)
-    # A square is causal by flag, a single newest query sees everything: only the case between needs a mask.
+    # is_causal covers a square, and a single newest query sees everything: only the cases between need a mask.
     mask = causal_mask(t, s, q.device) if 1 < t < s else None
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s, enable_gqa=grouped)
@@ -294,7 +275,7 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_mask(t: int, s: int, device: torch.device) -> Tensor:
-    """Mask [t, s] bool of t queries that are the last of s positions: true where a query may look."""
+    """Mask [t, s] bool for t queries that are the last of s positions: true where a query may attend."""
     return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
 
 
@@ -307,11 +288,11 @@ class FeedForward(nn.Module):
         self.gate_proj = make_linear(config, d, f)
         self.up_proj = make_linear(config, d, f)
         self.down_proj = make_linear(config, f, d)
-        self.ffn_sub_norm = RMSNorm(f, config.rms_norm_eps) if config.sub_norms else None
+        self.ffn_sub_norm = PreNorm(f, config.rms_norm_eps) if config.sub_norms else nn.Identity()
         self.squared_relu = config.hidden_act == "relu2"
 
-    def forward(self, x: Tensor, norm: "RMSNorm | None" = None) -> Tensor:
-        """x: [B, T, D], behind `norm` if one is given. Returns [B, T, D]."""
-        gate, up = project(x, self.gate_proj, self.up_proj, norm=norm)
+    def forward(self, x: Tensor | Normed, precision: Precision = QUANTISED) -> Tensor:
+        """x: [B, T, D] float. Returns [B, T, D]."""
+        gate, up = project(x, self.gate_proj, self.up_proj, precision=precision)
         h = (F.relu(gate).square() if self.squared_relu else F.silu(gate)) * up
-        return project(h, self.down_proj, norm=self.ffn_sub_norm)[0]
+        return project(self.ffn_sub_norm(h), self.down_proj, precision=precision)[0]

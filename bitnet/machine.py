@@ -1,11 +1,11 @@
 """What this process may use of the machine: cores and memory, the limits of a container (control groups) included.
 
-Linux tells both in files; `root` stands for `/`, so that tests can lay out a machine of their own. Elsewhere the
-answers are what the standard library knows, or None.
+Linux reports both in files; `root` stands for `/`, so that tests can lay out a machine. On other systems the answers
+come from the standard library, or are None.
 
-Control groups come in two versions. In both, a process belongs to one group of a tree, and every group above it limits
-it as well. Inside a container the tree usually starts at the container's own group, so that the path in
-/proc/self/cgroup may not exist below the mount point: the mount point itself is then the group.
+Control groups exist in two versions. In both, a process belongs to one group of a tree, and every group above it limits
+it as well. Inside a container the tree usually starts at the container's own group; the path in /proc/self/cgroup may
+then not exist below the mount point, and the mount point itself is the group.
 """
 
 import math
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
-BUSY = 0.10  # of the CPUs in use by others: figures then spread as far as they do from run to run on a quiet machine
+BUSY = 0.10  # share of the CPUs used by others, below which figures vary no more than on an idle machine
 _NO_LIMIT = 2**60  # version 1 writes "no limit" as a number just below 2**63
 
 
@@ -28,12 +28,12 @@ def usable_cores(root: Path = ROOT) -> int:
 
 
 def affinity() -> Sequence[int]:
-    """The CPUs the scheduler may put this process on; empty where the system cannot tell."""
+    """The CPUs the scheduler may put this process on; empty where the system does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """CPUs' worth of time that the control groups grant; None without a limit."""
+    """The CPU quota of the control groups, in CPUs; None without a limit."""
     found = []
     for group in _groups(root, ""):
         quota, _, period = _read(group / "cpu.max").partition(" ")
@@ -47,7 +47,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Bytes a new process may take: what the system, and every control group around us, has left. None: unknown."""
+    """Bytes a new process may take: the least that the system and the control groups have left; None: unknown."""
     found = [
         int(line.split()[1]) * 1024
         for line in _read(root / "proc/meminfo").splitlines()
@@ -65,15 +65,15 @@ def available_memory(root: Path = ROOT) -> int | None:
 
 
 def load(root: Path = ROOT) -> float | None:
-    """Processes that ran or waited for a CPU over the last minute, on average; None where the system cannot tell."""
+    """Processes that ran or waited for a CPU over the last minute, on average; None where the system does not say."""
     fields = _read(root / "proc/loadavg").split()
     return float(fields[0]) if fields else None
 
 
 def busy(cpus: Sequence[int], root: Path = ROOT, wait: Callable[[], None] = lambda: time.sleep(0.5)) -> float | None:
-    """How many of these CPUs other processes kept busy while we waited; None where the system cannot tell.
+    """How many of these CPUs other processes kept busy during `wait`; None where the system does not say.
 
-    A short sample of this moment: the load average looks back a minute and counts all CPUs of the host.
+    A short sample of the present; the load average covers a minute and all CPUs of the host.
     """
     before = _cpu_ticks(root)
     wait()
@@ -86,31 +86,31 @@ def busy(cpus: Sequence[int], root: Path = ROOT, wait: Callable[[], None] = lamb
 
 
 def _cpu_ticks(root: Path) -> dict[int, tuple[int, int]]:
-    """Clock ticks of each CPU: those that were not idle, and all."""
+    """Clock ticks of each CPU: busy ones, and all."""
     found = {}
     for line in _read(root / "proc/stat").splitlines():
         name, *fields = line.split()
         ticks = [int(value) for value in fields[:8]]
         if name.startswith("cpu") and name != "cpu" and len(ticks) == 8:
-            found[int(name[3:])] = (sum(ticks) - ticks[3] - ticks[4], sum(ticks))  # idle, and waiting for a disk
+            found[int(name[3:])] = (sum(ticks) - ticks[3] - ticks[4], sum(ticks))  # idle, and waiting for I/O
     return found
 
 
 def physical_cores(root: Path = ROOT) -> int | None:
-    """Cores of the whole machine, hyperthreads not counted; None where the system cannot tell."""
+    """Physical cores of the machine, hyperthreads not counted; None where the system does not say."""
     folder = root / "sys/devices/system/cpu"
     cores = {_read(path) for path in folder.glob("cpu[0-9]*/topology/thread_siblings_list")}
     return len(cores - {""}) or None
 
 
 def huge_pages(root: Path = ROOT) -> str | None:
-    """The kernel's rule for transparent huge pages: always, madvise or never; None where it has no such thing."""
+    """The kernel's setting for transparent huge pages: always, madvise or never; None where it has none."""
     rule = _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
     return rule.partition("[")[2].partition("]")[0] or None
 
 
 def stolen(root: Path = ROOT) -> tuple[int, int]:
-    """Clock ticks since the start that the host gave to other guests instead of our CPUs, and all ticks."""
+    """Clock ticks since boot that the host gave to other guests, and all ticks."""
     first = _read(root / "proc/stat").partition("\n")[0]
     ticks = [int(value) for value in first.split()[1:9]]
     return (ticks[7], sum(ticks)) if len(ticks) == 8 else (0, 0)
@@ -132,14 +132,16 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _reclaimable(path: Path) -> int:
-    """Bytes of file pages in a control group: they count as used and are given back on demand."""
+    """Bytes of file pages in a control group: they count as used but are freed on demand."""
     counts = dict(line.split(maxsplit=1) for line in _read(path).splitlines())
-    below = "total_" if "total_inactive_file" in counts else ""  # version 1 counts the groups below apart
+    below = (
+        "total_" if "total_inactive_file" in counts else ""
+    )  # version 1 has separate counts that include the groups below
     return sum(int(counts.get(f"{below}{kind}_file", 0)) for kind in ("inactive", "active"))
 
 
 def _read(path: Path) -> str:
-    """The text of a small file, stripped; empty where there is none or it may not be read."""
+    """The text of a small file, stripped; empty if it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:

@@ -10,11 +10,11 @@ from bitnet.errors import BitNetError
 
 T = TypeVar("T")
 _log = logging.getLogger("bitnet")
-_FLOAT_LIMIT = 2**1023  # whole numbers below it are floats too; float() of a larger one overflows
+_FLOAT_LIMIT = 2**1023  # integers below it convert to float; float() of a larger one overflows
 
 
 def check_types(config: Any, section: str) -> None:
-    """Refuse a field whose value is not of its declared type (an int is a float, a bool is not an int)."""
+    """Raise BitNetError for a value that is not of its field's type (an int is a float, a bool is not an int)."""
     for field in fields(config):
         value = getattr(config, field.name)
         if not _is_a(value, field.type):
@@ -24,37 +24,37 @@ def check_types(config: Any, section: str) -> None:
 
 
 def check_range(config: Any, section: str, names: Iterable[str], low: float, high: float | None = None) -> None:
-    """Refuse a number outside low..high."""
+    """Raise BitNetError for a number outside low..high; None: no upper limit."""
     expected = f"{low} or more" if high is None else f"{low} to {high}"
     for name in names:
         value = getattr(config, name)
-        # Written so that NaN, which is neither above nor below, is refused as well.
+        # Written so that NaN, for which every comparison is false, is refused as well.
         if not (value >= low and (high is None or value <= high)):
             raise BitNetError(f"{section}.{name}: got {value}, expected {expected}")
 
 
 def check_choice(config: Any, section: str, name: str, allowed: Iterable[str]) -> None:
-    """Refuse a string that is not one of `allowed`."""
+    """Raise BitNetError for a string that is not one of `allowed`."""
     value = getattr(config, name)
     if value not in allowed:
         raise BitNetError(f"{section}.{name}: got '{value}', expected one of {', '.join(allowed)}")
 
 
-# Names that earlier versions wrote into files, and what they are called now.
+# Names that earlier versions wrote into files, and today's.
 _OLD_KEYS = {("train", "ease"): "quant_warmup", ("train", "table_lr"): "embedding_lr"}
 _OLD_VALUES = {("model", "linear", "plain"): "float"}
 
 
 def current(values: dict[str, Any], section: str) -> dict[str, Any]:
-    """Settings under the names of today; an old name is read, and one line says what it is called now.
+    """Settings under today's names; for an old name, a log line gives the new one.
 
-    Raises BitNetError for a setting that is given under both of its names.
+    Raises BitNetError for a setting given under both of its names.
     """
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = _OLD_KEYS.get((section, name), name)
         if key in found or (key != name and key in values):
-            raise BitNetError(f"{section}.{key}: got it as '{name}' too, its old name; give it once")
+            raise BitNetError(f"{section}.{key}: got it under its old name '{name}' as well; give it once")
         if key != name:
             _log.info("%s.%s is called %s.%s now", section, name, section, key)
         found[key] = _OLD_VALUES.get((section, key, value), value) if isinstance(value, str) else value
@@ -77,7 +77,7 @@ def from_values(cls: type[T], values: dict[str, Any], section: str) -> T:
 
 def _convert(value: Any, expected: Any) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < _FLOAT_LIMIT else value  # too large: the field's type check refuses it
+        return float(value) if abs(value) < _FLOAT_LIMIT else value  # too large: left for the type check to refuse
     if get_origin(expected) is tuple and isinstance(value, list):
         return tuple(_convert(element, get_args(expected)[0]) for element in value)
     return value
@@ -101,7 +101,7 @@ def _describe(expected: Any) -> str:
 
 
 def parse(text: str, expected: type, name: str) -> Any:
-    """A value of a flag as the type of its field; a list is written a,b. Raises BitNetError."""
+    """The value of a command-line flag as the type of its field; a list is written a,b. Raises BitNetError."""
     if expected is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -113,4 +113,4 @@ def parse(text: str, expected: type, name: str) -> Any:
             raise BitNetError(f"{name}: got '{text}', expected {expected.__name__}") from None
     if expected is tuple:
         return tuple(part for part in text.split(",") if part)
-    return text  # a string; an unknown name is refused, with the known ones, where the config is built
+    return text  # a string; building the config refuses an unknown name

@@ -1,7 +1,7 @@
-"""The compiled CPU kernels from Python: which instruction sets there are, and the product as an op of torch.
+"""The compiled CPU kernels from Python: the instruction sets, and the product as a torch operator.
 
-The C++ lies in kernels/cpu/ and is installed as bitnet.kernels._cpu where a compiler was at hand. BITNET_CPU=name
-forces one instruction set; an unknown one, or one this CPU lacks, is an error and never silently replaced.
+The C++ code is in kernels/cpu/ and is installed as bitnet.kernels._cpu if a compiler was found. BITNET_CPU=name forces
+an instruction set; one that is unknown, or that this CPU lacks, is an error and never silently replaced.
 
     torch.ops.bitnet.ternary_matmul(q, prepared, n, isa)     int8 [M, K] x prepared weights -> int32 [M, n], exact
 
@@ -34,7 +34,10 @@ _module, _reason = _load()
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """A set of kernels; `why_not` is None where this CPU runs it. `multiplies` by weights: the VNNI comparison does."""
+    """The kernels for one instruction set.
+
+    multiplies: by weights, as the VNNI comparison does. why_not: None if this CPU runs it, else the reason.
+    """
 
     name: str
     summary: str
@@ -43,21 +46,21 @@ class InstructionSet:
 
 
 def module() -> Any:
-    """The compiled module. Raises ValueError with the reason where there is none."""
+    """The compiled module. Raises ValueError with the reason if there is none."""
     if _module is None:
         raise ValueError(_reason)
     return _module
 
 
 def instruction_sets() -> list[InstructionSet]:
-    """All that the build has, best first; empty without a build."""
+    """The instruction sets of this build, best first; empty without compiled kernels."""
     return [InstructionSet(*row) for row in _module.choices()] if _module else []
 
 
 def select() -> str:
     """The instruction set in use: the one BITNET_CPU names, else the best that this CPU runs.
 
-    Raises ValueError where the named one does not exist or cannot run, and where nothing is built.
+    Raises ValueError if the named one does not exist or cannot run, and without compiled kernels.
     """
     module()
     known = {one.name: one for one in instruction_sets()}
@@ -73,17 +76,17 @@ def select() -> str:
 
 
 def why_not() -> str | None:
-    """Why the compiled kernels cannot be used at all; None where they can."""
+    """Why the compiled kernels cannot be used; None if they can."""
     return None if _module else _reason
 
 
 def read_bandwidth(size: int, repeats: int) -> float:
-    """Bytes a second at which torch's threads read `size` bytes of memory: the median of `repeats` passes."""
+    """Bytes per second at which torch's threads read `size` bytes of memory: the median of `repeats` passes."""
     return float(module().read_bandwidth(size, torch.get_num_threads(), repeats))
 
 
 def prepare(packed: Tensor, k: int, isa: str | None = None) -> tuple[Tensor, str]:
-    """Rearrange packed weights [N, ceil(k / 4)] uint8. Returns bytes [*] uint8 and the instruction set they suit."""
+    """Rearrange packed weights [N, ceil(k / 4)] uint8. Returns bytes [*] uint8 and the instruction set they are for."""
     isa = isa or select()
     size = module().prepared_bytes(isa, packed.shape[0], k)
     out = torch.empty(size, dtype=torch.uint8)

@@ -1,12 +1,12 @@
-"""The only door to the kernels: which backends exist, why one is not available, and the products themselves.
+"""Backends for the integer products: which exist, why one is not available, and the products themselves.
 
 Two products, both exact in int32 on every backend:
 
     codes_matmul(q, codes)        int8 activations [M, K] x int8 codes [N, K]; training, where codes are fresh
     packed_matmul(q, prepared)    int8 activations [M, K] x weights prepared once from the packed file
 
-BACKENDS is in order of priority; the first one without a reason against it is used for a device.
-BITNET_BACKEND=name forces one, and is an error where that one cannot run: there is no silent second choice.
+BACKENDS is in order of priority: a device uses the first that can run on it. BITNET_BACKEND=name forces one, and is an
+error if that one cannot run: there is no silent fallback.
 """
 
 import os
@@ -28,7 +28,7 @@ _EXACT_FP32_K = 2**24 // reference.Q_MAX
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute the products; `why_not(device)` is None where it can run, else the reason."""
+    """One way to compute the products; `why_not(device)` is None if it can run there, else the reason."""
 
     name: str
     summary: str
@@ -40,15 +40,21 @@ class Backend:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Packed weights in the layout of the backend that will multiply by them. Shape [n, k]."""
+    """Packed weights [n, k] in the layout of the backend that multiplies by them."""
 
     backend: Backend
     data: Any
     n: int
     k: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory they take."""
+        parts = self.data if isinstance(self.data, tuple) else (getattr(self.data, "data", self.data),)
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
-# Asked once, as it is a property of the build: torch.compile would break a block into a dozen graphs to ask again.
+
+# A constant, because asking inside a compiled function breaks its graph.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -61,14 +67,14 @@ def _onednn_why_not(device: torch.device) -> str | None:
 
 
 def _onednn_matmul(q: Tensor, codes: Tensor) -> Tensor:
-    if q.shape[1] == 1:  # torch._int_mm then takes codes.T for another layout and leaves its output unwritten
+    if q.shape[1] == 1:  # torch._int_mm then mistakes the layout of codes.T and leaves its output unwritten
         return q.to(torch.int32) * codes.T.to(torch.int32)
     return torch._int_mm(q, codes.T)
 
 
 def _float_matmul(q: Tensor, codes: Tensor) -> Tensor:
-    # Codes and int8 values are exact in every float format down to bf16 (TF32 included), sums in fp32 are exact
-    # up to 2^24: longer rows are cut there and added as integers.
+    # Codes and int8 values are exact in every float format down to bf16 (TF32 included). Sums in fp32 are exact up to
+    # 2^24: longer rows are cut there, and their parts added as integers.
     k = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         if k <= _EXACT_FP32_K:
@@ -90,7 +96,7 @@ def _native_why_not(device: torch.device) -> str | None:
     return None
 
 
-# Codes fresh from training go to oneDNN: bringing them into the layout costs more than the lookups save.
+# Fresh codes of training go to oneDNN: rearranging them for the lookups would cost more than these save.
 def _fresh_matmul(q: Tensor, codes: Tensor) -> Tensor:
     return _float_matmul(q, codes) if _onednn_why_not(q.device) else _onednn_matmul(q, codes)
 
@@ -115,7 +121,7 @@ CPU = Backend(
 )
 
 
-# Triton takes most of a second to import: only who multiplies on a GPU pays for it.
+# Triton takes most of a second to import: import it only to multiply on a GPU.
 def _triton_codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
     from bitnet.kernels.gpu import products
 
@@ -162,7 +168,7 @@ FLOAT = Backend(
 )
 REFERENCE = Backend(
     "reference",
-    "int32 products in plain torch: the truth the others are held against",
+    "int32 products in plain torch: the reference that the others are tested against",
     lambda device: None if device.type == "cpu" else "torch has integer matrix products on the CPU only",
     reference.matmul,
     lambda packed, k: packed,
@@ -171,7 +177,7 @@ REFERENCE = Backend(
 
 
 def cpu_backend(isa: str) -> Backend:
-    """The C++ backend on one instruction set, whichever is selected."""
+    """The C++ backend on a given instruction set."""
     return replace(CPU, prepare=lambda packed, k: _native_prepare(packed, k, isa))
 
 
@@ -193,7 +199,7 @@ def select(device: torch.device) -> Backend:
             raise ValueError(f"{ENVIRONMENT}={forced} cannot be used: {reason}; unset it to let bitnet choose")
         return known[forced]
     if device.type == "cpu" and native.why_not() is None:
-        native.select()  # a BITNET_CPU that cannot be had is an error, not a reason to take another backend
+        native.select()  # an unusable BITNET_CPU is an error, not a reason to take another backend
     return next(backend for backend in BACKENDS if backend.why_not(device) is None)
 
 
@@ -202,14 +208,14 @@ def selected(device: torch.device) -> str:
     return select(device).name
 
 
-# What torch.compiler.assume_constant_result sets: the answer does not change while a graph lives, and reading the
-# environment or asking the C++ library would break it. The decorator itself imports the whole compiler: seconds that
-# `bitnet --help` lacks. A name, because a graph holds numbers and strings as constants, not backends.
+# What torch.compiler.assume_constant_result sets. The answer does not change while a graph lives, and reading the
+# environment or asking the C++ library would break the graph. The decorator itself would import the compiler, which
+# takes seconds. It marks a function that returns a name: a graph holds numbers and strings as constants, not backends.
 selected._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def trains_fused(device: torch.device) -> bool:
-    """Whether linear layers on `device` train through the fused operators of kernels/gpu/training.py."""
+    """Whether linear layers on `device` use the fused operators of kernels/gpu/training.py."""
     return selected(device) == TRITON.name
 
 
@@ -225,7 +231,7 @@ def codes_matmul(q: Tensor, codes: Tensor) -> Tensor:
 
 
 def prepare(packed: Tensor, k: int, backend: Backend | None = None) -> Prepared:
-    """Bring packed weights [N, ceil(k / 4)] uint8 into the layout of a backend (default: the selected one).
+    """Rearrange packed weights [N, ceil(k / 4)] uint8 for a backend (default: the selected one).
 
     Raises TypeError / ValueError when `packed` is not a valid image of [N, k] codes.
     """
@@ -245,17 +251,17 @@ def _check_activations(q: Tensor, k: int) -> None:
         raise ValueError(f"activations: got {q.dtype} {tuple(q.shape)}, expected int8 [M, {k}]")
 
 
-# Awkward on purpose: one row, one column, primes, K no multiple of 4, 16 or 64, sums that wrap in 16 bits.
+# Awkward sizes: one row, one column, primes, K not a multiple of 4, 16 or 64, sums that wrap in 16 bits.
 _SELF_TEST_SHAPES = ((1, 1, 1), (3, 7, 1), (1, 129, 257), (3, 67, 101), (17, 31, 63), (64, 48, 100), (2, 5, 4099))
 
 
 def self_test(backend: Backend, device: torch.device) -> str | None:
-    """Hold a backend against the reference on random and extreme inputs. Returns None, or what differed."""
+    """Compare a backend with the reference on random and extreme inputs. Returns None, or what differed."""
     generator = torch.Generator()
     generator.seed()
     for m, n, k in _SELF_TEST_SHAPES:
         codes = torch.randint(-1, 2, (n, k), generator=generator, dtype=torch.int8)
-        codes[0] = 1  # with activations of 127 throughout: the largest sum there is
+        codes[0] = 1  # with activations of 127 everywhere: the largest sum possible
         for q in (
             torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8),
             torch.full((m, k), 127, dtype=torch.int8),

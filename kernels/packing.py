@@ -1,16 +1,16 @@
-"""The one definition of the packed layout: four ternary codes in a byte.
+"""The definition of the packed layout: four ternary codes in a byte.
 
-A weight w in {-1, 0, +1} is stored as the two-bit code w + 1; code 3 does not exist and is refused.
-Four neighbours along the input dimension share a byte, the first one in the lowest bits:
+A weight w in {-1, 0, +1} is stored as the two-bit code w + 1; code 3 is invalid and refused.
+Four neighbours along the input dimension share a byte, the first in the lowest bits:
 
     packed[n, j]    bit  7 6     5 4     3 2     1 0
                         k=4j+3  k=4j+2  k=4j+1  k=4j
 
     codes [N, K] int8  <->  packed [N, ceil(K / 4)] uint8
 
-A row whose K is not a multiple of four is filled up with w = 0, so that a kernel which reads whole bytes
-adds nothing, and so that a packed tensor has exactly one valid byte image (pack(unpack(p)) == p).
-The layout says nothing about how a kernel likes its weights: backends rearrange it when they load.
+A row whose K is not a multiple of four is padded with w = 0, so that a kernel that reads whole bytes adds nothing, and
+a packed tensor has exactly one valid byte image (pack(unpack(p)) == p). This is the layout of files; backends rearrange
+it for their kernels when they load.
 
 Dimensions: N out-features, K in-features.
 """
@@ -18,7 +18,7 @@ Dimensions: N out-features, K in-features.
 import torch
 from torch import Tensor
 
-LAYOUT_ID = "k4-lsb"  # written into every packed file; a new layout gets a new name
+LAYOUT_ID = "k4-lsb"  # written into every packed file; another layout would need another name
 CODES_PER_BYTE = 4
 _ZERO_BYTE = 0b01010101  # four codes of w = 0
 _SHIFTS = (0, 2, 4, 6)
@@ -30,7 +30,7 @@ def packed_width(k: int) -> int:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Pack ternary codes at two bits a weight.
+    """Pack ternary codes at two bits per weight.
 
     codes: [N, K] int8 with values -1, 0, +1. Returns [N, ceil(K / 4)] uint8 on the same device.
     Raises TypeError for another dtype, ValueError for another rank or a value outside {-1, 0, +1}.
@@ -55,7 +55,7 @@ def unpack(packed: Tensor, k: int) -> Tensor:
     """Unpack two-bit codes, the inverse of `pack`.
 
     packed: [N, ceil(k / 4)] uint8. Returns codes [N, k] int8 in {-1, 0, +1}.
-    Raises TypeError / ValueError for another dtype or shape, for code 3 and for a fill that is not zero.
+    Raises TypeError / ValueError for another dtype or shape, for code 3 and for padding that is not zero.
     """
     check(packed, k)
     n, width = packed.shape
@@ -66,14 +66,14 @@ def unpack(packed: Tensor, k: int) -> Tensor:
 
 
 def check(packed: Tensor, k: int) -> None:
-    """Refuse a tensor that is not a valid packed image of [N, k] codes (errors as in `unpack`)."""
+    """Raise, as `unpack` does, for a tensor that is not a valid packed image of [N, k] codes."""
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed weights: got {packed.dtype}, expected torch.uint8")
     if k < 1 or packed.dim() != 2 or packed.shape[1] != packed_width(k):
         raise ValueError(
             f"packed weights: got shape {tuple(packed.shape)}, expected [N, {packed_width(k)}] for K = {k}"
         )
-    # Code 3 has both of its bits set: look for a low bit whose high neighbour is set as well.
+    # Code 3 has both bits set: find low bits whose high neighbour is set as well.
     invalid = packed & (packed >> 1) & _ZERO_BYTE
     if bool(invalid.any()):
         row, byte = (int(i) for i in invalid.nonzero()[0])

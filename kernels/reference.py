@@ -1,4 +1,4 @@
-"""The numerical truth of every op, in plain torch, exact in int32; tests and backends are held against it.
+"""The numerical reference of every op, in plain torch, exact in int32; backends are tested against it.
 
 One linear layer of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764; rounding and clamping as in Microsoft's
 "The Era of 1-bit LLMs: Training Tips, Code and FAQ"):
@@ -8,8 +8,8 @@ One linear layer of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764; rounding and
     product       acc = sum_k c[n, k] * q[m, k]        an integer, |acc| <= 127 * K
     output        y = acc * (s_w / inv_x)
 
-`round` is half-to-even and everything before the integer product is fp32. Scales enter after the integer sum
-and never before it: that is what makes training, packed files and all kernels agree to the last bit.
+`round` is half-to-even, and everything before the integer product is fp32. Scales are applied after the integer sum,
+never before: that is why training, packed files and all kernels agree to the last bit.
 
 Dimensions: M rows (tokens), N out-features, K in-features.
 """
@@ -60,8 +60,8 @@ def _mean_abs(weight: Tensor) -> Tensor:
 
 
 def _sum(weight: Tensor) -> Tensor:
-    # Row sums in fp32, their sum in fp64: the number of threads cannot change the result, at a tenth of the
-    # time of a sum that is fp64 throughout. torch shares out whole rows, unless there is only one: give it two.
+    # Row sums in fp32, their sum in fp64: the number of threads cannot change the result, at a tenth of the time of a
+    # sum that is fp64 throughout. torch gives whole rows to threads, unless there is only one: then add a second.
     if weight.shape[0] == 1:
         weight = torch.cat((weight, torch.zeros_like(weight)))
     return weight.sum(dim=-1).sum(dtype=torch.float64)
@@ -70,7 +70,7 @@ def _sum(weight: Tensor) -> Tensor:
 def quantize_activations(x: Tensor) -> ActivationCodes:
     """Absmax quantisation to int8 per token (b1.58, section 2). x: [..., K] float; K >= 1."""
     x = x.float()
-    # The reciprocal first, then times 127: two fp32 roundings, which `127 / tensor` is in torch (and transformers) too.
+    # The reciprocal, then times 127: two fp32 roundings, the same as of `127 / tensor` in torch (and transformers).
     inv_scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=EPS).reciprocal_() * Q_MAX
     # No clamp: |x| * (127 / max |x|) is at most 127 (1 + 2^-22), which rounds to 127.
     return ActivationCodes((x * inv_scale).round_().to(torch.int8), inv_scale)

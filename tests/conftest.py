@@ -102,6 +102,13 @@ def poison() -> Callable[[torch.Tensor], torch.Tensor]:
     return fill_with_poison
 
 
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer from `torch.empty` is filled with NaN or 0x55 bytes."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill_with_poison(empty(*args, **kwargs)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real text beside the checkout; tests that need it are skipped where it is not there."""

@@ -22,9 +22,7 @@ def build_network(
     """
     device = processes.device
     with torch.device("meta"):
-        model = Transformer(config)
-        for block in model.blocks():
-            block.recompute = settings.recompute
+        model = Transformer(config, recompute=settings.recompute)
         network = Objective(model, settings, teacher and teacher.to(device))
     if not sharded:
         model.to_empty(device=device)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitnet.layers import keep_codes
 from bitnet.model import Transformer
+from bitnet.quant import QUANTISED, Precision
 from bitnet.train.config import TrainConfig
 
 
@@ -33,10 +34,10 @@ class Objective(nn.Module):
         if teacher is not None:
             keep_codes(teacher).__enter__()  # for good: nobody trains it
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, targets: Tensor, precision: Precision = QUANTISED) -> tuple[Tensor, Tensor]:
         """inputs, targets: [B, T] int64. Returns the loss [] to differentiate and the cross-entropy [] to report."""
         model, (teacher,) = self.model, self._teacher
-        hidden = model.hidden(inputs).flatten(0, 1)  # M, D
+        hidden = model.hidden(inputs, precision=precision).flatten(0, 1)  # M, D
         head = (model.model.embed_tokens if model.lm_head is None else model.lm_head).values()
         taught = None
         if teacher is not None:

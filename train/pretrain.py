@@ -20,9 +20,9 @@ from torch import Tensor
 from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
 from bitnet.files.tensors import parameters
-from bitnet.layers import keep_codes, set_quant_warmup
+from bitnet.layers import keep_codes
 from bitnet.model import Transformer
-from bitnet.quant import use_int8_gradients
+from bitnet.quant import training_precision
 from bitnet.train.compiling import check_compiler, missing_compiler
 from bitnet.train.config import RunConfig, TrainConfig
 from bitnet.train.data.preparing import prepare_data
@@ -140,7 +140,7 @@ class Trainer:
             vocab_size=dataset.tokenizer.vocab_size, max_position_embeddings=config.context
         )
         self.sharded = self.settings.parallel == "fsdp" and processes.size > 1
-        use_int8_gradients(self.settings.int8_gradients, self.device)
+        self.precision = training_precision(1.0, self.settings.int8_gradients, self.device)
         digest = teacher_digest(teacher) if teacher is not None else None
         self.model, self.network = build_network(self.model_config, self.settings, processes, self.sharded, teacher)
         torch.manual_seed(self.settings.seed)
@@ -264,7 +264,7 @@ class Trainer:
         """Set how much of the operands is quantised. It never falls, also where more steps than planned follow."""
         share = 1.0 if self.model_config.linear == "float" else quantised_share(self.settings, self.step)
         self.quantised = max(self.quantised, share)
-        set_quant_warmup(self.model, self.quantised)
+        self.precision = training_precision(self.quantised, self.settings.int8_gradients, self.device)
 
     def _gradients(self) -> Tensor:
         """Accumulate the gradients of this step's global batch. Returns the mean loss [] over all processes.
@@ -301,7 +301,7 @@ class Trainer:
         """The loss [] of one micro-batch [B, T] in the run's dtype, and the cross-entropy [] alone."""
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         with self.autocast:
-            loss, entropy = self.network(inputs, targets)
+            loss, entropy = self.network(inputs, targets, self.precision)
         return loss, entropy
 
     def _skip(self, loss: float, norm: float) -> None:

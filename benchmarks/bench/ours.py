@@ -9,9 +9,8 @@ from bitnet.config import ModelConfig
 from bitnet.engine.base import Session
 from bitnet.engine.cpu import CpuEngine
 from bitnet.engine.load import load as load_packed
-from bitnet.engine.torch import TorchEngine
 from bitnet.errors import BitNetError
-from bitnet.files.tensors import kv_cache_bytes, norm_parameters
+from bitnet.files.tensors import kv_cache_bytes
 from bitnet.kernels import native, ops
 
 
@@ -43,7 +42,7 @@ class EngineDriver:
         self.facts: dict[str, Any] = {
             "what": self._what(backend, head, cache),
             "backend": self.engine.name,
-            "weight_bytes": self._weight_bytes(),
+            "weight_bytes": self.engine.weight_bytes,
             "kv_bytes": self._kv_bytes(config, cache),
             "gpu": gpu_uuid(self._device),
             "peak": self._peak(backend),
@@ -66,14 +65,6 @@ class EngineDriver:
             if backend is ops.CPU
             else {"triton": "torch int8", "onednn": "torch int8"}.get(backend.name, "torch fp32")
         )
-
-    def _weight_bytes(self) -> int:
-        """Bytes of projections, head and norm gains: what a decoded token reads of the model."""
-        if isinstance(self.engine, CpuEngine):
-            return self.engine.weight_bytes + self.engine.head_bytes + 4 * norm_parameters(self.engine.config)
-        if isinstance(self.engine, TorchEngine):
-            return torch_bytes(self.engine)
-        return self.engine.weight_bytes()
 
     def _kv_bytes(self, config: ModelConfig, cache: str) -> float:
         """Bytes of keys and values per token of context; int8 has an fp32 scale for each head's vector."""
@@ -127,17 +118,3 @@ def check_kernel(backend: ops.Backend, device: torch.device) -> None:
         raise BitNetError(
             f"the self-test of the '{backend.name}' kernels failed ({wrong}), expected exact sums; run bitnet doctor"
         )
-
-
-def torch_bytes(engine: TorchEngine) -> int:
-    """Bytes of all weights of the torch engine, except an embedding that is not also the head."""
-    model = engine.model
-    total = sum(p.nbytes for p in model.parameters())
-    if model.lm_head is not None:
-        total -= model.model.embed_tokens.weight.nbytes
-    for layer in model.modules():
-        prepared = getattr(layer, "_prepared", None)
-        if prepared is not None:
-            parts = prepared.data if isinstance(prepared.data, tuple) else (prepared.data,)
-            total += sum(part.nbytes for part in parts if isinstance(part, Tensor))
-    return total

@@ -93,7 +93,7 @@ def read_model(path: Path) -> tuple[Transformer, torch.dtype | None]:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != _TOKENIZER}  # noqa: SIM118
     config = ModelConfig.from_dict(json.loads(metadata["config"]))
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config, exact_embeddings=True)
     autocast = metadata["autocast"]
     if metadata["builder"] == "torchao":
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -106,9 +106,6 @@ def read_model(path: Path) -> tuple[Transformer, torch.dtype | None]:
     if not autocast:
         tensors |= {name: tensors[name].float() for name in _EMBEDDINGS if name in tensors}
     model.load_state_dict(tensors, assign=True)
-    for embedding in (model.model.embed_tokens, model.lm_head):
-        if embedding is not None:
-            embedding.exact = True
     return model.eval(), getattr(torch, autocast) if autocast else None
 
 

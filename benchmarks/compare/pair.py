@@ -50,7 +50,6 @@ class Pair:
             if embedding is not None:
                 with torch.no_grad():
                     embedding.weight.copy_(embedding.values())
-                embedding.exact = True
         return model.eval()
 
     def training_windows(self, count: int) -> Tensor:

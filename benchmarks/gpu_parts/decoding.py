@@ -9,7 +9,6 @@ from bitnet.benchmarks.gpu_parts.timing import EXPECTED, Result
 from bitnet.config import ModelConfig, preset
 from bitnet.engine.gpu import TritonEngine
 from bitnet.engine.sampling import GREEDY
-from bitnet.engine.stream import stream
 from bitnet.files.packed import PackedModel
 from bitnet.files.packed_layout import expected_tensors
 from bitnet.kernels import packing
@@ -50,17 +49,17 @@ def decode() -> Result:
                 continue
             engine = TritonEngine(packed, torch.device("cuda"), pdl=pdl)
             for batch in (1, 8, 64) if pdl else (1,):
-                row: Result = {"head": embedding, "pdl": pdl, "batch": batch, "weight_bytes": engine.weight_bytes()}
+                row: Result = {"head": embedding, "pdl": pdl, "batch": batch, "weight_bytes": engine.weight_bytes}
                 prompt = torch.arange(batch * 512).view(batch, 512) % config.vocab_size
                 if batch == 1:
                     row["prefill_512_tokens_per_second"] = 512 / prefill_seconds(engine, prompt)
                 seconds, ids = decode_seconds(engine, prompt if batch == 1 else prompt[:, :32])
                 row |= {"us_per_step": seconds / _STEPS * 1e6, "tokens_per_second": batch * _STEPS / seconds}
-                row["floor_us"] = engine.weight_bytes() / EXPECTED["copy"] * 1e6
+                row["floor_us"] = engine.weight_bytes / EXPECTED["copy"] * 1e6
                 if batch == 1:
                     written[pdl] = ids
                     started = time.perf_counter()
-                    count = len(list(stream(engine, [1, 2, 3], _STEPS, GREEDY, limit=256)))
+                    count = len(list(engine.stream([1, 2, 3], _STEPS, GREEDY, limit=256)))
                     row["stream_tokens_per_second"] = count / (time.perf_counter() - started)
                 rows.append(row)
             del engine

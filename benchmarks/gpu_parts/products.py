@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitnet.benchmarks.gpu_parts.timing import EXPECTED, ROTATED, SHAPES, Result, bandwidth, graph_of, median_times
 from bitnet.kernels import packing
-from bitnet.kernels.gpu import layout, packed_gemm, products, quantize
+from bitnet.kernels.gpu import layout, products, quantize
 from bitnet.kernels.gpu.layout import GpuWeights
 
 
@@ -37,11 +37,6 @@ def _dense(x: Tensor, weights: list[Tensor], i: int) -> Tensor:
 def _partial_sums(q: Any, weights: list[GpuWeights], config: Any, i: int) -> Any:
     """Quantised rows times the i-th copy of the packed weights, before scales."""
     return products.partial_sums(q.codes, q.sums, weights[i], config)
-
-
-def _scaled(q: Any, weights: list[GpuWeights], scale: Tensor, config: Any, i: int) -> Any:
-    """Quantised rows times the i-th copy of the packed weights, with scales, in bf16."""
-    return packed_gemm.packed_gemm_scaled(q.codes, q.sums, weights[i], q.inv_scale, scale, torch.bfloat16, config)
 
 
 def gemv() -> Result:
@@ -79,7 +74,6 @@ def gemm() -> Result:
     for n, k in SHAPES[:3]:
         weights = copies_of(random_weights(n, k))[:8]
         full = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-        one = torch.ones(1, device="cuda")
         for m in (512, 1024, 2048, 4096):
             x = torch.randn(m, k, device="cuda")
             q, half = quantize.quantize_rows(x, width=quantize.padded(k)), x.bfloat16()
@@ -87,7 +81,7 @@ def gemm() -> Result:
             contenders: dict[str, Callable[[], Any]] = {"cublas": graph_of(partial(_dense, half, full), 8)}
             for j, config in enumerate(configs):
                 contenders[str(j)] = graph_of(
-                    partial(_scaled, q, weights, one, config),
+                    partial(_partial_sums, q, weights, config),
                     8,
                 )
             each = {name: s / 8 * 1e6 for name, s in median_times(contenders, 7).items()}

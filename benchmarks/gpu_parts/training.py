@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from bitnet import quant
 from bitnet.benchmarks.gpu_parts.timing import Result, median_times
 from bitnet.config import ModelConfig
 from bitnet.files.tensors import flops_per_token, parameters
-from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer
+from bitnet.quant import training_precision
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective
 
@@ -33,7 +32,8 @@ def training_step(config: ModelConfig, kind: str, batch: int) -> Callable[[], An
     model = Transformer(config)
     model.init_weights(0)
     model.cuda()
-    set_quant_warmup(model, 0.5 if kind == "ternary-warmup" else 1.0)
+    int8 = {"ternary-int8-dx": "dx", "ternary-int8-dx-dw": "all"}.get(kind, "none")
+    precision = training_precision(0.5 if kind == "ternary-warmup" else 1.0, int8, torch.device("cuda"))
     for block in model.blocks():
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -41,10 +41,8 @@ def training_step(config: ModelConfig, kind: str, batch: int) -> Callable[[], An
     tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device="cuda")
 
     def step() -> Any:
-        # The compiled graph is guarded by these.
-        quant.int8_gradients.dx, quant.int8_gradients.dw = "dx" in kind, "dw" in kind
         with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = network(tokens[:, :-1], tokens[:, 1:])
+            loss, _ = network(tokens[:, :-1], tokens[:, 1:], precision)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

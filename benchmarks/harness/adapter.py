@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet.engine.sampling import Sampling
-from bitnet.engine.stream import stream
 from bitnet.errors import BitNetError
 from bitnet.generation import load_for_text, stop_ids
 from bitnet.threads import use_threads
@@ -99,7 +98,7 @@ class TextModel:
         ids = self._start + self.text.encode(context)
         length = next((int(settings[key]) for key in LENGTHS if settings.get(key) is not None), NEW_TOKENS)
         decoder, text = self.text.stream(), ""
-        for token in stream(self.engine, ids, length, self._sampling(settings), stop_ids(self.text), self.context):
+        for token in self.engine.stream(ids, length, self._sampling(settings), stop_ids(self.text), self.context):
             text += decoder.push(token)
             if any(stop in text for stop in until):
                 break

@@ -78,7 +78,7 @@ class ChatSession:
     full: bool = False  # the context is full
 
     def __post_init__(self) -> None:
-        self._sequences = self.engine.slots(1, self.limit)
+        self._sequences = self.engine.sequence_batch(1, self.limit)
         self._cached: list[int] = []  # ids known to be in the KV cache
 
     def reset(self) -> None:

@@ -1,62 +1,59 @@
-"""Sessions and slots of the GPU engine: the KV cache, prefill in pieces, and the decode step that a CUDA graph replays.
+"""Sessions of the GPU engine: the KV cache, prefill in chunks, and the decode step that a CUDA graph replays.
 
-Dimensions: B batch, T time, M rows, V vocabulary, D model, H heads, G key/value heads, E width of a head, N slots.
+Dimensions: B batch, T time, M rows (tokens), V vocabulary, D model, E width of a head.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet.engine.base import BatchEntry, check_entries, check_length, check_prefill, check_sequence
+from bitnet.engine.base import BatchEntry, check_entries, check_length, check_prefill, check_sequence, read_entry
 from bitnet.engine.cache import KVCache
+from bitnet.engine.gpu_model import GpuModel, Layer
 from bitnet.errors import BitNetError
 from bitnet.kernels.gpu import device as gpu
 from bitnet.kernels.gpu import steps
 from bitnet.layers import attend, rotate
 
-if TYPE_CHECKING:
-    from bitnet.engine.gpu import Layer, TritonEngine
-
-MAX_BATCH = 64
-_CHUNK = 4096  # rows of a prefill chunk: past that the GEMMs gain nothing, and sums of 2 * 6912 columns are 226 MB
-_LOGIT_BYTES = 2**30  # of logits made at once when scoring
+_CHUNK = 4096  # rows of a prefill chunk: GEMMs gain nothing beyond, and sums of 2 * 6912 columns are 226 MB
+_LOGIT_BYTES = 2**30  # of logits that scoring makes at once
 
 
-class _HasEngine(Protocol):
-    _engine: "TritonEngine"
+class _HasModel(Protocol):
+    _model: GpuModel
 
 
-S = TypeVar("S", bound=_HasEngine)
+S = TypeVar("S", bound=_HasModel)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _on_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """A method that launches kernels, with the engine's GPU as the current one."""
+    """A method that launches kernels, with the model's GPU as the current one."""
 
     @functools.wraps(method)
     def inner(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with gpu.current(self._engine.device):
+        with gpu.current(self._model.device):
             return method(self, *args, **kwargs)
 
     return inner
 
 
 class TritonSession:
-    """A KV cache, and the decode step over it.
+    """A KV cache and the decode step over it; see `bitnet.engine.base.Session`.
 
-    cache: where its sequences are kept; None: in one of its own.
+    cache: where its sequences are kept; default: in one of its own. graph: see `_DecodeStep`.
     """
 
-    def __init__(self, engine: "TritonEngine", batch: int, limit: int, cache: KVCache | None = None) -> None:
-        _check_batch(batch, limit)
-        self._engine, self._batch, self._limit = engine, batch, limit
-        self._cache = cache or KVCache(engine.config, batch, limit, engine.device, engine.kv_dtype)
-        self._rotary = engine.rotary(limit)
-        self._step = _DecodeStep(engine, self._cache, batch)
+    def __init__(self, model: GpuModel, batch: int, limit: int, *, graph: bool, cache: KVCache | None = None) -> None:
+        self._model, self._batch, self._limit = model, batch, limit
+        self._cache = cache or KVCache(model.config, batch, limit, model.device)
+        self._rotary = model.rotary(limit)
+        self._step = _DecodeStep(model, self._cache, batch, graph=graph)
 
     @property
     def position(self) -> int:
@@ -72,19 +69,18 @@ class TritonSession:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of the last position, [B, V] fp32."""
-        ids = check_prefill(ids, self._engine.config, self._batch, self.position, self.limit)
-        terms = self.states(ids.to(self._engine.device), last_only=True)
-        return steps.head(terms, self._engine.head)
+        ids = check_prefill(ids, self._model.config, self._batch, self.position, self.limit)
+        return self._model.head_logits(self._states(ids.to(self._model.device), last_only=True))
 
     @_on_device
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
-        """Append one id a sequence, [B] int64. Returns logits [B, V] fp32, overwritten by the next call.
+        """Append one id to each sequence, [B] int64. Returns logits [B, V] fp32, overwritten by the next call.
 
         Ids that are on the device already are not read back: one outside the vocabulary gives logits of NaN.
         """
         if ids.device.type == "cpu":
-            ids = check_prefill(ids[:, None], self._engine.config, self._batch, self.position, self.limit)[:, 0]
+            ids = check_prefill(ids[:, None], self._model.config, self._batch, self.position, self.limit)[:, 0]
         elif ids.shape != (self._batch,) or ids.dtype != torch.int64 or self.position >= self.limit:
             raise BitNetError(
                 f"decode: got {ids.dtype} {tuple(ids.shape)} after {self.position} of {self.limit} tokens, expected "
@@ -98,70 +94,58 @@ class TritonSession:
     @torch.inference_mode()
     def score(self, ids: Tensor) -> Tensor:
         """Append ids [B, T] int64, T >= 1. Returns the logits of every position, [B, T, V] fp32, on the CPU."""
-        engine = self._engine
-        ids = check_prefill(ids, engine.config, self._batch, self.position, self.limit)
-        terms = self.states(ids.to(engine.device))
-        scores = torch.empty(terms.shape[1], engine.config.vocab_size)
-        step = max(1, _LOGIT_BYTES // (4 * engine.config.vocab_size))
-        for m in range(0, terms.shape[1], step):
-            scores[m : m + step] = steps.head(terms[:, m : m + step].contiguous(), engine.head).cpu()
+        model = self._model
+        ids = check_prefill(ids, model.config, self._batch, self.position, self.limit)
+        states = self._states(ids.to(model.device))
+        scores = torch.empty(states.shape[1], model.config.vocab_size)
+        step = max(1, _LOGIT_BYTES // (4 * model.config.vocab_size))
+        for m in range(0, states.shape[1], step):
+            scores[m : m + step] = model.head_logits(states[:, m : m + step].contiguous()).cpu()
         return scores.view(*ids.shape, -1)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of every sequence. Raises BitNetError for more than there are."""
         check_length(length, self.position)
-        self._move(length)
+        self.move(length)
 
-    def advance(self) -> None:
-        """Count a token that a step over the shared cache has appended."""
-        self._move(self.position + 1)
-
-    def _move(self, length: int) -> None:
+    def move(self, length: int) -> None:
+        """Set the number of tokens held, on the host and on the device."""
         self._cache.position = length
         self._step.positions.fill_(length)
 
-    def states(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
-        """Append ids [B, T] on the device. Returns the normed states [3, M, D] of all rows, or of the last ones."""
-        engine, (B, T) = self._engine, ids.shape
+    def _states(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
+        """Append ids [B, T] on the device. Returns the states [3, M, D] of all rows, or of each sequence's last one."""
+        (B, T), model = ids.shape, self._model
         chunk = max(1, _CHUNK // B)
-        parts = []
+        found = []
         for start in range(0, T, chunk):
             part = ids[:, start : start + chunk]
-            x, sums, scales = self._prefill_rows(part)
-            ends = start + chunk >= T
-            if last_only and not ends:
+            x, sums = self._prefill_chunk(part)
+            is_last = start + chunk >= T
+            if last_only and not is_last:
                 continue
             if last_only:
                 newest = torch.arange(1, B + 1, device=x.device) * part.shape[1] - 1
                 x, sums = x[newest], steps.Sums(sums.acc[:, newest], sums.inv_scale[newest])
-            terms = steps.last(x, sums, scales, engine.norm, engine.config.rms_norm_eps)
-            parts.append(terms.view(3, B, -1, terms.shape[-1]))
-        self._move(self.position)
-        return torch.cat(parts, dim=2).flatten(1, 2)
+            found.append(model.states(x, sums).view(3, B, -1, x.shape[-1]))
+        self.move(self.position)
+        return torch.cat(found, dim=2).flatten(1, 2)
 
-    def _prefill_rows(self, ids: Tensor) -> tuple[Tensor, steps.Sums, Tensor]:
-        """All blocks over ids [B, T]: residual stream [M, D], and the last product, not added yet."""
-        engine, config, eps = self._engine, self._engine.config, self._engine.config.rms_norm_eps
-        start = self.position
-        end = start + ids.shape[1]
-        rotary = self._rotary[0][start:end], self._rotary[1][start:end]
-        layers = engine.layers
-        x, rows = steps.enter(ids.reshape(-1), engine.embedding, layers[0].input_gain, eps)
-        for i, layer in enumerate(layers):
-            y = self._prefill_attention(layer, layer.qkv(rows), ids.shape, rotary, i)
-            rows = steps.rows(y, layer.attention_gain, eps)
-            rows = steps.add(x, layer.o(rows), layer.o.scales, layer.ffn_gain, eps)
-            rows = steps.gate(
-                layer.gate_up(rows), layer.gate_up.scales, layer.down_gain, eps, config.hidden_act == "relu2"
-            )
-            sums = layer.down(rows)
-            if i + 1 < len(layers):
-                rows = steps.add(x, sums, layer.down.scales, layers[i + 1].input_gain, eps)
+    def _prefill_chunk(self, ids: Tensor) -> tuple[Tensor, steps.Sums]:
+        """`GpuModel.forward` of ids [B, T], with torch's attention over the cache."""
+        end = self.position + ids.shape[1]
+        cos, sin = (table[self.position : end] for table in self._rotary)
+
+        def attention(i: int, layer: Layer, sums: steps.Sums) -> steps.Codes:
+            y = self._prefill_attention(i, layer, sums, ids.shape, (cos, sin))
+            return steps.rows(y, layer.attention_gain, self._model.config.rms_norm_eps)
+
+        x, sums = self._model.forward(ids.reshape(-1), attention)
         self._cache.position = end
-        return x, sums, layers[-1].down.scales
+        return x, sums
 
     def _prefill_attention(
-        self, layer: "Layer", sums: steps.Sums, shape: torch.Size, rotary: tuple[Tensor, Tensor], i: int
+        self, i: int, layer: Layer, sums: steps.Sums, shape: torch.Size, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         (B, T), heads = shape, layer.heads
         E, sizes = heads.width, (heads.query * heads.width, heads.key * heads.width, heads.key * heads.width)
@@ -171,39 +155,37 @@ class TritonSession:
             for part, scale in zip(acc.split(sizes, dim=1), layer.qkv.scales, strict=True)
         )
         if heads.q_gain is not None and heads.k_gain is not None:
-            q = torch.nn.functional.rms_norm(q, (E,), heads.q_gain, heads.eps)
-            k = torch.nn.functional.rms_norm(k, (E,), heads.k_gain, heads.eps)
-        dtype = self._engine.kv_dtype
-        q, k, v = rotate(q, rotary).to(dtype), rotate(k, rotary).to(dtype), v.to(dtype)
-        k, v = self._cache.layers[i].extend(k, v)
-        return attend(q, k, v).transpose(1, 2).reshape(B * T, -1).float()
+            q = F.rms_norm(q, (E,), heads.q_gain, heads.eps)
+            k = F.rms_norm(k, (E,), heads.k_gain, heads.eps)
+        k, v = self._cache.layers[i].extend(rotate(k, rotary), v)
+        return attend(rotate(q, rotary), k, v).transpose(1, 2).reshape(B * T, -1)
 
 
 class _DecodeStep:
-    """One new token for each of B rows, recorded into a CUDA graph where there is one.
+    """One new token for each of B rows. graph: record the step into a CUDA graph, and replay that from then on.
 
     positions, sequences: [B] int64 on the device: the length of each row's sequence, which every step raises by one,
     and its number in the cache.
     """
 
-    def __init__(self, engine: "TritonEngine", cache: KVCache, rows: int) -> None:
-        self._engine, self._cache = engine, cache
-        self._rotary = engine.rotary(cache.store(0)[0].shape[2])
-        self._ids, self.positions = torch.zeros(2, rows, dtype=torch.int64, device=engine.device)
-        self.sequences = torch.arange(rows, device=engine.device)
+    def __init__(self, model: GpuModel, cache: KVCache, rows: int, *, graph: bool) -> None:
+        self._model, self._cache, self._has_graph = model, cache, graph
+        self._rotary = model.rotary(cache.store(0)[0].shape[2])
+        self._ids, self.positions = torch.zeros(2, rows, dtype=torch.int64, device=model.device)
+        self.sequences = torch.arange(rows, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None  # where the graph writes
-        self._warm = False
+        self._is_warm = False
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids: [B] int64. Returns logits [B, V] fp32 on the device, overwritten by the next call."""
         self._ids.copy_(ids, non_blocking=True)
-        # The first step runs as it is: it compiles kernels and picks tiles, which a capture may not.
-        if not self._engine.graph or not self._warm:
-            self._warm = True
+        # The first step runs without a graph: it compiles kernels and picks tiles, which a capture may not.
+        if not self._has_graph or not self._is_warm:
+            self._is_warm = True
             return self._run()
         if self._graph is None:
-            torch.cuda.synchronize(self._engine.device)
+            torch.cuda.synchronize(self._model.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._run()
@@ -213,12 +195,11 @@ class _DecodeStep:
         return self._logits
 
     def _run(self) -> Tensor:
-        engine, config, pdl = self._engine, self._engine.config, self._engine.pdl
-        eps, layers = config.rms_norm_eps, engine.layers
-        x, rows = steps.enter(self._ids, engine.embedding, layers[0].input_gain, eps)
-        for i, layer in enumerate(layers):
-            rows = steps.attend(
-                layer.qkv(rows, pdl),
+        model, pdl = self._model, self._model.pdl
+
+        def attention(i: int, layer: Layer, sums: steps.Sums) -> steps.Codes:
+            return steps.attend(
+                sums,
                 layer.qkv.scales,
                 layer.heads,
                 self._rotary,
@@ -226,74 +207,60 @@ class _DecodeStep:
                 self.positions,
                 self.sequences,
                 layer.attention_gain,
-                eps,
+                model.config.rms_norm_eps,
                 pdl,
             )
-            rows = steps.add(x, layer.o(rows, pdl), layer.o.scales, layer.ffn_gain, eps, pdl)
-            rows = steps.gate(
-                layer.gate_up(rows, pdl), layer.gate_up.scales, layer.down_gain, eps, config.hidden_act == "relu2", pdl
-            )
-            sums = layer.down(rows, pdl)
-            if i + 1 < len(layers):
-                rows = steps.add(x, sums, layer.down.scales, layers[i + 1].input_gain, eps, pdl)
-        terms = steps.last(x, sums, layers[-1].down.scales, engine.norm, eps, pdl)
-        logits = steps.head(terms, engine.head, pdl)
+
+        x, sums = model.forward(self._ids, attention, pdl=pdl)
+        logits = model.head_logits(model.states(x, sums, pdl=pdl), pdl=pdl)
         self.positions.add_(1)
         return logits
 
 
 class TritonSequenceBatch:
-    """Sequences that come and go in one cache: single ids in one decode step, longer pieces one by one."""
+    """Sequences that join and leave in one cache: single ids in one decode step, longer entries one by one.
 
-    def __init__(self, engine: "TritonEngine", count: int, limit: int) -> None:
-        _check_batch(count, limit)
-        self.count, self.limit, self._engine = count, limit, engine
-        # A row that has nothing to do in a step writes behind its sequence, for which a full one needs room.
-        self._cache = KVCache(engine.config, count, limit + 1, engine.device, engine.kv_dtype)
-        self._sessions = [TritonSession(engine, 1, limit, self._cache.sequence(i)) for i in range(count)]
-        self._step = _DecodeStep(engine, self._cache, count)
+    See `bitnet.engine.base.SequenceBatch`.
+    """
 
-    def length(self, slot: int) -> int:
-        """Tokens the slot holds."""
-        check_sequence(slot, self.count)
-        return self._sessions[slot].position
+    def __init__(self, model: GpuModel, count: int, limit: int, *, graph: bool) -> None:
+        self.count, self.limit, self._model = count, limit, model
+        # A row that is idle in a step writes after the end of its sequence: a full one needs room for that.
+        self._cache = KVCache(model.config, count, limit + 1, model.device)
+        self._sessions = [
+            TritonSession(model, 1, limit, graph=graph, cache=self._cache.sequence(i)) for i in range(count)
+        ]
+        self._step = _DecodeStep(model, self._cache, count, graph=graph)
 
-    def truncate(self, slot: int, length: int) -> None:
-        """Keep the slot's first `length` tokens; 0 empties it. Raises BitNetError for more than there are."""
-        check_sequence(slot, self.count)
-        self._sessions[slot].truncate(length)
+    def length(self, sequence: int) -> int:
+        """Tokens the sequence holds."""
+        check_sequence(sequence, self.count)
+        return self._sessions[sequence].position
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the sequence's first `length` tokens; 0 empties it. Raises BitNetError for more than there are."""
+        check_sequence(sequence, self.count)
+        self._sessions[sequence].truncate(length)
 
     @_on_device
     @torch.inference_mode()
-    def forward(self, parts: Sequence[BatchEntry]) -> list[Tensor]:
-        """See `SequenceBatch.forward`. Logits of single ids are on the device, and their own."""
-        rows = check_entries(parts, self, self._engine.config)
-        single = [len(ids) == 1 and not part.every for part, ids in zip(parts, rows, strict=True)]
-        step = self._decode({p.slot: int(ids) for p, ids, one in zip(parts, rows, single, strict=True) if one})
+    def forward(self, entries: Sequence[BatchEntry]) -> list[Tensor]:
+        """See `SequenceBatch.forward`. Logits of single ids stay on the device."""
+        rows = check_entries(entries, self, self._model.config)
+        single = {e.sequence: int(ids) for e, ids in zip(entries, rows) if len(ids) == 1 and not e.every}
+        step = self._decode(single)
         return [
-            step[part.slot] if one else self._read(part, ids[None])
-            for part, ids, one in zip(parts, rows, single, strict=True)
+            step[entry.sequence] if entry.sequence in single else read_entry(self._sessions[entry.sequence], entry, ids)
+            for entry, ids in zip(entries, rows)
         ]
 
     def _decode(self, ids: dict[int, int]) -> Tensor:
-        """One step: slot -> id. Returns logits [count, V]; those of other slots mean nothing."""
+        """One step: sequence -> id. Returns logits [count, V]; the rows of other sequences mean nothing."""
         if not ids:
             return torch.empty(0)
         lengths = [session.position for session in self._sessions]
         self._step.positions.copy_(torch.tensor(lengths), non_blocking=True)
-        logits = self._step(torch.tensor([ids.get(slot, 0) for slot in range(self.count)])).clone()
-        for slot in ids:
-            self._sessions[slot].advance()
+        logits = self._step(torch.tensor([ids.get(sequence, 0) for sequence in range(self.count)])).clone()
+        for sequence in ids:
+            self._sessions[sequence].move(lengths[sequence] + 1)
         return logits
-
-    def _read(self, part: BatchEntry, ids: Tensor) -> Tensor:
-        session = self._sessions[part.slot]
-        return session.score(ids)[0] if part.every else session.prefill(ids)[0]
-
-
-def _check_batch(batch: int, limit: int) -> None:
-    if not 1 <= batch <= MAX_BATCH or limit < 1:
-        raise BitNetError(
-            f"session: got batch {batch} and limit {limit}, expected a batch of 1 to {MAX_BATCH} and a limit of 1 or "
-            "more"
-        )

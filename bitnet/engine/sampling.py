@@ -10,9 +10,9 @@ from bitnet import schema
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+    """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 disable a filter.
 
-    `seed` makes a text repeatable on one engine. Raises BitNetError out of range.
+    The same `seed` gives the same text on one engine. Raises BitNetError for values out of range.
     """
 
     temperature: float = 0.8
@@ -34,16 +34,16 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Sampler:
-    """Draws ids from logits with a random state of its own."""
+    """Draws ids from logits, with its own random state."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        # On the CPU for every engine: drawing from a few hundred numbers is not worth a device of its own.
+        # On the CPU for every engine: a draw from a few hundred numbers gains nothing from a GPU.
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits: [B, V] float, any device. Returns ids [B] int64 on the CPU."""
-        if self.sampling.temperature == 0:  # where the logits are: one id travels, not a vocabulary
+        if self.sampling.temperature == 0:  # on the logits' device: moves one id instead of all logits
             return logits.detach().argmax(dim=-1).cpu()
         logits = logits.detach().float().cpu()
         if not (self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.min_p):
@@ -53,7 +53,7 @@ class Sampler:
         return index.gather(-1, drawn).squeeze(1)
 
     def _draw_from_all(self, logits: Tensor) -> Tensor:
-        """Without a filter nothing has to be sorted: where a uniform number falls among the sums of weights."""
+        """Without a filter nothing has to be sorted: find where a uniform number falls in the cumulative weights."""
         weights = ((logits - logits.amax(dim=-1, keepdim=True)) / _divisor(self.sampling, logits)).exp_()
         sums = weights.cumsum(dim=-1, dtype=torch.float64)  # an fp32 sum would lose the tail of a large vocabulary
         total = sums[:, -1:]
@@ -65,15 +65,14 @@ class Sampler:
 
 
 def _divisor(sampling: Sampling, logits: Tensor) -> float:
-    """The temperature, at least the smallest number of the logits' kind that is not zero."""
+    """The temperature, but at least the smallest positive normal number of the logits' dtype."""
     return max(sampling.temperature, torch.finfo(logits.dtype).tiny)
 
 
 def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """What may be drawn: probabilities [B, C] after all filters, falling, and the ids [B, C] they belong to.
+    """The candidates: their probabilities [B, C] after all filters, in falling order, and their ids [B, C].
 
-    logits: [B, V] fp32. C is top_k where that is set: nothing behind it is sorted or drawn from. Every row keeps at
-    least its likeliest token.
+    logits: [B, V] fp32. C is top_k if that is set, else V. Every row keeps at least its likeliest token.
     """
     candidates = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     ordered, index = logits.topk(candidates, dim=-1)
@@ -84,7 +83,7 @@ def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         keep &= probabilities.cumsum(dim=-1) - probabilities < sampling.top_p
     keep &= probabilities >= sampling.min_p * probabilities[:, :1]
     keep[:, 0] = True
-    # Differences to the first, so that a tiny temperature divides no large number.
+    # Differences to the largest, so that a tiny temperature does not divide a large number.
     ordered = (ordered - ordered[:, :1]) / _divisor(sampling, ordered)
     return ordered.masked_fill(~keep, -torch.inf).softmax(dim=-1), index
 

@@ -1,69 +1,54 @@
-"""The model as PyTorch modules, on any device: the readable truth that other engines are held against."""
-
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+"""The model as PyTorch modules, on any device: the readable reference that the other engines are tested against."""
 
 import torch
 from torch import Tensor
 
-from bitnet.engine.sampling import Sampling
+from bitnet.engine.base import Engine, SessionBatch, check_length, check_prefill
+from bitnet.engine.cache import KVCache
 from bitnet.layers import PackedLinear, keep_codes
 from bitnet.model import Transformer
 
-if TYPE_CHECKING:
-    from bitnet.text.tokenizer import Tokenizer
-from bitnet.engine.base import SessionBatch, check_ids, check_length, check_prefill, check_room
-from bitnet.engine.cache import KVCache
-from bitnet.engine.stream import stream
 
-
-class TorchEngine:
-    """The model as PyTorch modules: packed (`bitnet.load`) or a training model in fp32."""
+class TorchEngine(Engine):
+    """The model as PyTorch modules: one built from a packed file, or a training model in fp32."""
 
     name = "torch"
 
     def __init__(self, model: Transformer) -> None:
-        self.tokenizer: Tokenizer | None = None  # carried for the caller; an engine sees ids only
         self.model = model.eval()
         self.config = model.config
         self.device = model.model.norm.weight.device
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                module.prepare(keep_packed=False)
+        for layer in self._packed_layers():
+            layer.prepare(keep_packed=False)
 
-    def session(self, batch: int = 1, limit: int | None = None) -> "TorchSession":
-        """Start `batch` sequences of at most `limit` tokens (default: the model's context)."""
-        return TorchSession(self, batch, self.config.context if limit is None else limit)
+    def _packed_layers(self) -> list[PackedLinear]:
+        return [module for module in self.model.modules() if isinstance(module, PackedLinear)]
 
-    def slots(self, count: int, limit: int | None = None) -> "SessionBatch":
-        """`count` empty slots of `limit` tokens each (default: the model's context)."""
-        return SessionBatch(self, count, self.config.context if limit is None else limit)
+    @property
+    def weight_bytes(self) -> int:
+        """See `Engine.weight_bytes`."""
+        total = sum(parameter.nbytes for parameter in self.model.parameters())
+        if self.model.lm_head is not None:
+            total -= self.model.model.embed_tokens.weight.nbytes  # of which a token reads one row
+        return total + sum(layer.prepare().nbytes for layer in self._packed_layers())
+
+    def _session(self, batch: int, limit: int) -> "TorchSession":
+        return TorchSession(self, batch, limit)
+
+    def _sequence_batch(self, count: int, limit: int) -> SessionBatch:
+        return SessionBatch(self, count, limit)
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor) -> Tensor:
-        """ids: [T] or [B, T] int64. Returns [T, V] or [B, T, V] fp32 on the CPU."""
-        ids = check_ids(torch.as_tensor(ids), self.config)
+    def _logits(self, ids: Tensor) -> Tensor:
         with keep_codes(self.model):
-            scores: Tensor = self.model(torch.atleast_2d(ids).to(self.device)).float().cpu()
-        return scores if ids.dim() == 2 else scores[0]
-
-    def generate(
-        self,
-        ids: Sequence[int],
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        stop: Collection[int] = (),
-        limit: int | None = None,
-    ) -> list[int]:
-        """Continue `ids`; see `stream`. Returns the new ids only."""
-        return list(stream(self, ids, max_new_tokens, sampling, stop, limit))
+            scores: Tensor = self.model(ids.to(self.device))
+        return scores
 
 
 class TorchSession:
-    """A KV cache and the model that fills it."""
+    """A KV cache and the model that fills it; see `bitnet.engine.base.Session`."""
 
     def __init__(self, engine: TorchEngine, batch: int, limit: int) -> None:
-        check_room(batch, limit)
         self._model, self._device, self._limit = engine.model, engine.device, limit
         self._cache = KVCache(engine.config, batch, limit, engine.device)
         self._batch, self._config = batch, engine.config
@@ -84,7 +69,7 @@ class TorchSession:
         return self._model.logits(self._append(ids)[:, -1]).float()
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Append one id a sequence, [B] int64. Returns logits [B, V] fp32."""
+        """Append one id to each sequence, [B] int64. Returns logits [B, V] fp32."""
         return self.prefill(ids[:, None])
 
     @torch.inference_mode()

@@ -265,7 +265,7 @@ def read_config(path: Path) -> ModelConfig:
 def build(packed: PackedModel) -> Transformer:
     """The model of a packed file as modules: PackedLinear projections, exact embeddings, fp32 norms."""
     with torch.device("meta"):
-        model = Transformer(packed.config)
+        model = Transformer(packed.config, exact_embeddings=True)
     for name, module in list(model.named_modules()):
         if isinstance(module, BitLinear):
             weight, scale = packed.tensors[f"{name}.weight"], packed.tensors[f"{name}.weight_scale"]
@@ -276,6 +276,5 @@ def build(packed: PackedModel) -> Transformer:
             value = packed.tensors[f"{name}.{key}"].float()
             if isinstance(module, Embedding):
                 value = value * packed.tensors.get(f"{name}.scale", 1.0)
-                module.exact = True
             setattr(module, key, nn.Parameter(value, requires_grad=False))
     return model

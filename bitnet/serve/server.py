@@ -261,7 +261,7 @@ class _Lifecycle:
             self._model, self._device, options.context, self._check_stop, **self._engine
         )
         self._check_stop(0)
-        batch = engine.slots(options.sequences, limit)
+        batch = engine.sequence_batch(options.sequences, limit)
         metrics = self._service.metrics
         metrics.sequences.set(batch.count)
         scheduler = Scheduler(batch, tokenizer, metrics, lambda events: call(deliver, events), queue=options.queue)

@@ -1,10 +1,10 @@
-// AVX2: byte shuffles look up the nine sums of two weights; many tokens add ready sums of four weights.
+// AVX2: byte shuffles look up the nine sums of two weights; for many tokens, precomputed sums of four weights are added.
 //
 // FEW TOKENS (`rows`): a byte holds two indices of four bits, 32 rows make a register. `vpshufb` has 16 entries of one
-//   byte, so that the low and the high bytes of the nine int16 sums are looked up apart and interleaved again.
+//   byte: the low and the high bytes of the nine int16 sums are looked up separately and then interleaved.
 //
 // MANY TOKENS (`block`): tokens in lanes, as in avx512.cpp; here the 81 sums of four weights for 32 tokens are 81 cache
-//   lines, and a row of weights adds one of them: 128 multiply-accumulates' worth in two load-and-adds.
+//   lines, and a row of weights adds one of them: two load-and-adds do the work of 128 multiply-accumulates.
 
 #include <immintrin.h>
 #include <string.h>
@@ -64,7 +64,7 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t stride, in
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) s[p][0] = s[p][1] = _mm256_setzero_si256();
         for (int64_t i = 0; i < run; i++, w += stride, table += 2 * kPair) {
-            asm("" : "+r"(w));  // step by step: gcc would multiply once to find where it ends
+            asm("" : "+r"(w));  // increment the pointer: gcc would replace this by a multiplication
             const __m256i low0 = both(table), high0 = both(table + 16), low1 = both(table + 32), high1 = both(table + 48);
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
@@ -171,7 +171,7 @@ static void tile_of(bool first, bool last, const uint8_t* tables, const uint16_t
 }
 
 static int64_t block_scratch(int tiles, int) {
-    // 70 lines more: where indices up to 150 would reach that no weights have, but damaged bytes may.
+    // 70 extra lines, so that indices up to 150, which only damaged bytes can have, stay inside.
     return (int64_t)tiles * kTile * 32 * 6 + G * 81 * kLine + G * kTile * 2 + 70 * kLine;
 }
 

@@ -5,12 +5,12 @@
 //   so that the fields above need no mask. One core of a Xeon at 3.7 GHz could do 200 G weights/s, memory gives 65.
 //
 // MANY TOKENS (`block`): the other way round, tokens in lanes. The 27 sums of a triple for 32 tokens are 27 cache lines;
-//   a row of weights picks one line and adds it, 96 multiply-accumulates' worth in one load-and-add (Vec-LUT). Faster
+//   a row of weights adds one of them: one load-and-add does the work of 96 multiply-accumulates (Vec-LUT). Faster
 //   than vpermw from 16 tokens, because loads have two ports where lookups have one, and because the sums need not
-//   be gathered into registers. Tables of a few words stay in the first cache; sums stream through the second.
+//   be gathered into registers. Tables of a few words stay in the L1 cache; sums stream through the second.
 //
 // Measured on one core (GMAC/s, 2560 x 6912, 256 tokens): see benchmarks/results. 64 tokens and 3 words at once win: twice
-// the tokens share each index, and 31 KB of tables leave the first cache (48 KB, 32 KB on Zen 4) room for sums.
+// the tokens share each index, and 31 KB of tables leave room for sums in the L1 cache (48 KB, 32 KB on Zen 4).
 
 #include <immintrin.h>
 #include <string.h>
@@ -31,7 +31,7 @@ namespace avx512 {
 #include "elementwise.inl"
 #include "columns.inl"
 
-// Ties an addition to its place: left alone, gcc does all lookups first and spills them (twice the time for 4 tokens).
+// Keeps an addition in its place: otherwise gcc does all lookups first and spills them (twice the time for 4 tokens).
 #define KEEP(v) asm("" : "+v"(v))
 
 constexpr int64_t kWordsInt16 = 28;  // 84 triples of at most 3 * 128 make 32,256: the most an int16 can take
@@ -87,8 +87,8 @@ __attribute__((noinline)) void product_rows(const uint8_t* w, int64_t words, con
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) {
                 index[p] = _mm512_load_si512(w + 64 * p);
-                // Far ahead into the second cache, across the page, where hardware stops; near into the first. Together
-                // 93 % of the memory's bandwidth on two cores, the far one alone 80 %.
+                // Prefetch far ahead into L2, across the page boundary where the hardware stops, and near into L1:
+                // 93 % of the memory's bandwidth on two cores; 80 % with the far one only.
                 _mm_prefetch((const char*)w + 64 * p + 8192, _MM_HINT_T1);
                 _mm_prefetch((const char*)w + 64 * p + 1024, _MM_HINT_T0);
             }

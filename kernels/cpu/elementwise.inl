@@ -1,8 +1,8 @@
-// The float work around the products, in vectors of W floats; each instruction set's file defines W, FMA(a, b, c) and
-// conversions FROM_U16(p), FROM_U8(p) and FROM_I8(p) to int32 and TO_I8(p, v) from it, and includes this. (gcc's own conversions of
-// bytes take ten times as long as the one or two instructions there are.)
+// The float work around the products, in vectors of W floats. Each instruction set's file includes this after defining W,
+// FMA(a, b, c), the conversions FROM_U16(p), FROM_U8(p) and FROM_I8(p) to int32, and TO_I8(p, v) from it. (gcc's own
+// conversions of bytes take ten times as long as the one or two instructions that exist for them.)
 // Compiled with -ffp-contract=off: a sum that is fused on one machine and not on another would differ.
-// Only `attend` and `dots` fuse, by FMA(a, b, c): nothing is compared bit by bit behind them.
+// Only `attend` and `dots` fuse, with FMA(a, b, c): nothing after them is compared bit by bit.
 
 typedef float F __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -29,7 +29,7 @@ static inline float max_of(F v) {
     return m;
 }
 
-// Adding 1.5 * 2^23 and taking it away rounds half to even, for |v| < 2^22.
+// Adding and subtracting 1.5 * 2^23 rounds half to even, for |v| < 2^22.
 static inline F round_even(F v) { return (v + 12582912.0f) - 12582912.0f; }
 
 template <Store S> static inline F widen(const uint8_t* p, int64_t i) {
@@ -61,8 +61,8 @@ static inline F exponential(F v) {
     return (F)((I)p + (__builtin_convertvector(n, I) << 23));
 }
 
-// The mean of squares is summed in fp64: in fp32 the order of summation would show in the last bit of the norm, and flip
-// the rounding of an activation here and there against another engine.
+// The mean of squares is summed in fp64. The last bit of an fp32 sum depends on the order of its terms, and would
+// occasionally flip the rounding of an activation from one engine to another.
 static void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* y) {
     D s0 = {}, s1 = {};
     int64_t i = 0;
@@ -143,7 +143,7 @@ template <Store S> static void attend_as(const AttentionTask& t) {
     for (int q0 = 0; q0 < t.queries; q0 += 4) {
         const int count = t.queries - q0 < 4 ? t.queries - q0 : 4;
         const float* q[4];
-        int64_t last = t.start;  // nobody in this group sees further
+        int64_t last = t.start;  // no query of this group attends further
         for (int j = 0; j < 4; j++) {
             int k = q0 + (j < count ? j : 0);
             q[j] = t.q + (int64_t)k * t.width;
@@ -169,7 +169,7 @@ template <Store S> static void attend_as(const AttentionTask& t) {
                 store(scores[2] + at, s2), store(scores[3] + at, s3);
             }
         }
-        for (int j = 0; j < 4; j++) {  // softmax of what each query sees; 0 behind it
+        for (int j = 0; j < 4; j++) {  // softmax over what each query sees; 0 after it
             int64_t seen = j < count ? t.visible[q0 + j] - t.start : 0;
             seen = seen < 0 ? 0 : seen < n ? seen : n;
             for (int64_t i = seen; i < blocks * kLanes; i++) scores[j][i] = -__builtin_inff();
@@ -215,21 +215,21 @@ static void attend(const AttentionTask& task) {
     if (task.store == Store::i8) attend_as<Store::i8>(task);
 }
 
-// ---- head: rows of the table against up to four tokens
+// ---- head: rows of the embedding times up to four tokens
 
 template <Store S, int R, int T>
-static void dots_of(const uint8_t* table, const float* scales, int64_t k, const float* x, int64_t x_stride, float* out,
+static void dots_of(const uint8_t* embedding, const float* scales, int64_t k, const float* x, int64_t x_stride, float* out,
                     int64_t out_stride) {
     constexpr int64_t bytes = S == Store::f32 ? 4 : S == Store::bf16 ? 2 : 1;
-    constexpr int kStep = 64 / bytes < W ? W : 64 / bytes;  // a cache line of the table
+    constexpr int kStep = 64 / bytes < W ? W : 64 / bytes;  // a cache line of the embedding
     F s[R][T] = {};
     int64_t i = 0;
     for (; i + kStep <= k; i += kStep) {
-        // The rows that come after these, at the same place: hardware gives up on four short streams.
+        // Prefetch the next rows: the hardware does not follow four short streams.
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(table + ((R + r) * k + i) * bytes, 0, 2);
-            __builtin_prefetch(table + (r * k + i) * bytes + 512);
+            __builtin_prefetch(embedding + ((R + r) * k + i) * bytes, 0, 2);
+            __builtin_prefetch(embedding + (r * k + i) * bytes + 512);
         }
 #pragma GCC unroll 16
         for (int j = 0; j < kStep; j += W) {
@@ -238,7 +238,7 @@ static void dots_of(const uint8_t* table, const float* scales, int64_t k, const 
             for (int t = 0; t < T; t++) v[t] = load(x + t * x_stride + i + j);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                F w = widen<S>(table + r * k * bytes, i + j);
+                F w = widen<S>(embedding + r * k * bytes, i + j);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) s[r][t] = FMA(w, v[t], s[r][t]);
             }
@@ -247,7 +247,7 @@ static void dots_of(const uint8_t* table, const float* scales, int64_t k, const 
     for (; i + W <= k; i += W)
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            F w = widen<S>(table + r * k * bytes, i);
+            F w = widen<S>(embedding + r * k * bytes, i);
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) s[r][t] = FMA(w, load(x + t * x_stride + i), s[r][t]);
         }
@@ -256,21 +256,21 @@ static void dots_of(const uint8_t* table, const float* scales, int64_t k, const 
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             float total = sum_of(s[r][t]);
-            for (int64_t j = i; j < k; j++) total += widen_one<S>(table + r * k * bytes, j) * x[t * x_stride + j];
+            for (int64_t j = i; j < k; j++) total += widen_one<S>(embedding + r * k * bytes, j) * x[t * x_stride + j];
             out[t * out_stride + r] = S == Store::i8 ? total * scales[r] : total;
         }
 }
 
-// The same for i4: a group's products are summed and then scaled. NIBBLE(codes): the low four bits of each lane, less 8.
+// The same for i4: a group's products are summed and then scaled. NIBBLE(codes): the low four bits of each lane, minus 8.
 template <int R, int T>
-static void dots_of_groups(const uint8_t* table, int64_t k, const float* x, int64_t x_stride, float* out,
+static void dots_of_groups(const uint8_t* embedding, int64_t k, const float* x, int64_t x_stride, float* out,
                            int64_t out_stride) {
     const int64_t bytes = row_bytes(Store::i4, k);
     F s[R][T] = {};
     for (int64_t i = 0; i < k; i += kGroup) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const uint8_t* group = table + r * bytes + i / kGroup * kGroupBytes;
+            const uint8_t* group = embedding + r * bytes + i / kGroup * kGroupBytes;
             __builtin_prefetch(group + R * bytes, 0, 2);
             const F scale = splat(widen_one<Store::bf16>(group, 0));
             F sum[T] = {};
@@ -293,33 +293,33 @@ static void dots_of_groups(const uint8_t* table, int64_t k, const float* x, int6
 }
 
 template <Store S, int T>
-static void dots_as(const uint8_t* table, const float* scales, int64_t rows, int64_t k, const float* x, int64_t x_stride,
+static void dots_as(const uint8_t* embedding, const float* scales, int64_t rows, int64_t k, const float* x, int64_t x_stride,
                     float* out, int64_t out_stride) {
     const int64_t bytes = row_bytes(S, k);
     int64_t r = 0;
     if constexpr (S == Store::i4) {
-        for (; r + 4 <= rows; r += 4) dots_of_groups<4, T>(table + r * bytes, k, x, x_stride, out + r, out_stride);
-        for (; r < rows; r++) dots_of_groups<1, T>(table + r * bytes, k, x, x_stride, out + r, out_stride);
+        for (; r + 4 <= rows; r += 4) dots_of_groups<4, T>(embedding + r * bytes, k, x, x_stride, out + r, out_stride);
+        for (; r < rows; r++) dots_of_groups<1, T>(embedding + r * bytes, k, x, x_stride, out + r, out_stride);
     } else {
         for (; r + 4 <= rows; r += 4)
-            dots_of<S, 4, T>(table + r * bytes, scales + r, k, x, x_stride, out + r, out_stride);
-        for (; r < rows; r++) dots_of<S, 1, T>(table + r * bytes, scales + r, k, x, x_stride, out + r, out_stride);
+            dots_of<S, 4, T>(embedding + r * bytes, scales + r, k, x, x_stride, out + r, out_stride);
+        for (; r < rows; r++) dots_of<S, 1, T>(embedding + r * bytes, scales + r, k, x, x_stride, out + r, out_stride);
     }
 }
 
 template <Store S>
-static void dots_for(const uint8_t* table, const float* scales, int64_t rows, int64_t k, const float* x, int64_t x_stride,
+static void dots_for(const uint8_t* embedding, const float* scales, int64_t rows, int64_t k, const float* x, int64_t x_stride,
                      int tokens, float* out, int64_t out_stride) {
-    if (tokens == 1) dots_as<S, 1>(table, scales, rows, k, x, x_stride, out, out_stride);
-    if (tokens == 2) dots_as<S, 2>(table, scales, rows, k, x, x_stride, out, out_stride);
-    if (tokens == 3) dots_as<S, 3>(table, scales, rows, k, x, x_stride, out, out_stride);
-    if (tokens == 4) dots_as<S, 4>(table, scales, rows, k, x, x_stride, out, out_stride);
+    if (tokens == 1) dots_as<S, 1>(embedding, scales, rows, k, x, x_stride, out, out_stride);
+    if (tokens == 2) dots_as<S, 2>(embedding, scales, rows, k, x, x_stride, out, out_stride);
+    if (tokens == 3) dots_as<S, 3>(embedding, scales, rows, k, x, x_stride, out, out_stride);
+    if (tokens == 4) dots_as<S, 4>(embedding, scales, rows, k, x, x_stride, out, out_stride);
 }
 
-static void dots(const uint8_t* table, Store store, const float* scales, int64_t rows, int64_t k, const float* x,
+static void dots(const uint8_t* embedding, Store store, const float* scales, int64_t rows, int64_t k, const float* x,
                  int64_t x_stride, int tokens, float* out, int64_t out_stride) {
-    if (store == Store::f32) dots_for<Store::f32>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
-    if (store == Store::bf16) dots_for<Store::bf16>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
-    if (store == Store::i8) dots_for<Store::i8>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
-    if (store == Store::i4) dots_for<Store::i4>(table, scales, rows, k, x, x_stride, tokens, out, out_stride);
+    if (store == Store::f32) dots_for<Store::f32>(embedding, scales, rows, k, x, x_stride, tokens, out, out_stride);
+    if (store == Store::bf16) dots_for<Store::bf16>(embedding, scales, rows, k, x, x_stride, tokens, out, out_stride);
+    if (store == Store::i8) dots_for<Store::i8>(embedding, scales, rows, k, x, x_stride, tokens, out, out_stride);
+    if (store == Store::i4) dots_for<Store::i4>(embedding, scales, rows, k, x, x_stride, tokens, out, out_stride);
 }

@@ -10,7 +10,7 @@ namespace bitnet {
 
 namespace {
 
-// Rows of one pass: enough for the products to be bound by arithmetic, few enough for the buffers to stay small.
+// Rows of one pass: enough to make the products compute-bound, few enough to keep the buffers small.
 constexpr int64_t kRows = 256;
 
 int64_t size_of(Store store) { return row_bytes(store, 1); }  // of one value; not for i4
@@ -31,13 +31,13 @@ float from_bf16(uint16_t half) {
     return value;
 }
 
-void read_row(const Table& table, int64_t row, int64_t n, float* out) {
-    const uint8_t* data = table.data + row * n * size_of(table.store);
-    if (table.store == Store::f32) memcpy(out, data, (size_t)n * 4);
-    if (table.store == Store::bf16)
+void read_row(const Embedding& from, int64_t row, int64_t n, float* out) {
+    const uint8_t* data = from.data + row * n * size_of(from.store);
+    if (from.store == Store::f32) memcpy(out, data, (size_t)n * 4);
+    if (from.store == Store::bf16)
         for (int64_t i = 0; i < n; i++) out[i] = from_bf16(reinterpret_cast<const uint16_t*>(data)[i]);
-    if (table.store == Store::i8)
-        for (int64_t i = 0; i < n; i++) out[i] = (float)reinterpret_cast<const int8_t*>(data)[i] * table.scales[row];
+    if (from.store == Store::i8)
+        for (int64_t i = 0; i < n; i++) out[i] = (float)reinterpret_cast<const int8_t*>(data)[i] * from.scales[row];
 }
 
 }  // namespace
@@ -55,7 +55,7 @@ void Engine::rotary(const float* cos, const float* sin, int64_t positions) {
 
 namespace {
 
-// One row to groups of 32; `row` is filled up with zeros. The scale has the sign that gives the largest value code 0.
+// One row to groups of 32; `row` is padded with zeros. The scale has the sign that gives the largest value code 0.
 void to_groups(const float* row, int64_t n, uint8_t* out) {
     for (int64_t i = 0; i < n; i += kGroup, row += kGroup, out += kGroupBytes) {
         float top = 0;
@@ -72,9 +72,9 @@ void to_groups(const float* row, int64_t n, uint8_t* out) {
 
 }  // namespace
 
-void Engine::quantize(const Table& from, Store store, Table& to) {
+void Engine::quantize(const Embedding& from, Store store, Embedding& to) {
     const int64_t n = shape.width, bytes = row_bytes(store, n);
-    to = Table();
+    to = Embedding();
     to.store = store;
     to.own = Buffer(shape.vocab * bytes);
     to.data = to.own.data();
@@ -111,8 +111,8 @@ Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     const Shape& s = engine.shape;
     rows_ = std::max(batch, std::min(kRows, batch * limit));
     const int64_t heads = s.layers * batch * s.kv_heads;
-    // On small pages: a layer's head is some megabytes apart from the next, and on huge ones the first token would make
-    // the whole cache resident.
+    // On small pages: heads lie megabytes from each other, and on huge pages the first token would make all of the cache
+    // resident.
     keys_ = Buffer(heads * positions_ * width_ * bytes_, Pages::small);
     values_ = Buffer(heads * positions_ * padded_width_ * bytes_, Pages::small);
     if (cache == Store::i8) {
@@ -122,7 +122,7 @@ Session::Session(Engine& engine, int64_t batch, int64_t limit, Store cache)
     x_ = Buffer(rows_ * s.width * 4);
     y_ = Buffer(rows_ * std::max(s.width + 2 * s.kv_width(), 2 * s.ffn) * 4);
     q_ = Buffer(rows_ * s.width * 4);
-    mixed_ = Buffer(rows_ * s.width * 4);
+    attention_out_ = Buffer(rows_ * s.width * 4);
     states_ = Buffer(rows_ * round_up(s.width, kGroup) * 4);
     visible_ = Buffer(rows_ * (s.heads / s.kv_heads) * 8);
     activations_ = Activations(engine.isa, rows_, std::max(s.width, s.ffn));
@@ -149,32 +149,32 @@ float* Session::cache_scale(bool values, int64_t layer, int64_t sequence, int64_
     return (values ? value_scales_ : key_scales_).as<float>() + index * positions_;
 }
 
-void Session::forward(const Part* parts, int64_t count, float* logits) {
+void Session::forward(const Entry* entries, int64_t count, float* logits) {
     const std::lock_guard<std::mutex> lock(engine_.busy);
-    Part part{};
-    for (int64_t next = 0; next < count || part.tokens;) {
-        pass_.rows.clear(), pass_.pieces.clear(), pass_.wanted.clear();
-        while (rows() < rows_ && (part.tokens || next < count)) {
-            if (!part.tokens) part = parts[next++];
-            add(part, std::min(part.tokens, rows_ - rows()));
+    Entry entry{};
+    for (int64_t next = 0; next < count || entry.tokens;) {
+        pass_.rows.clear(), pass_.chunks.clear(), pass_.wanted.clear();
+        while (rows() < rows_ && (entry.tokens || next < count)) {
+            if (!entry.tokens) entry = entries[next++];
+            add(entry, std::min(entry.tokens, rows_ - rows()));
         }
         pass_.logits = logits;
         plan();
         engine_.pool.run([&](Team& team) { run(team); });
-        for (const Piece& piece : pass_.pieces) position_[(size_t)piece.sequence] += piece.tokens;
+        for (const Chunk& chunk : pass_.chunks) position_[(size_t)chunk.sequence] += chunk.tokens;
         logits += (int64_t)pass_.wanted.size() * engine_.shape.vocab;
     }
 }
 
-// The first `tokens` of `part` go into the pass, and out of the part.
-void Session::add(Part& part, int64_t tokens) {
-    const int64_t start = position(part.sequence), index = (int64_t)pass_.pieces.size();
-    pass_.pieces.push_back({part.sequence, start, tokens, rows(), (start + tokens + kSpan - 1) / kSpan});
+// Move the first `tokens` of `entry` into the pass.
+void Session::add(Entry& entry, int64_t tokens) {
+    const int64_t start = position(entry.sequence), index = (int64_t)pass_.chunks.size();
+    pass_.chunks.push_back({entry.sequence, start, tokens, rows(), (start + tokens + kSpan - 1) / kSpan});
     for (int64_t t = 0; t < tokens; t++) {
-        if (part.every || t + 1 == part.tokens) pass_.wanted.push_back(rows());
-        pass_.rows.push_back({part.ids[t], part.sequence, start + t, index});
+        if (entry.every || t + 1 == entry.tokens) pass_.wanted.push_back(rows());
+        pass_.rows.push_back({entry.ids[t], entry.sequence, start + t, index});
     }
-    part.ids += tokens, part.tokens -= tokens;
+    entry.ids += tokens, entry.tokens -= tokens;
 }
 
 void Session::run(Team& team) {
@@ -228,7 +228,7 @@ void Session::block(Team& team, int64_t index) {
     if (team.thread == 0) activations_.shape(rows(), shape.width);
     team.barrier();
     for (int64_t m = team.begin(rows()); m < team.end(rows()); m++) {
-        const float* from = mixed_.as<float>() + m * shape.width;
+        const float* from = attention_out_.as<float>() + m * shape.width;
         if (!layer.sub_norm.empty()) {
             isa.rms_norm(from, layer.sub_norm.data(), shape.width, shape.eps, row);
             from = row;
@@ -255,7 +255,7 @@ void Session::block(Team& team, int64_t index) {
     multiply(team, layer.down, layer.down_scale, x_.as<float>(), shape.width, true);
 }
 
-// Queries, normed, turned and scaled, go to q_ [piece][kv head][token][head of the group][E]; keys and values go into
+// Queries, normed, rotated and scaled, go to q_ [chunk][kv head][token][head of the group][E]; keys and values go into
 // the cache: keys in blocks of 16 positions [E][16], values in rows.
 void Session::rotate(Team& team, const Layer& layer, int64_t index) {
     const Shape& shape = engine_.shape;
@@ -264,7 +264,7 @@ void Session::rotate(Team& team, const Layer& layer, int64_t index) {
     const float scale = 1.0f / std::sqrt((float)E);
     float* head = scratch_[team.thread].row.as<float>();
     int8_t* codes = reinterpret_cast<int8_t*>(head + E);
-    // Parts by key/value head: neighbouring positions of a block of keys share cache lines.
+    // Head by head, so that a thread writes neighbouring positions of a block of keys, which share cache lines.
     const int64_t items = rows() * heads;
     for (int64_t item = team.begin(items); item < team.end(items); item++) {
         const int64_t h = item / rows(), m = item % rows();
@@ -287,9 +287,9 @@ void Session::rotate(Team& team, const Layer& layer, int64_t index) {
             from = head;
         }
         if (is_query) {
-            const Piece& piece = pass_.pieces[(size_t)place.piece];
-            const int64_t query = (h / group * piece.tokens + m - piece.first) * group + h % group;
-            float* to = q_.as<float>() + piece.first * shape.width + query * E;
+            const Chunk& chunk = pass_.chunks[(size_t)place.chunk];
+            const int64_t query = (h / group * chunk.tokens + m - chunk.first) * group + h % group;
+            float* to = q_.as<float>() + chunk.first * shape.width + query * E;
             for (int64_t i = 0; i < E; i++) to[i] = from[i] * scale;
             continue;
         }
@@ -310,8 +310,8 @@ void Session::rotate(Team& team, const Layer& layer, int64_t index) {
 
 namespace {
 
-// Sum of `spans` parts of a softmax: out[e] = sum_c w_c part_c[e] / sum_c w_c total_c, w_c = exp(highest_c - max).
-// Parts are `stride` floats apart, their maxima and totals `tops` floats apart.
+// Merge the partial softmax sums of `spans` spans: out[e] = sum_c w_c part_c[e] / sum_c w_c total_c,
+// w_c = exp(highest_c - max). Partial sums are `stride` floats apart, their maxima and totals `tops` floats apart.
 void merge(const float* parts, int64_t stride, const float* highest, const float* total, int64_t tops, int64_t spans,
            int64_t width, float* out) {
     float top = -INFINITY;
@@ -329,31 +329,31 @@ void merge(const float* parts, int64_t stride, const float* highest, const float
 
 }  // namespace
 
-// Tasks are (sequence, key/value head, up to 16 queries, span of 256 positions). Where there are enough queries a thread
-// takes all spans of some of them; a few long sequences are cut by spans, and merged behind a meeting. The spans and
-// their order of merging are the same either way.
+// A task is (sequence, key/value head, up to 16 queries, span of 256 positions). With enough queries, a thread takes all
+// spans of some of them; otherwise threads share the spans of a query, and merge them after a barrier. The spans and the
+// order in which they are merged are the same either way.
 void Session::plan() {
     const Shape& shape = engine_.shape;
     const int64_t group = shape.heads / shape.kv_heads, part = kQueries * padded_width_ * 4, top = 2 * kQueries * 4;
     pass_.items.clear(), pass_.tasks.clear();
     int64_t most = 0, total = 0;
-    for (size_t p = 0; p < pass_.pieces.size(); p++) {
-        const Piece& piece = pass_.pieces[p];
+    for (size_t p = 0; p < pass_.chunks.size(); p++) {
+        const Chunk& chunk = pass_.chunks[p];
         for (int64_t head = 0; head < shape.kv_heads; head++)
-            for (int64_t query = 0; query < piece.tokens * group; query += kQueries) {
+            for (int64_t query = 0; query < chunk.tokens * group; query += kQueries) {
                 pass_.items.push_back({(int64_t)p, head, query, total});
-                total += piece.spans;
+                total += chunk.spans;
             }
-        most = std::max(most, piece.spans);
+        most = std::max(most, chunk.spans);
     }
-    pass_.apart = most > 1 && (int64_t)pass_.items.size() < 8 * engine_.pool.threads();
-    if (!pass_.apart) {
+    pass_.split_spans = most > 1 && (int64_t)pass_.items.size() < 8 * engine_.pool.threads();
+    if (!pass_.split_spans) {
         for (auto& scratch : scratch_) scratch.partial.reserve(most * part), scratch.tops.reserve(most * top);
         return;
     }
     partial_.reserve(total * part), tops_.reserve(total * top);
     for (size_t i = 0; i < pass_.items.size(); i++)
-        for (int64_t span = 0; span < pass_.pieces[(size_t)pass_.items[i].piece].spans; span++)
+        for (int64_t span = 0; span < pass_.chunks[(size_t)pass_.items[i].chunk].spans; span++)
             pass_.tasks.push_back({(int64_t)i, span});
 }
 
@@ -362,50 +362,50 @@ void Session::attention(Team& team, int64_t index) {
     const int64_t group = shape.heads / shape.kv_heads, part = kQueries * padded_width_;
     const int64_t items = (int64_t)pass_.items.size(), tasks = (int64_t)pass_.tasks.size();
     Scratch& scratch = scratch_[team.thread];
-    const Buffer& partial = pass_.apart ? partial_ : scratch.partial;
-    const Buffer& tops = pass_.apart ? tops_ : scratch.tops;
+    const Buffer& partial = pass_.split_spans ? partial_ : scratch.partial;
+    const Buffer& tops = pass_.split_spans ? tops_ : scratch.tops;
 
-    const auto compute = [&](const Item& item, int64_t span, int64_t slot) {
-        const Piece& piece = pass_.pieces[(size_t)item.piece];
-        const int64_t queries = piece.tokens * group;
+    const auto compute = [&](const Item& item, int64_t span, int64_t place) {
+        const Chunk& chunk = pass_.chunks[(size_t)item.chunk];
+        const int64_t queries = chunk.tokens * group;
         AttentionTask task{};
-        task.q = q_.as<float>() + piece.first * shape.width + (item.head * queries + item.query) * width_;
-        task.visible = visible_.as<int64_t>() + piece.first * group + item.query;
+        task.q = q_.as<float>() + chunk.first * shape.width + (item.head * queries + item.query) * width_;
+        task.visible = visible_.as<int64_t>() + chunk.first * group + item.query;
         task.queries = (int)std::min<int64_t>(kQueries, queries - item.query);
         task.width = (int)width_;
         task.store = cache_;
-        task.keys = key(index, piece.sequence, item.head), task.values = value(index, piece.sequence, item.head);
-        task.key_scales = cache_scale(false, index, piece.sequence, item.head);
-        task.value_scales = cache_scale(true, index, piece.sequence, item.head);
+        task.keys = key(index, chunk.sequence, item.head), task.values = value(index, chunk.sequence, item.head);
+        task.key_scales = cache_scale(false, index, chunk.sequence, item.head);
+        task.value_scales = cache_scale(true, index, chunk.sequence, item.head);
         task.start = span * kSpan;
-        task.end = std::min((span + 1) * kSpan, piece.start + piece.tokens);
-        task.out = partial.as<float>() + slot * part;
-        task.highest = tops.as<float>() + slot * 2 * kQueries;
+        task.end = std::min((span + 1) * kSpan, chunk.start + chunk.tokens);
+        task.out = partial.as<float>() + place * part;
+        task.highest = tops.as<float>() + place * 2 * kQueries;
         task.total = task.highest + kQueries;
         engine_.isa.attend(task);
     };
-    const auto collect = [&](const Item& item, int64_t slot) {
-        const Piece& piece = pass_.pieces[(size_t)item.piece];
-        for (int64_t j = item.query; j < std::min(item.query + kQueries, piece.tokens * group); j++) {
-            const int64_t i = j - item.query, m = piece.first + j / group;
-            const float* top = tops.as<float>() + slot * 2 * kQueries + i;
-            merge(partial.as<float>() + slot * part + i * padded_width_, part, top, top + kQueries, 2 * kQueries,
-                  piece.spans, width_, mixed_.as<float>() + m * shape.width + (item.head * group + j % group) * width_);
+    const auto collect = [&](const Item& item, int64_t place) {
+        const Chunk& chunk = pass_.chunks[(size_t)item.chunk];
+        for (int64_t j = item.query; j < std::min(item.query + kQueries, chunk.tokens * group); j++) {
+            const int64_t i = j - item.query, m = chunk.first + j / group;
+            const float* top = tops.as<float>() + place * 2 * kQueries + i;
+            merge(partial.as<float>() + place * part + i * padded_width_, part, top, top + kQueries, 2 * kQueries,
+                  chunk.spans, width_, attention_out_.as<float>() + m * shape.width + (item.head * group + j % group) * width_);
         }
     };
-    if (pass_.apart) {
+    if (pass_.split_spans) {
         for (int64_t i = team.begin(tasks); i < team.end(tasks); i++) {
             const Task& task = pass_.tasks[(size_t)i];
             compute(pass_.items[(size_t)task.item], task.span, i);
         }
         team.barrier();
         for (int64_t i = team.begin(items); i < team.end(items); i++)
-            collect(pass_.items[(size_t)i], pass_.items[(size_t)i].slot);
+            collect(pass_.items[(size_t)i], pass_.items[(size_t)i].partial);
     } else {
-        // Causal work grows with the position: threads take turns instead of halves.
+        // Causal work grows with the position: interleave items, so that no thread gets all the late ones.
         for (int64_t i = team.thread; i < items; i += team.threads) {
             const Item& item = pass_.items[(size_t)i];
-            for (int64_t c = 0; c < pass_.pieces[(size_t)item.piece].spans; c++) compute(item, c, c);
+            for (int64_t c = 0; c < pass_.chunks[(size_t)item.chunk].spans; c++) compute(item, c, c);
             collect(item, 0);
         }
     }
@@ -416,12 +416,12 @@ void Session::logits(Team& team) {
     const Shape& shape = engine_.shape;
     const Isa& isa = engine_.isa;
     const int64_t n = shape.width, stride = round_up(n, kGroup), tokens = (int64_t)pass_.wanted.size();
-    float* states = states_.as<float>();  // filled up with the zeros it was made with
+    float* states = states_.as<float>();  // the padding is zero, as allocated
     for (int64_t i = team.begin(tokens); i < team.end(tokens); i++)
         isa.rms_norm(x_.as<float>() + pass_.wanted[(size_t)i] * n, engine_.final_norm.data(), n, shape.eps,
                      states + i * stride);
     team.barrier();
-    // 64 rows of the table stay in the second cache while every token passes.
+    // 64 rows of the head stay in the L2 cache while all tokens are multiplied by them.
     constexpr int64_t kStep = 64;
     const int64_t bytes = row_bytes(engine_.head.store, n);
     for (int64_t v = team.begin(shape.vocab); v < team.end(shape.vocab); v += kStep) {

@@ -1,14 +1,14 @@
-// The whole forward step of a ternary transformer on a CPU: one team of threads goes through it together.
+// The forward pass of a ternary transformer on a CPU, run by one team of threads.
 //
 //     x = x + o_proj(attn_sub_norm(attention(q, k, v of input_layernorm(x))))
 //     x = x + down_proj(ffn_sub_norm(act(gate_proj(h)) * up_proj(h))),   h = post_attention_layernorm(x)
 //
-// Everything between two products is done row by row: norm, absmax and int8 in one pass while the row is in the first
-// cache; q/k/v are one product, gate and up another; the output scale and the residual go into the product's epilogue.
-// A row's arithmetic never depends on the number of threads, so that 1 and 2 threads give the same bits.
+// Everything between two products is done row by row: norm, absmax and int8 in one pass while the row is in the L1 cache.
+// q/k/v are one product, gate and up another; the output scale and the residual are added in the product's epilogue.
+// A row's arithmetic does not depend on the number of threads: 1 and 2 threads give the same bits.
 //
-// Dimensions: B sequences, T tokens, M rows of a pass (tokens of all its sequences), D model, F ffn, H heads, G key/value heads, E head width,
-// S positions, V vocabulary.
+// Dimensions: B sequences, T tokens, M rows of a pass (tokens of all its sequences), D model, F ffn, H heads,
+// G key/value heads, E head width, S positions, V vocabulary.
 
 #pragma once
 
@@ -34,8 +34,8 @@ struct Shape {
     int64_t kv_width() const { return kv_heads * head_width(); }
 };
 
-// A table [V][D] of embeddings, in memory that somebody else keeps or in `own`.
-struct Table {
+// Embedding or head [V][D], in memory that the caller keeps alive or in `own`.
+struct Embedding {
     const uint8_t* data = nullptr;
     Store store = Store::bf16;
     const float* scales = nullptr;  // [V], for i8
@@ -56,16 +56,17 @@ class Engine {
     void rotary(const float* cos, const float* sin, int64_t positions);
     int64_t positions() const { return positions_; }
 
-    // Quantise a table in parallel (hold `busy`): to i8, scale = max |row| / 127, or to i4, scale = the value of largest magnitude / -8.
-    void quantize(const Table& from, Store store, Table& to);
+    // Quantise an embedding in parallel (hold `busy`): to i8, scale = max |row| / 127, or to i4, scale = the value of
+    // largest magnitude / -8.
+    void quantize(const Embedding& from, Store store, Embedding& to);
 
     const Shape shape;
     const Isa& isa;
     Pool pool;
     std::vector<Layer> layers;
     std::vector<float> final_norm;
-    Table embedding, head;
-    std::mutex busy;  // one forward pass or change of weights at a time: the team is shared
+    Embedding embedding, head;
+    std::mutex busy;  // held during a forward pass or a change of weights: the team is shared
 
   private:
     friend class Session;
@@ -73,8 +74,8 @@ class Engine {
     std::atomic<int64_t> positions_{0};
 };
 
-// Ids appended to one sequence.
-struct Part {
+// Ids to append to one sequence.
+struct Entry {
     int64_t sequence;
     const int64_t* ids;
     int64_t tokens;  // >= 1
@@ -86,12 +87,12 @@ class Session {
   public:
     Session(Engine& engine, int64_t batch, int64_t limit, Store cache);
 
-    // One pass over all parts. Writes logits [R][V], the rows of the first part first.
-    // The caller has checked: sequences differ, position + tokens <= limit, ids in range.
-    void forward(const Part* parts, int64_t count, float* logits);
+    // One pass over all entries. Writes logits [R][V], the rows of the first entry first.
+    // The caller has checked that sequences differ, position + tokens <= limit, and ids are in range.
+    void forward(const Entry* entries, int64_t count, float* logits);
 
     int64_t position(int64_t sequence) const { return position_[(size_t)sequence]; }
-    // Forget what lies behind the first `length` <= position tokens.
+    // Keep the first `length` <= position tokens.
     void truncate(int64_t sequence, int64_t length) { position_[(size_t)sequence] = length; }
 
     const int64_t batch, limit;
@@ -99,31 +100,32 @@ class Session {
   private:
     struct Row {  // of a pass: one token
         int64_t id, sequence, position;
-        int64_t piece;
+        int64_t chunk;
     };
-    struct Piece {                     // of a part, in this pass
+    struct Chunk {                     // of an entry, in this pass
         int64_t sequence, start, tokens;  // position of the first token
         int64_t first;                 // row
         int64_t spans;                 // of attention
     };
     struct Item {  // of attention: up to 16 queries of one key/value head
-        int64_t piece, head, query, slot;
+        int64_t chunk, head, query;
+        int64_t partial;  // number of its first span among the partial results of all items
     };
     struct Task {  // and one span of its positions
         int64_t item, span;
     };
-    // What one pass works on; made before the team starts, for nothing may throw inside it.
+    // The work of one pass; made before the team starts, because nothing may throw inside it.
     struct Pass {
         std::vector<Row> rows;
-        std::vector<Piece> pieces;
+        std::vector<Chunk> chunks;
         std::vector<int64_t> wanted;  // rows that end in logits
         std::vector<Item> items;
-        std::vector<Task> tasks;  // only where `apart`
-        bool apart;
+        bool split_spans;         // the spans of an item are tasks of their own, for any thread
+        std::vector<Task> tasks;  // empty unless split_spans
         float* logits;
     };
 
-    void add(Part& part, int64_t tokens);
+    void add(Entry& entry, int64_t tokens);
     void plan();
 
     void run(Team& team);
@@ -141,12 +143,12 @@ class Session {
 
     Engine& engine_;
     const Store cache_;
-    const int64_t width_, padded_width_, bytes_, positions_;  // of a head, padded to 16; of a cached value; slots
+    const int64_t width_, padded_width_, bytes_, positions_;  // of a head, padded to 16; bytes of a cached value; positions kept
     int64_t rows_;                                            // most rows of a pass
-    std::vector<std::atomic<int64_t>> position_;              // read by others while a pass goes on
+    std::vector<std::atomic<int64_t>> position_;              // read by other threads during a pass
     Pass pass_;
     Buffer keys_, values_, key_scales_, value_scales_;
-    Buffer x_, y_, q_, mixed_, states_, partial_, tops_, visible_;
+    Buffer x_, y_, q_, attention_out_, states_, partial_, tops_, visible_;
     Activations activations_;
     struct Scratch {
         Product product;

@@ -1,4 +1,4 @@
-// Which instruction sets this build has and which this CPU runs. Compiled for the lowest common machine.
+// The instruction sets of this build, and which of them this CPU runs. Compiled for the baseline machine.
 
 #include "isa.h"
 
@@ -33,7 +33,7 @@ const Choice kChoices[] = {
 #endif
     {&kScalar, anywhere},
 #if defined(__x86_64__)
-    {&kVnni, need_vnni},  // behind scalar: only by name
+    {&kVnni, need_vnni},  // last: chosen only by name
 #endif
 };
 const int kChoiceCount = sizeof kChoices / sizeof kChoices[0];

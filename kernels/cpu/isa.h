@@ -1,18 +1,18 @@
 // What every instruction set provides: the exact products with ternary weights, and the float work around them.
 //
 // One file per instruction set (scalar.cpp, avx2.cpp, avx512.cpp, vnni.cpp), each compiled with its own flags and
-// giving one Isa. Those files include no C++ library headers: an inline function that two of them shared would be
-// merged by the linker, and the portable build would run AVX code.
+// defining one Isa. Those files include no C++ library headers: the linker would merge an inline function that two of
+// them share, and the portable build would run AVX code.
 //
 // HOW A PRODUCT WITHOUT MULTIPLICATIONS WORKS.  Three weights in {-1, 0, +1} have 27 combinations; for given activations
-// (x0, x1, x2) the 27 partial sums are made once, by additions, and every row of weights only looks its own sum up
+// (x0, x1, x2) the 27 partial sums are computed once, by additions, and every row of weights only looks up its own sum
 // and adds it:
 //
 //     table[a + 3 b + 9 c] = (a - 1) x0 + (b - 1) x1 + (c - 1) x2        a, b, c in {0, 1, 2}
 //     y[n] = sum over groups g of table_g[index of row n in group g]
 //
-// Partial sums are int16: |sum| <= 3 * 128 a group, so 84 groups of three (or 126 groups of two) stay below 32,767 and
-// are then widened to int32 (design: numerics, "no overflow by proof"). An int32 sum is exact up to K = 16.9 million.
+// Partial sums are int16: |sum| <= 3 * 128 per group, so 84 groups of three (or 126 groups of two) stay below 32,767 and
+// are then widened to int32 (docs/numerics.md). An int32 sum is exact up to K = 16.9 million.
 //
 // Dimensions: M tokens, N out-features, K in-features. Rows of weights lie in tiles of 32, tiles in panels of up to 4.
 
@@ -30,8 +30,8 @@ constexpr int kBlock = 64;       // most tokens side by side in `block`
 constexpr int64_t kMaxK = int64_t{1} << 24;  // 127 * K has to stay below 2^31
 
 // How K is cut: a word holds `fields` indices of `bits` bits, an index stands for `group` weights in base 3, the first
-// one lowest. Weights behind K are 0. Words come in the order in which `rows` reads them, so that a thread reads one
-// unbroken stretch of memory: K in chunks whose tables fit the first cache, and for each chunk every panel,
+// one lowest. Weights after K are 0. Words are stored in the order in which `rows` reads them, so that a thread
+// reads memory contiguously: K in chunks whose tables fit the L1 cache, and for each chunk every panel,
 //
 //     data[chunk][panel][word in chunk][tile in panel][row in tile]
 struct Layout {
@@ -41,8 +41,8 @@ struct Layout {
     constexpr int64_t words(int64_t k) const { return (k + weights() - 1) / weights(); }
 };
 
-constexpr Layout kTriples{3, 3, 5, 2, 108};  // 16 bits for 9 weights: 1.78 bits a weight; 21 KB of tables
-constexpr Layout kPairs{2, 2, 4, 1, 320};    // 8 bits for 4 weights: 2 bits a weight, indices of a byte shuffle; 20 KB
+constexpr Layout kTriples{3, 3, 5, 2, 108};  // 16 bits for 9 weights: 1.78 bits per weight; 21 KB of tables
+constexpr Layout kPairs{2, 2, 4, 1, 320};    // 8 bits for 4 weights: 2 bits per weight, indices of a byte shuffle; 20 KB
 constexpr Layout kCodes{16, 1, 2, 4, 256};   // plain two-bit codes (weight + 1), for the VNNI comparison: see vnni.cpp
 
 // Where a word of a tile lies, and how far it is to the next word of that tile within the chunk.
@@ -58,8 +58,8 @@ static inline Place place(const Layout& layout, const uint8_t* data, int64_t til
     return {data + (chunk * tiles + panel * depth + (word - chunk) * width + tile - panel) * bytes, width * bytes};
 }
 
-// Storage of keys, values and tables of embeddings. i4 is for heads alone: groups of 32 weights in 18 bytes, a bf16 scale
-// and 16 bytes whose low halves are codes 0 to 15 and whose high halves are codes 16 to 31, each weight / scale + 8.
+// Storage of keys, values and embeddings. i4 is for heads only: groups of 32 weights in 18 bytes, a bf16 scale and 16
+// bytes whose low halves are codes 0 to 15 and whose high halves are codes 16 to 31, each weight / scale + 8.
 enum class Store : int { f32, bf16, i8, i4 };
 constexpr int64_t kGroup = 32, kGroupBytes = 18;
 
@@ -86,18 +86,18 @@ struct AttentionTask {
 };
 constexpr int kLanes = 16;    // positions side by side in a block of keys; values are padded to a multiple of it
 constexpr int kQueries = 16;  // queries of one AttentionTask: amortises the conversion of keys
-constexpr int64_t kSpan = 256;  // positions of one AttentionTask: its scores stay in the first cache
+constexpr int64_t kSpan = 256;  // positions of one AttentionTask: its scores stay in the L1 cache
 
 struct Isa {
     const char* name;
     const char* summary;
-    bool multiplies;  // by weights: the VNNI comparison alone
+    bool multiplies;  // by weights: the VNNI comparison only
     Layout layout;
     int64_t table_bytes;  // of one word and one token
 
     // ---- products, exact in int32
 
-    // Lookup tables of one token. q: [words * weights()] int8, zeros behind K -> tables [words][table_bytes], 64-aligned.
+    // Lookup tables of one token. q: [words * weights()] int8, zeros after K -> tables [words][table_bytes], 64-aligned.
     void (*tables)(const int8_t* q, int64_t words, uint8_t* out);
 
     // `words` words of a panel of 1..4 tiles times 1..4 tokens, whose tables lie `token_bytes` apart: added to
@@ -105,14 +105,14 @@ struct Isa {
     void (*rows)(const uint8_t* panel, int tiles, int64_t words, const uint8_t* tables, int64_t token_bytes, int tokens,
                  int32_t* sums);
 
-    // Tokens side by side (32 or 64) where the machine has a faster way for many; 0 where `rows` is all there is.
+    // Tokens side by side (32 or 64) in `block`, a faster way for many tokens; 0 if there is only `rows`.
     int block_tokens;
     int block_from;  // number of tokens from which `block` wins (measured)
 
-    // Transpose rows [begin, end) of k of q [tokens][q_bytes] int8 into out [k][size] int16, zeros behind `tokens`.
+    // Transpose rows [begin, end) of k of q [tokens][q_bytes] int8 into out [k][size] int16, zeros after `tokens`.
     void (*columns)(const int8_t* q, int64_t q_bytes, int tokens, int size, int64_t begin, int64_t end, int16_t* out);
 
-    // Bytes of scratch for `block` with so many tiles and tokens.
+    // Bytes of scratch that `block` needs for this many tiles and tokens.
     int64_t (*block_scratch)(int tiles, int tokens);
 
     // `tiles` consecutive tiles (from tile `first` of a matrix with `all` tiles) times `tokens` (32 or 64) tokens.
@@ -131,9 +131,9 @@ struct Isa {
     void (*scale)(const int32_t* sums, int64_t stride, int64_t n, const float* row_scale, float inv_scale, bool add,
                   float* y);
     void (*attend)(const AttentionTask& task);
-    // Dot products of `rows` rows [rows][k] of a table with `tokens` <= 4 vectors, `x_stride` apart -> out[token][row].
-    // For i4 the vectors are filled up with zeros to whole groups.
-    void (*dots)(const uint8_t* table, Store store, const float* scales, int64_t rows, int64_t k, const float* x,
+    // Dot products of `rows` rows [rows][k] of an embedding with `tokens` <= 4 vectors, `x_stride` apart -> out[token][row].
+    // For i4 the vectors are padded with zeros to whole groups.
+    void (*dots)(const uint8_t* embedding, Store store, const float* scales, int64_t rows, int64_t k, const float* x,
                  int64_t x_stride, int tokens, float* out, int64_t out_stride);
 };
 
@@ -142,7 +142,7 @@ extern const Isa kScalar;
 extern const Isa kAvx2, kAvx512, kVnni;
 #endif
 
-// The instruction sets this build knows, best first; `why_not` is null where this CPU runs it, else the reason.
+// The instruction sets of this build, best first; `why_not` returns null if this CPU runs it, else the reason.
 struct Choice {
     const Isa* isa;
     const char* (*why_not)();

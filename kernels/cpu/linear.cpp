@@ -23,8 +23,8 @@ constexpr int64_t kHuge = 2 << 20;
 
 Buffer::Buffer(int64_t bytes, Pages pages) : bytes_((bytes + 63) / 64 * 64) {
     if (bytes_ == 0) return;
-    // mmap for what is large: its pages come when they are first written, and on 2 MB ones where the kernel has them,
-    // which spares a stream of weights one table walk in 4 KB.
+    // mmap for large buffers: pages are allocated when first written, 2 MB each if the kernel offers such, which saves a
+    // stream of weights a page-table walk every 4 KB.
     if (bytes_ >= kHuge) {
         bytes_ = (bytes_ + kHuge - 1) / kHuge * kHuge;
         void* p = mmap(nullptr, (size_t)bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -77,7 +77,7 @@ double read_bandwidth(Pool& pool, const Buffer& memory) {
         for (const uint64_t sum : sums) total += sum;
     });
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - started;
-    return total == 1 ? 0 : (double)memory.bytes() / taken.count();  // the sum is used: nothing is optimised away
+    return total == 1 ? 0 : (double)memory.bytes() / taken.count();  // uses the sum, so that the loop is not optimised away
 }
 
 // ---- rearranging
@@ -103,7 +103,7 @@ template <int Count> std::array<uint8_t, 1 << 2 * Count> indices() {
     return out;
 }
 
-// Words [w, end) of a row, `stride` bytes apart; `row` has 8 readable bytes behind it. False for a code 3.
+// Words [w, end) of a row, `stride` bytes apart; 8 bytes after `row` must be readable. False for a code 3.
 bool triples(const uint8_t* row, int64_t w, int64_t end, uint8_t* out, int64_t stride) {
     static const auto table = indices<3>();
     unsigned bad = 0;
@@ -173,8 +173,8 @@ bool Matrix::rearrange(const Isa& isa, const std::vector<PackedRows>& parts, int
     const int64_t n = rows_of(parts), words = layout.words(k), tiles = (n + kTile - 1) / kTile, packed = (k + 3) / 4;
     const auto convert = layout.group == 3 ? triples : layout.group == 2 ? pairs : codes;
     std::atomic<bool> good{true};
-    // A row for each thread, filled up with zeros: words reach behind K, and reads behind the words. Made here: nothing may
-    // throw inside the team.
+    // A row for each thread, padded with zeros: words extend past K, and reads past the words. Allocated here: nothing
+    // may throw inside the team.
     std::vector<Buffer> copies((size_t)pool.threads());
     for (auto& copy : copies) copy = Buffer(words * layout.weights() / 4 + 64);
     pool.run([&](Team& team) {
@@ -205,7 +205,7 @@ bool Matrix::rearrange(const Isa& isa, const std::vector<PackedRows>& parts, int
 
 Activations::Activations(const Isa& isa, int64_t capacity, int64_t k) : isa_(&isa) {
     const int64_t padded = isa.layout.words(k) * isa.layout.weights();
-    // A last block is filled up: room for its rows.
+    // The last block is padded: make room for its rows.
     const int64_t rows = capacity + (isa.block_tokens ? isa.block_tokens : 0);
     q_ = Buffer(rows * padded);
     inv_scale_ = Buffer(rows * (int64_t)sizeof(float));
@@ -232,13 +232,13 @@ int Activations::block_size(int64_t start) const {
 }
 
 void Activations::ready(Team& team) {
-    // Few tokens: lookup tables, cut by words so that one token keeps every thread busy.
+    // Few tokens: lookup tables, split by words so that even one token occupies every thread.
     for (int64_t t = in_blocks_; t < tokens; t++) {
         const int64_t from = team.begin(words_), to = team.end(words_);
         uint8_t* out = tables_.data() + (t - in_blocks_) * table_bytes_ + from * isa_->table_bytes;
         isa_->tables(row(t) + from * isa_->layout.weights(), to - from, out);
     }
-    // Many: tokens side by side, [padded k][block] int16, and filling rows of zeros.
+    // Many: tokens side by side, [padded k][block] int16, and rows of zeros as padding.
     for (int64_t start = 0; start < in_blocks_;) {
         const int size = block_size(start);
         const int64_t real = std::min<int64_t>(size, in_blocks_ - start);
@@ -269,10 +269,10 @@ void deliver(const Isa& isa, const int32_t* sums, int64_t stride, int64_t n, int
     }
 }
 
-// Tiles whose sums stay in the second cache beside the tables: 40 x 32 rows x 64 tokens x 6 bytes = 491 KB.
+// Tiles whose sums stay in the L2 cache beside the tables: 40 x 32 rows x 64 tokens x 6 bytes = 491 KB.
 constexpr int64_t kChunk = 40;
 
-// For `rows`: sums that stay in the second cache.
+// For `rows`: sums that stay in the L2 cache.
 constexpr int64_t kSumBytes = 256 << 10;
 
 }  // namespace
@@ -284,9 +284,9 @@ void Product::reserve(const Isa& isa, int64_t tokens) {
         scratch_.reserve(std::max(isa.block_scratch(kChunk, 32), isa.block_scratch(kChunk, isa.block_tokens)));
 }
 
-// K outside, panels inside: the tables of a stretch of K stay in the first cache while weights stream past them. Read
-// again for every panel from the second cache they would take three lines for every four of weights. Four tokens have
-// four times the tables: shorter stretches.
+// K in the outer loop, panels in the inner one: the tables of a range of K stay in the L1 cache while weights stream past
+// them. Read again from L2 for every panel, they would take three cache lines for every four of weights. Four tokens have
+// four times the tables, hence shorter ranges.
 void Product::rows(const Team& team, const Matrix& matrix, const Activations& x, const Target& to) {
     const Isa& isa = *matrix.isa;
     const Layout& layout = isa.layout;

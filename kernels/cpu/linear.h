@@ -1,4 +1,4 @@
-// Ternary matrices in the layout an instruction set likes, and their product with int8 activations over a team.
+// Ternary matrices in the layout of an instruction set, and their product with int8 activations over a team.
 
 #pragma once
 
@@ -36,7 +36,7 @@ class Buffer {
     int64_t bytes_ = 0;
 };
 
-// Bytes a second at which a team reads `bytes` of memory once: the limit that a decoded token meets.
+// Bytes a second at which a team reads `bytes` of memory once: what limits decoding.
 double read_bandwidth(Pool& pool, const Buffer& memory);
 
 // Rows of packed weights as in the file: [n][ceil(k / 4)] bytes, code = weight + 1, first weight in the lowest bits.
@@ -45,7 +45,7 @@ struct PackedRows {
     int64_t n;
 };
 
-// A ternary matrix [n][k] in the layout of an instruction set; the memory is its own or somebody else's.
+// A ternary matrix [n][k] in the layout of an instruction set, in its own memory or the caller's.
 class Matrix {
   public:
     Matrix() = default;
@@ -54,7 +54,7 @@ class Matrix {
     // Look at what `rearrange` has written.
     Matrix(const Isa& isa, int64_t n, int64_t k, const uint8_t* data);
 
-    // Bytes of the layout, and the rearranging itself, in parallel; `out` is 64-byte aligned. False where a code 3 is met.
+    // Bytes of the layout, and the rearranging itself, in parallel; `out` is 64-byte aligned. False if there is a code 3.
     static int64_t bytes(const Isa& isa, int64_t n, int64_t k);
     static bool rearrange(const Isa& isa, const std::vector<PackedRows>& parts, int64_t k, Pool& pool, uint8_t* out);
 
@@ -63,28 +63,28 @@ class Matrix {
 
     const Isa* isa = nullptr;
     int64_t n = 0, k = 0, words = 0, tiles = 0;
-    bool valid = true;  // no code 3 was met
+    bool valid = true;  // there is no code 3
     const uint8_t* data = nullptr;
 
   private:
     Buffer own_;
 };
 
-// int8 activations of up to `capacity` tokens on their way into products with matrices of `k` in-features or fewer.
+// int8 activations of up to `capacity` tokens, the input of products with matrices of `k` in-features or fewer.
 // Filled row by row (`row`, `inv_scale`), then `ready` by the whole team, then any number of products.
 class Activations {
   public:
     Activations() = default;
     Activations(const Isa& isa, int64_t capacity, int64_t k);
 
-    void shape(int64_t tokens, int64_t k);  // before rows are written, by one thread, with a meeting after it
-    int8_t* row(int64_t token) const { return q_.as<int8_t>() + token * padded_; }  // [padded k], zeros behind k
+    void shape(int64_t tokens, int64_t k);  // before rows are written, by one thread, with a barrier after it
+    int8_t* row(int64_t token) const { return q_.as<int8_t>() + token * padded_; }  // [padded k], zeros after k
     float* inv_scale() const { return inv_scale_.as<float>(); }
 
-    // Zero what lies behind k in one row (after a longer one was there).
+    // Zero the end of one row after k (a longer row may have been there).
     void clear_tail(int64_t token) const;
 
-    // Make the lookup tables or the transposed copy; every row has to be written (meet before it and after it).
+    // Make the lookup tables or the transposed copy; every row has to be written (a barrier before it and after it).
     void ready(Team& team);
 
     int64_t tokens = 0, k = 0;
@@ -114,7 +114,7 @@ class Product {
     // Room for products of so many tokens with any matrix; `run` allocates nothing.
     void reserve(const Isa& isa, int64_t tokens);
 
-    // This thread's rows of matrix x activations. The activations are `ready`; meet before the target is read.
+    // This thread's rows of matrix x activations. The activations are `ready`; a barrier is needed before the target is read.
     void run(const Team& team, const Matrix& matrix, const Activations& x, const Target& to);
 
   private:

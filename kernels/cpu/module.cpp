@@ -41,7 +41,7 @@ void expect(bool condition, const std::string& message) {
 
 std::string shape_text(int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; }
 
-// numpy can make an array of floats that starts at an odd byte.
+// numpy arrays of floats may start at an odd byte.
 template <typename A> void expect_natural(const A& array) {
     expect(reinterpret_cast<uintptr_t>(array.data()) % (array.itemsize() ? array.itemsize() : 1) == 0,
            "array: got memory that is not aligned to its elements of " + std::to_string(array.itemsize()) + " bytes");
@@ -81,7 +81,7 @@ Matrix checked(Matrix matrix) {
     return matrix;
 }
 
-// One team for every product outside an engine, of as many threads as the last caller asked for.
+// One team for all products outside engines, with as many threads as the last caller asked for.
 std::mutex team_lock;
 std::unique_ptr<Pool> team_of_products;
 
@@ -93,7 +93,7 @@ Pool& products_pool(int threads) {
     return *team_of_products;
 }
 
-// The buffers of those products, made anew when another instruction set or a larger product comes along.
+// The buffers of those products, allocated again for another instruction set or a larger product.
 struct Workspace {
     const Isa* isa = nullptr;
     int64_t tokens = 0, k = 0;
@@ -101,7 +101,7 @@ struct Workspace {
     std::vector<Product> products;
 } workspace;
 
-// What stands before the words of prepared weights: bytes alone would not say which product they are for.
+// Precedes the words of prepared weights: bytes alone would not say which product they are for.
 struct alignas(64) Header {
     char format[16], isa[16];
     int64_t n, k;
@@ -166,12 +166,12 @@ void matmul(const std::string& isa, const Array<const uint8_t, 1>& prepared, int
     const std::lock_guard<std::mutex> lock(team_lock);
     Pool& pool = products_pool(threads);
     const Matrix matrix(chosen, n, k, prepared.data() + sizeof(Header));
-    // Tokens at a time: at most 512, and fewer of very long rows, so that the buffers stay at some dozen megabytes.
+    // Tokens at a time: at most 512, and fewer of very long rows, so that the buffers stay below some dozen megabytes.
     const int64_t step = std::clamp<int64_t>((int64_t{8} << 20) / k, 16, 512);
     Workspace& w = workspace;
     const int64_t most = std::min(m, step);
     if (w.isa != &chosen || most > w.tokens || k > w.k || (w.tokens * w.k > most * k && w.tokens * w.k > 512 * 16384)) {
-        w.isa = nullptr;  // until all is made: a failed allocation must not leave sizes that are not there
+        w.isa = nullptr;  // until all is allocated: after a failure the sizes must not be believed
         w.activations = Activations();
         w.activations = Activations(chosen, most, k);
         w.isa = &chosen, w.tokens = most, w.k = k;
@@ -217,7 +217,7 @@ Store store_named(const std::string& name) {
 
 using Gain = std::optional<Array<const float, 1>>;
 
-// The engine and what it borrows: arrays of the model file stay alive as long as it does.
+// The engine, and references to the arrays of the model file that it reads.
 class PyEngine {
   public:
     PyEngine(const std::string& isa, int threads, int64_t vocab, int64_t width, int64_t ffn, int64_t layers, int64_t heads,
@@ -231,7 +231,7 @@ class PyEngine {
         rotary(cos, sin);
     }
 
-    // Tables [positions][E / 2]; as many positions as the longest session will have.
+    // cos, sin [positions][E / 2], for as many positions as the longest session will have.
     void rotary(const Array<const float, 2>& cos, const Array<const float, 2>& sin) {
         const int64_t positions = (int64_t)cos.shape(0), half = engine->shape.head_width() / 2;
         expect_natural(cos), expect_natural(sin);
@@ -247,27 +247,27 @@ class PyEngine {
         engine->rotary(c, s, positions);
     }
 
-    // parts: packed weights and scale of each projection, in the order q, k, v, o, gate, up, down.
-    void layer(int64_t index, const std::vector<std::pair<Array<const uint8_t, 2>, float>>& parts,
+    // projections: packed weights and scale of each, in the order q, k, v, o, gate, up, down.
+    void layer(int64_t index, const std::vector<std::pair<Array<const uint8_t, 2>, float>>& projections,
                const Array<const float, 1>& input_norm, const Array<const float, 1>& post_norm, const Gain& sub_norm,
                const Gain& ffn_sub_norm, const Gain& q_norm, const Gain& k_norm) {
         const Shape& s = engine->shape;
         expect(index >= 0 && index < s.layers, "layer: got " + std::to_string(index) + ", expected 0 to " + std::to_string(s.layers - 1));
-        expect(parts.size() == 7, "layer: got " + std::to_string(parts.size()) + " projections, expected seven");
+        expect(projections.size() == 7, "layer: got " + std::to_string(projections.size()) + " projections, expected seven");
         const int64_t rows[7] = {s.width, s.kv_width(), s.kv_width(), s.width, s.ffn, s.ffn, s.width};
         for (int i = 0; i < 7; i++)
-            expect((int64_t)parts[i].first.shape(0) == rows[i], "projection " + std::to_string(i) + ": got " +
-                                                                    std::to_string(parts[i].first.shape(0)) +
+            expect((int64_t)projections[i].first.shape(0) == rows[i], "projection " + std::to_string(i) + ": got " +
+                                                                    std::to_string(projections[i].first.shape(0)) +
                                                                     " rows, expected " + std::to_string(rows[i]));
-        Layer layer;  // complete before the engine sees it
+        Layer layer;  // given to the engine when complete
         layer.input_norm = gain(input_norm, s.width), layer.post_norm = gain(post_norm, s.width);
         layer.sub_norm = gain(sub_norm, s.width, s.sub_norms), layer.ffn_sub_norm = gain(ffn_sub_norm, s.ffn, s.sub_norms);
         layer.q_norm = gain(q_norm, s.head_width(), s.qk_norm), layer.k_norm = gain(k_norm, s.head_width(), s.qk_norm);
         const auto fill = [&](Matrix& matrix, std::vector<float>& scale, int first, int last, int64_t k) {
             std::vector<PackedRows> packed;
             for (int i = first; i <= last; i++) {
-                packed.push_back(packed_rows(parts[i].first, k));
-                scale.insert(scale.end(), (size_t)rows[i], parts[i].second);
+                packed.push_back(packed_rows(projections[i].first, k));
+                scale.insert(scale.end(), (size_t)rows[i], projections[i].second);
             }
             nb::gil_scoped_release release;
             const std::lock_guard<std::mutex> lock(engine->busy);
@@ -282,20 +282,21 @@ class PyEngine {
         engine->layers[index] = std::move(layer);
     }
 
-    // Tables as the file holds them, bf16 as uint16 or int8 with a scale a row; head_bits 0 (as in the file), 8 or 4.
-    void tables(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding, const Gain& embedding_scale,
+    // Embedding and head as the file holds them, bf16 as uint16 or int8 with one scale per row; head_bits: 0 (as in the
+    // file), 8 or 4.
+    void embeddings(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding, const Gain& embedding_scale,
                 const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& head, const Gain& head_scale,
                 const Array<const float, 1>& final_norm, int head_bits) {
         expect(head_bits == 0 || head_bits == 8 || head_bits == 4,
                "head_bits: got " + std::to_string(head_bits) + ", expected 0, 8 or 4");
-        Table first = table(embedding, embedding_scale), last = table(head, head_scale);
+        Embedding first = view(embedding, embedding_scale), last = view(head, head_scale);
         std::vector<float> norm = gain(final_norm, engine->shape.width);
         std::vector<nb::object> kept = {nb::cast(embedding), nb::cast(embedding_scale)};
         if (head_bits == 0 || (head_bits == 8 && last.store == Store::i8)) {
             kept.push_back(nb::cast(head));
             kept.push_back(nb::cast(head_scale));
         } else {
-            Table small;
+            Embedding small;
             nb::gil_scoped_release release;
             const std::lock_guard<std::mutex> lock(engine->busy);
             engine->quantize(last, head_bits == 4 ? Store::i4 : Store::i8, small);
@@ -309,15 +310,15 @@ class PyEngine {
         kept_ = std::move(kept);
     }
 
-    int64_t weight_bytes() const {
+    int64_t projection_bytes() const {
         int64_t total = 0;
         for (const Layer& l : engine->layers)
             for (const Matrix* m : {&l.qkv, &l.output, &l.gate_up, &l.down}) total += m->bytes();
         return total;
     }
     int64_t head_bytes() const {
-        const Table& t = engine->head;
-        return engine->shape.vocab * (row_bytes(t.store, engine->shape.width) + (t.store == Store::i8 ? 4 : 0));
+        const Store store = engine->head.store;
+        return engine->shape.vocab * (row_bytes(store, engine->shape.width) + (store == Store::i8 ? 4 : 0));
     }
 
     std::shared_ptr<Engine> engine;
@@ -333,21 +334,21 @@ class PyEngine {
         expect(values.has_value() == wanted, wanted ? "norm: got none, expected one" : "norm: got one, expected none");
         return values ? gain(*values, n) : std::vector<float>();
     }
-    Table table(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& array, const Gain& scale) const {
+    Embedding view(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& array, const Gain& scale) const {
         const Shape& s = engine->shape;
         expect((int64_t)array.shape(0) == s.vocab && (int64_t)array.shape(1) == s.width,
-               "table: got " + shape_text(array.shape(0), array.shape(1)) + ", expected " + shape_text(s.vocab, s.width));
+               "embedding: got " + shape_text(array.shape(0), array.shape(1)) + ", expected " + shape_text(s.vocab, s.width));
         expect_natural(array);
-        Table out;
+        Embedding out;
         out.data = static_cast<const uint8_t*>(array.data());
         if (array.dtype() == nb::dtype<uint16_t>()) {
             out.store = Store::bf16;
         } else if (array.dtype() == nb::dtype<float>()) {
             out.store = Store::f32;
         } else {
-            expect(array.dtype() == nb::dtype<int8_t>(), "table: expected bf16 (as uint16), float32 or int8");
+            expect(array.dtype() == nb::dtype<int8_t>(), "embedding: expected bf16 (as uint16), float32 or int8");
             if (scale) expect_natural(*scale);
-            expect(scale && (int64_t)scale->shape(0) == s.vocab, "table: int8 needs a scale a row");
+            expect(scale && (int64_t)scale->shape(0) == s.vocab, "embedding: int8 needs one scale per row");
             out.store = Store::i8;
             out.scales = scale->data();
         }
@@ -359,11 +360,13 @@ class PyEngine {
 class PySession {
   public:
     PySession(PyEngine& engine, int64_t batch, int64_t limit, const std::string& cache) : engine_(engine.engine) {
-        expect(batch >= 1 && limit >= 1 && limit <= engine_->positions(), "session: got batch " + std::to_string(batch) + " and limit " + std::to_string(limit) + ", expected 1 or more, and a " +
+        expect(batch >= 1 && limit >= 1 && limit <= engine_->positions(),
+               "session: got batch " + std::to_string(batch) + " and limit " + std::to_string(limit) +
+                   ", expected 1 or more, and a " +
                    "limit within the " + std::to_string(engine_->positions()) + " positions of the rotary table");
-        bool whole = engine_->head.data != nullptr;
-        for (const Layer& layer : engine_->layers) whole &= layer.down.data != nullptr;
-        expect(whole, "session: the engine has no weights yet");
+        bool loaded = engine_->head.data != nullptr;
+        for (const Layer& layer : engine_->layers) loaded &= layer.down.data != nullptr;
+        expect(loaded, "session: the engine has no weights yet");
         session_ = std::make_unique<Session>(*engine_, batch, limit, store_named(cache));
     }
 
@@ -374,20 +377,20 @@ class PySession {
                "ids: got " + shape_text(ids.shape(0), tokens) + ", expected [" + std::to_string(batch) + ", T]");
         expect_natural(ids);
         const std::vector<int64_t> own(ids.data(), ids.data() + batch * tokens);
-        std::vector<Part> parts;
-        for (int64_t i = 0; i < batch; i++) parts.push_back({i, own.data() + i * tokens, tokens, all});
-        run(parts, own, logits);
+        std::vector<Entry> entries;
+        for (int64_t i = 0; i < batch; i++) entries.push_back({i, own.data() + i * tokens, tokens, all});
+        run(entries, own, logits);
     }
 
-    // `counts[i]` of the ids go behind sequence `sequences[i]`; logits of all of them where `every[i]`, else of the last.
+    // Append the next `counts[i]` ids to sequence `sequences[i]`; logits of all of them if `every[i]`, else of the last.
     void extend(const std::vector<int64_t>& sequences, const std::vector<int64_t>& counts, const std::vector<bool>& every,
                 const Array<const int64_t, 1>& ids, const Array<float, 2>& logits) {
         expect(!sequences.empty() && counts.size() == sequences.size() && every.size() == sequences.size(),
-               "extend: expected a sequence, a count and a flag for each of one part or more");
+               "extend: expected a sequence, a count and a flag for each of one entry or more");
         expect_natural(ids);
         const std::vector<int64_t> own(ids.data(), ids.data() + ids.shape(0));
         std::vector<bool> seen((size_t)session_->batch);
-        std::vector<Part> parts;
+        std::vector<Entry> entries;
         size_t used = 0;
         for (size_t i = 0; i < sequences.size(); i++) {
             known(sequences[i]);
@@ -396,11 +399,11 @@ class PySession {
             expect(counts[i] >= 1 && counts[i] <= (int64_t)(own.size() - used),
                    "extend: got a count of " + std::to_string(counts[i]) + " with " + std::to_string(own.size() - used) +
                        " ids left, expected 1 or more, and as many ids as they count");
-            parts.push_back({sequences[i], own.data() + used, counts[i], every[i]});
+            entries.push_back({sequences[i], own.data() + used, counts[i], every[i]});
             used += (size_t)counts[i];
         }
         expect(used == own.size(), "extend: got " + std::to_string(own.size()) + " ids, expected " + std::to_string(used));
-        run(parts, own, logits);
+        run(entries, own, logits);
     }
 
     int64_t position(int64_t sequence) const {
@@ -423,11 +426,11 @@ class PySession {
                                                                 ", expected 0 to " + std::to_string(session_->batch - 1));
     }
 
-    // `own`: a copy of the ids, for what is checked must not change while threads read it.
-    void run(const std::vector<Part>& parts, const std::vector<int64_t>& own, const Array<float, 2>& logits) {
+    // `own`: a copy of the ids, because what was checked must not change while threads read it.
+    void run(const std::vector<Entry>& entries, const std::vector<int64_t>& own, const Array<float, 2>& logits) {
         const int64_t vocab = engine_->shape.vocab;
         int64_t rows = 0;
-        for (const Part& part : parts) rows += part.every ? part.tokens : 1;
+        for (const Entry& entry : entries) rows += entry.every ? entry.tokens : 1;
         expect((int64_t)logits.shape(0) == rows && (int64_t)logits.shape(1) == vocab,
                "logits: got " + shape_text(logits.shape(0), logits.shape(1)) + ", expected " + shape_text(rows, vocab));
         expect_natural(logits);
@@ -436,12 +439,12 @@ class PySession {
         float* to = logits.data();
         nb::gil_scoped_release release;
         const std::lock_guard<std::mutex> lock(busy_);
-        for (const Part& part : parts)
-            expect(session_->position(part.sequence) + part.tokens <= session_->limit,
-                   "context is full: got " + std::to_string(part.tokens) + " tokens after " +
-                       std::to_string(session_->position(part.sequence)) + ", expected at most " +
+        for (const Entry& entry : entries)
+            expect(session_->position(entry.sequence) + entry.tokens <= session_->limit,
+                   "context is full: got " + std::to_string(entry.tokens) + " tokens after " +
+                       std::to_string(session_->position(entry.sequence)) + ", expected at most " +
                        std::to_string(session_->limit) + " in all");
-        session_->forward(parts.data(), (int64_t)parts.size(), to);
+        session_->forward(entries.data(), (int64_t)entries.size(), to);
     }
 
     std::shared_ptr<Engine> engine_;
@@ -454,7 +457,7 @@ class PySession {
 
 NB_MODULE(_cpu, m) {
     using namespace bitnet;
-    m.doc() = "Products with packed ternary weights and whole forward passes on a CPU";
+    m.doc() = "Products with packed ternary weights and forward passes of models on a CPU";
     m.attr("max_threads") = kMaxThreads;
     m.def("choices", &choices);
     m.def("prepared_bytes", &prepared_bytes, "isa"_a, "n"_a, "k"_a);
@@ -468,12 +471,12 @@ NB_MODULE(_cpu, m) {
              nb::kw_only(), "isa"_a, "threads"_a, "vocab"_a, "width"_a, "ffn"_a, "layers"_a, "heads"_a, "kv_heads"_a,
              "squared_relu"_a, "sub_norms"_a, "qk_norm"_a, "eps"_a, "cos"_a.noconvert(), "sin"_a.noconvert())
         .def("rotary", &PyEngine::rotary, "cos"_a.noconvert(), "sin"_a.noconvert())
-        .def("layer", &PyEngine::layer, "index"_a, "parts"_a.noconvert(), "input_norm"_a.noconvert(),
+        .def("layer", &PyEngine::layer, "index"_a, "projections"_a.noconvert(), "input_norm"_a.noconvert(),
              "post_norm"_a.noconvert(), "sub_norm"_a.noconvert().none(), "ffn_sub_norm"_a.noconvert().none(),
              "q_norm"_a.noconvert().none(), "k_norm"_a.noconvert().none())
-        .def("tables", &PyEngine::tables, "embedding"_a.noconvert(), "embedding_scale"_a.noconvert().none(),
+        .def("embeddings", &PyEngine::embeddings, "embedding"_a.noconvert(), "embedding_scale"_a.noconvert().none(),
              "head"_a.noconvert(), "head_scale"_a.noconvert().none(), "final_norm"_a.noconvert(), "head_bits"_a)
-        .def_prop_ro("weight_bytes", &PyEngine::weight_bytes)
+        .def_prop_ro("projection_bytes", &PyEngine::projection_bytes)
         .def_prop_ro("head_bytes", &PyEngine::head_bytes);
     nb::class_<PySession>(m, "Session")
         .def(nb::init<PyEngine&, int64_t, int64_t, const std::string&>(), nb::keep_alive<1, 2>(), "engine"_a, "batch"_a,

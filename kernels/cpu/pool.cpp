@@ -17,9 +17,9 @@ namespace bitnet {
 
 namespace {
 
-// Tries before sleeping, of 20 to 40 ns each, as long as `pause` takes. Between two jobs 0.1 to 0.3 ms: longer than
-// sampling takes between two tokens, shorter than anyone notices. At a barrier a tenth of that: threads arrive within
-// microseconds, unless another program has the core of one of them, and then this core has to be left to it.
+// Tries before a thread sleeps; each takes as long as `pause`, 20 to 40 ns. Between two jobs that is 0.1 to 0.3 ms: longer
+// than sampling takes between two tokens, and too short to cost anything when idle. At a barrier it is a tenth of that:
+// threads arrive within microseconds, unless another program runs on the core of one of them, which then needs this one.
 constexpr int kJobSpins = 8000, kBarrierSpins = 800;
 
 void wait_while(const std::atomic<uint32_t>& value, uint32_t old, int spins) {
@@ -32,7 +32,7 @@ void wait_while(const std::atomic<uint32_t>& value, uint32_t old, int spins) {
     while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
-// CPUs the scheduler may put this process on; a set of fixed size holds 1,024 of them, the most threads there are.
+// CPUs the scheduler may put this process on; a cpu_set_t holds 1,024 of them, which is also kMaxThreads.
 int cores() {
 #if defined(__linux__)
     cpu_set_t set;
@@ -53,7 +53,7 @@ Pool::Pool(int threads) : threads_(threads), process_(getpid()) {
 }
 
 void Pool::start() {
-    // With more threads than cores whoever spins keeps the core from the one that is waited for: sleep at once.
+    // With more threads than cores, a thread that spins blocks the one it waits for: sleep at once.
     const bool crowded = threads_ > cores();
     job_spins_ = crowded ? 0 : kJobSpins, barrier_spins_ = crowded ? 0 : kBarrierSpins;
     try {
@@ -61,46 +61,46 @@ void Pool::start() {
         for (int t = 1; t < threads_; t++) workers_.emplace_back(&Pool::serve, this, t, job_.load());
     } catch (const std::system_error& error) {
         const size_t running = workers_.size() + 1;
-        end();  // those that run, so that the error can be told
+        stop();  // the destructor does not run: join those that did start
         throw std::invalid_argument("threads: got " + std::to_string(threads_) + ", expected at most the " +
                                     std::to_string(running) + " that the system let this process have (" +
                                     error.code().message() + "); ask for fewer, or raise its limit of processes or " +
                                     "memory (ulimit -u, ulimit -v, or the container's)");
     } catch (...) {
-        end();
+        stop();
         throw;
     }
 }
 
-void Pool::end() {
-    stop_.store(true);
+void Pool::stop() {
+    stopping_.store(true);
     job_.fetch_add(1, std::memory_order_release);
     job_.notify_all();
     for (auto& worker : workers_) worker.join();
     workers_.clear();
-    stop_.store(false);
+    stopping_.store(false);
 }
 
-// The threads of the process we were forked from: not ours to join or detach, their handles may by now be somebody
-// else's. They are left where they are.
-void Pool::forget() {
+// After a fork the handles are those of the parent's threads. They can be neither joined nor detached here, and may by now
+// stand for other threads: leak them.
+void Pool::abandon_workers() {
     new std::vector<std::thread>(std::move(workers_));
     workers_.clear();
 }
 
 Pool::~Pool() {
-    if (process_ != getpid()) {  // a forked child: these threads are not here, nobody to wait for
-        forget();
+    if (process_ != getpid()) {  // a forked child has no workers to wait for
+        abandon_workers();
         return;
     }
-    end();
+    stop();
 }
 
 void Pool::serve(int thread, uint32_t seen) {
     for (;;) {
         wait_while(job_, seen, job_spins_);
         seen++;
-        if (stop_.load()) return;
+        if (stopping_.load()) return;
         Team team(*this, thread, threads_);
         (*work_)(team);
         team.barrier();
@@ -111,7 +111,7 @@ void Pool::run(const std::function<void(Team&)>& work) {
     Team team(*this, 0, threads_);
     if (threads_ > 1) {
         if (process_ != getpid()) {
-            forget();
+            abandon_workers();
             count_ = 0;
             start();
             process_ = getpid();

@@ -1,9 +1,9 @@
-// Threads that stay: a fixed team that runs one function together and meets at barriers inside it.
+// A pool of persistent threads: a team of fixed size runs one function together, with barriers inside it.
 //
-// Waiting spins for a moment and then sleeps: inside a forward pass a barrier is crossed every few microseconds, and
-// between two tokens there is only the sampling; but an idle engine must not hold a core. Where there are more threads
-// than cores nobody spins. Work is cut into static ranges
-// by thread number, so that nothing but the number of threads decides who computes what.
+// A waiting thread spins briefly and then sleeps: a forward pass crosses a barrier every few microseconds, and between
+// two tokens there is only the sampling, but an idle engine must not hold a core. With more threads than cores no thread
+// spins. Work is cut into static ranges by thread number, so that which thread computes what depends on the number of
+// threads alone.
 
 #pragma once
 
@@ -25,10 +25,10 @@ class Team {
   public:
     Team(Pool& pool, int thread, int threads) : thread(thread), threads(threads), pool_(pool) {}
 
-    // Every thread of the team has to pass here before any goes on.
+    // Returns once every thread of the team has called it.
     void barrier();
 
-    // This thread's part [begin, end) of n items.
+    // This thread's range [begin, end) of n items.
     int64_t begin(int64_t n) const { return n * thread / threads; }
     int64_t end(int64_t n) const { return n * (thread + 1) / threads; }
 
@@ -40,14 +40,14 @@ class Team {
 
 class Pool {
   public:
-    // `threads`: 1 to kMaxThreads, the caller of `run` being one of them. Throws std::invalid_argument for others, and
-    // where the system starts fewer; those that did start have then ended.
+    // `threads`: 1 to kMaxThreads, the caller of `run` included. Throws std::invalid_argument for other numbers, and if
+    // the system starts fewer threads; those that did start have then ended.
     explicit Pool(int threads);
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    // Run `work` on every thread and return when all have. Not for two callers at once, and `work` must not throw.
+    // Run `work` on every thread; returns when all are done. One caller at a time, and `work` must not throw.
     void run(const std::function<void(Team&)>& work);
 
     int threads() const { return threads_; }
@@ -55,8 +55,8 @@ class Pool {
   private:
     friend class Team;
     void start();
-    void end();
-    void forget();
+    void stop();
+    void abandon_workers();
     void serve(int thread, uint32_t seen);
     void arrive(std::atomic<uint32_t>& phase, std::atomic<uint32_t>& count);
 
@@ -68,7 +68,7 @@ class Pool {
     alignas(64) std::atomic<uint32_t> job_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
     alignas(64) std::atomic<uint32_t> count_{0};
-    std::atomic<bool> stop_{false};
+    std::atomic<bool> stopping_{false};
 };
 
 }  // namespace bitnet

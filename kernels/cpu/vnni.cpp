@@ -1,7 +1,7 @@
-// What a multiplier would buy: the same products through AVX-512 VNNI, as a comparison. Never chosen by default.
+// What a multiplier would gain: the same products with AVX-512 VNNI, for comparison. Never chosen by default.
 //
 // vpdpbusd multiplies four unsigned codes (weight + 1) by four int8 activations and adds them to an int32 lane; the sum
-// of all activations is taken away once at the end. Two-bit codes come out by shift and mask. A word of 32 bits holds
+// of all activations is subtracted once at the end. Two-bit codes come out by shift and mask. A word of 32 bits holds
 // 16 weights of a row: byte j, bits 2 s and 2 s + 1 hold weight 4 s + j, so that shift s yields four neighbours.
 
 #include <immintrin.h>
@@ -22,7 +22,7 @@ namespace vnni {
 #define kNibbles _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
 #include "elementwise.inl"
 
-// The "tables" are the activations themselves, 16 bytes a word.
+// The "tables" are the activations themselves, 16 bytes per word.
 static void tables(const int8_t* q, int64_t words, uint8_t* out) { memcpy(out, q, (size_t)words * 16); }
 
 static inline __m512i four(const uint8_t* x) {
@@ -91,12 +91,12 @@ static void rows(const uint8_t* panel, int tiles, int64_t words, const uint8_t* 
     if (tokens == 4) rows_of<4>(panel, tiles, words, tables, token_bytes, sums);
 }
 
-// Nothing to transpose: each token's bytes stay in a row.
+// Nothing to transpose: `block` reads each token's bytes in a row.
 static void columns(const int8_t*, int64_t, int, int, int64_t, int64_t, int16_t*) {}
 
 // ---- block: codes of two tiles and 16 words are unpacked to bytes once, then multiplied with every token
 
-constexpr int kRun = 16;  // words: 256 weights x 64 rows are 16 KB, half of the first cache
+constexpr int kRun = 16;  // words: 256 weights x 64 rows are 16 KB, half of the L1 cache
 
 // codes [4 words][2 P][64] bytes x activations of T tokens [T][4 words] of four -> sums [row of 2 P * 16][64] added.
 template <int P, int T>

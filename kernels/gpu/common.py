@@ -1,9 +1,9 @@
-"""What the kernel modules share: inline PTX or not, exact rounding, argument checks.
+"""Shared by the kernel modules: whether to use inline PTX, exact rounding, argument checks.
 
 Triton's interpreter (TRITON_INTERPRET=1, set before the first import of a kernel) runs the same kernels on the CPU in
-NumPy. There the `triton` backend says it can run on a CPU, which is how the tests hold every kernel against the
-reference on a machine without a GPU. Inline PTX does not exist in the interpreter: kernels that use it carry the same
-arithmetic in plain Triton behind the compile-time flag ASM.
+NumPy. The `triton` backend then runs on a CPU, which is how tests compare every kernel with the reference on a machine
+without a GPU. The interpreter has no inline PTX: kernels that use it have the same arithmetic in plain Triton, chosen
+by the compile-time flag ASM.
 
 Rounding. The reference rounds half to even after one fp32 product. Adding and subtracting 1.5 * 2^23 does that
 for |x| < 2^22 on any IEEE machine, provided the product is not fused into the addition: kernels that round are compiled
@@ -44,7 +44,7 @@ def round_even(x):
 
 @triton.jit
 def narrow(x, kind: tl.constexpr):
-    """fp32 rounded to the float dtype `kind`, halves to even; the interpreter cuts bf16 off and has no zero there."""
+    """fp32 rounded to the float dtype `kind`, halves to even; the interpreter's own conversion to bf16 truncates."""
     if INTERPRETED and kind == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
@@ -57,7 +57,7 @@ def scaled(acc, scale_ptr, inv_scale, rows, first, start1, start2, SEGMENTS: tl.
     """reference.scale_output of a tile [M, N]: acc * (scale / inv_scale[m]), int32 -> fp32, with its three roundings.
 
     Up to three matrices that share their input (q/k/v, gate/up) are one product with a scale each: scale_ptr
-    [SEGMENTS] fp32, columns from `start1` on take the second scale, from `start2` on the third. `rows` are the tile's
+    [SEGMENTS] fp32, columns from `start1` take the second scale, from `start2` the third. `rows` are the tile's
     columns of the output, `first` the lowest. ALIGNED: no tile holds a boundary, so one scale serves a tile; otherwise
     a factor is chosen for every sum, which costs a register each (and spills tiles of 128 x 256).
     """

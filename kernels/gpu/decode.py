@@ -1,4 +1,4 @@
-"""What lies between two products of a decoder block, one kernel each: a layer of decode is eight launches.
+"""The work between two products of a block, one kernel each: a layer of decode is nine launches.
 
     enter / add     x += sums * scale;  RMSNorm;  int8                          1 (the first one reads the embedding)
     product         q/k/v                                                       2
@@ -11,25 +11,24 @@
     gate            act(gate) * up, sub-norm, int8                              8
     product         down                                                        9, its sums read by the next `add`
 
-Nine with the last product. Why so few: a dependent kernel in a CUDA graph costs about 1 us on Hopper before it does
-anything, and a token of 2B4T has 30 layers and a floor of 121 us for all ternary weights (521 MB, 4.3 TB/s): launches,
-not bytes, are the larger part of batch-1 decode. So products write raw int32 sums, split along K or not, and the kernel
-behind them adds the splits, applies the scales, and ends with the codes of the next product: no kernel only scales,
-adds, normalises or quantises.
+Why so few: a dependent kernel in a CUDA graph costs about 1 us on Hopper before it does anything, while a token of 2B4T
+has 30 layers and a floor of 121 us for all ternary weights (521 MB, 4.3 TB/s): launches, not bytes, dominate batch-1
+decode. So products write raw int32 sums, split along K or not, and the kernel after them adds the splits, applies the
+scales, and ends with the codes of the next product: no kernel only scales, adds, normalises or quantises.
 
     floor of a 2B4T token:  body 121 us + head 153 us (bf16) or 76 us (int8) + 270 launches * ~1 us = 540 / 470 us
     target of 1,500 tokens/s: 667 us
 
-With programmatic dependent launch (PDL, Hopper and later) a kernel is started while the one before it still runs, loads
-what does not depend on it, weights above all, and waits only then: most of the launch and of the first load's latency
-is hidden. The waiting is explicit in every kernel, and a kernel waits before it writes anything, so that the chain is
-ordered however early the launches are.
+With programmatic dependent launch (PDL, Hopper and later) a kernel starts while the one before it still runs, loads
+what does not depend on it, above all weights, and only then waits: that hides most of the launch and of the first
+load's latency. Every kernel waits explicitly before it writes anything, so that the chain stays ordered however early the
+launches are.
 
-A program handles a row: the rows of one sequence position, B of them in decode, B * T in prefill, which uses the same
-kernels around GEMMs and torch's attention.
+A program handles a row: B of them in decode, B * T in prefill, which uses the same kernels around GEMMs and torch's
+attention.
 
 Positions are read from device memory, so that one captured graph serves every step. An id outside the vocabulary cannot
-be refused on the device: it becomes a row of NaN, which no sampler can mistake for an answer.
+be refused on the device: it becomes a row of NaN, which no sampler takes for logits.
 
 Dimensions: M rows, B sequences, D model, F ffn, H heads, G key/value heads, E width of a head, S cached positions,
 P parts of the positions, V vocabulary.
@@ -44,7 +43,7 @@ from bitnet.kernels.gpu.quantize import quantize_row, rms
 
 @triton.jit
 def split_sum(acc_ptr, place, mask, stride, SPLITS: tl.constexpr):
-    """The exact sums behind `SPLITS` partial sums that lie `stride` apart."""
+    """The exact sums of `SPLITS` partial sums that are `stride` apart."""
     total = tl.load(acc_ptr + place, mask=mask, other=0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(acc_ptr + split * stride + place, mask=mask, other=0)
@@ -61,8 +60,8 @@ def _norm_and_quantize(y, gain_ptr, q_row, inv_ptr, sum_ptr, k, K, width, eps, N
 @triton.jit
 def enter_kernel(
     id_ptr,  # [M] int64
-    table_ptr,  # [V, D] bf16 or int8
-    table_scale_ptr,  # [V] fp32, if SCALED
+    embedding_ptr,  # [V, D] bf16 or int8
+    embedding_scale_ptr,  # [V] fp32, if SCALED
     gain_ptr,  # [D] fp32
     x_ptr,  # [M, D] fp32, written
     q_ptr,  # [M, width] int8, written
@@ -83,11 +82,11 @@ def enter_kernel(
         tl.extra.cuda.gdc_wait()
     token = tl.load(id_ptr + row)
     known = (token >= 0) & (token < V)
-    place = tl.where(known, token, 0)  # the NaN comes from `poison`: nothing outside the table is read
+    place = tl.where(known, token, 0)  # the NaN comes from `poison`: nothing outside the embedding is read
     poison = tl.where(known, 0.0, float("nan"))
-    x = tl.load(table_ptr + place * D + k, mask=k < D, other=0.0).to(tl.float32)
+    x = tl.load(embedding_ptr + place * D + k, mask=k < D, other=0.0).to(tl.float32)
     if SCALED:
-        x *= tl.load(table_scale_ptr + place)
+        x *= tl.load(embedding_scale_ptr + place)
     x = tl.where(k < D, x + poison, 0.0)
     tl.store(x_ptr + row * D + k, x, mask=k < D)
     _norm_and_quantize(x, gain_ptr, q_ptr + row * width, inv_ptr + row, sum_ptr + row, k, D, width, eps, True)
@@ -97,8 +96,8 @@ def enter_kernel(
 def add_kernel(
     x_ptr,  # [M, D] fp32, read and written
     acc_ptr,  # [SPLITS, M, D] int32
-    acc_inv_ptr,  # [M] fp32: inverse scale of the activations behind acc
-    scale_ptr,  # [1] fp32: scale of the weights behind acc
+    acc_inv_ptr,  # [M] fp32: inverse scale of the activations of acc
+    scale_ptr,  # [1] fp32: scale of the weights of acc
     gain_ptr,  # [D] fp32
     q_ptr,  # [M, width] int8, written; if LAST [3, M, D] bf16: three terms whose sum is the normed row
     inv_ptr,  # [M] fp32, written unless LAST
@@ -173,7 +172,7 @@ def gate_kernel(
 
 
 @triton.jit
-def _turn(first, second, cos, sin):
+def _rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -217,7 +216,7 @@ def attend_kernel(
     k_ptr,  # [N, G, limit, E]: cached keys of N sequences, the new ones written
     v_ptr,  # [N, G, limit, E]
     position_ptr,  # [B] int64: positions cached so far
-    sequence_ptr,  # [B] int64: which of the N sequences a row goes on with
+    sequence_ptr,  # [B] int64: which of the N sequences a row continues
     out_ptr,  # [B, H, P, E] fp32, written: weighted sums of values
     top_ptr,  # [B, H, P] fp32, written: largest score of a part
     weight_ptr,  # [B, H, P] fp32, written: sum of weights of a part
@@ -245,7 +244,7 @@ def attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     position = tl.load(position_ptr + b).to(tl.int32)
-    # Equal parts in whole blocks; parts behind the last position have nothing to do, and `merge` does not read them.
+    # Equal parts in whole blocks; parts after the last position are empty, and `merge` does not read them.
     span = tl.cdiv(tl.cdiv(position + 1, P), BLOCK_S) * BLOCK_S
     start = part * span
     end = min(start + span, position + 1)
@@ -259,26 +258,22 @@ def attend_kernel(
         column = tl.where(head < REPEAT, (g * REPEAT + head) * E, -1)
         factor = tl.div_rn(tl.load(scale_ptr), inv)
         q1, q2 = _heads(acc_ptr, b, column, width, stride, factor, q_gain_ptr, e, HALF, eps, SPLITS, QK_NORM)
-        q1, q2 = _turn(q1, q2, cos, sin)
+        q1, q2 = _rotate(q1, q2, cos, sin)
         only = tl.arange(0, 1)
         factor = tl.div_rn(tl.load(scale_ptr + 1), inv)
         column = (H + g) * E + only
         k1, k2 = _heads(acc_ptr, b, column, width, stride, factor, k_gain_ptr, e, HALF, eps, SPLITS, QK_NORM)
-        k1, k2 = _turn(k1, k2, cos, sin)
+        k1, k2 = _rotate(k1, k2, cos, sin)
         factor = tl.div_rn(tl.load(scale_ptr + 2), inv)
         column = (H + G + g) * E + only
         v1, v2 = _heads(acc_ptr, b, column, width, stride, factor, k_gain_ptr, e, HALF, eps, SPLITS, False)
-        # As the cache will hold them, so that this step and later ones see the same key and value.
-        kind = k_ptr.dtype.element_ty
-        k1, k2 = narrow(k1, kind).to(tl.float32), narrow(k2, kind).to(tl.float32)
-        v1, v2 = narrow(v1, kind).to(tl.float32), narrow(v2, kind).to(tl.float32)
         cached = (tl.load(sequence_ptr + b) * G + g) * limit * E
         if end == position + 1:
             place = cached + position * E + e[None, :]
-            tl.store(k_ptr + place, k1.to(kind), mask=inside[None, :])
-            tl.store(k_ptr + place + HALF, k2.to(kind), mask=inside[None, :])
-            tl.store(v_ptr + place, v1.to(kind), mask=inside[None, :])
-            tl.store(v_ptr + place + HALF, v2.to(kind), mask=inside[None, :])
+            tl.store(k_ptr + place, k1, mask=inside[None, :])
+            tl.store(k_ptr + place + HALF, k2, mask=inside[None, :])
+            tl.store(v_ptr + place, v1, mask=inside[None, :])
+            tl.store(v_ptr + place + HALF, v2, mask=inside[None, :])
 
         top = tl.full((HEADS,), float("-inf"), tl.float32)
         weight = tl.zeros((HEADS,), tl.float32)
@@ -289,10 +284,10 @@ def attend_kernel(
             mask = (s < position)[:, None] & inside[None, :]
             new = (s == position)[:, None]
             place = cached + s[:, None] * E + e[None, :]
-            keys1 = tl.where(new, k1, tl.load(k_ptr + place, mask=mask, other=0.0).to(tl.float32))
-            keys2 = tl.where(new, k2, tl.load(k_ptr + place + HALF, mask=mask, other=0.0).to(tl.float32))
-            values1 = tl.where(new, v1, tl.load(v_ptr + place, mask=mask, other=0.0).to(tl.float32))
-            values2 = tl.where(new, v2, tl.load(v_ptr + place + HALF, mask=mask, other=0.0).to(tl.float32))
+            keys1 = tl.where(new, k1, tl.load(k_ptr + place, mask=mask, other=0.0))
+            keys2 = tl.where(new, k2, tl.load(k_ptr + place + HALF, mask=mask, other=0.0))
+            values1 = tl.where(new, v1, tl.load(v_ptr + place, mask=mask, other=0.0))
+            values2 = tl.where(new, v2, tl.load(v_ptr + place + HALF, mask=mask, other=0.0))
             score = tl.sum(q1[:, None, :] * keys1[None, :, :] + q2[:, None, :] * keys2[None, :, :], axis=2)
             score = tl.where((s < end)[None, :], score * softmax_scale, float("-inf"))
             higher = tl.maximum(top, tl.max(score, axis=1))
@@ -302,12 +297,12 @@ def attend_kernel(
             o1 = o1 * shrink[:, None] + tl.sum(share[:, :, None] * values1[None, :, :], axis=1)
             o2 = o2 * shrink[:, None] + tl.sum(share[:, :, None] * values2[None, :, :], axis=1)
             top = higher
-        slot = (b * H + g * REPEAT + head) * P + part
+        result = (b * H + g * REPEAT + head) * P + part
         mask = (head < REPEAT)[:, None] & inside[None, :]
-        tl.store(out_ptr + slot[:, None] * E + e[None, :], o1, mask=mask)
-        tl.store(out_ptr + slot[:, None] * E + HALF + e[None, :], o2, mask=mask)
-        tl.store(top_ptr + slot, top, mask=head < REPEAT)
-        tl.store(weight_ptr + slot, weight, mask=head < REPEAT)
+        tl.store(out_ptr + result[:, None] * E + e[None, :], o1, mask=mask)
+        tl.store(out_ptr + result[:, None] * E + HALF + e[None, :], o2, mask=mask)
+        tl.store(top_ptr + result, top, mask=head < REPEAT)
+        tl.store(weight_ptr + result, weight, mask=head < REPEAT)
 
 
 @triton.jit
@@ -338,16 +333,16 @@ def merge_kernel(
         tl.extra.cuda.gdc_wait()
     position = tl.load(position_ptr + row).to(tl.int32)
     span = tl.cdiv(tl.cdiv(position + 1, P), BLOCK_S) * BLOCK_S
-    slot = (row * (D // E) + k // E) * P
+    result = (row * (D // E) + k // E) * P
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
     y = tl.zeros((BLOCK,), tl.float32)
     for part in range(tl.cdiv(position + 1, span)):
-        here = tl.load(top_ptr + slot + part, mask=inside, other=0.0)
+        here = tl.load(top_ptr + result + part, mask=inside, other=0.0)
         higher = tl.maximum(top, here)
         shrink, grow = tl.exp(top - higher), tl.exp(here - higher)
-        y = y * shrink + grow * tl.load(out_ptr + (slot + part) * E + k % E, mask=inside, other=0.0)
-        weight = weight * shrink + grow * tl.load(weight_ptr + slot + part, mask=inside, other=1.0)
+        y = y * shrink + grow * tl.load(out_ptr + (result + part) * E + k % E, mask=inside, other=0.0)
+        weight = weight * shrink + grow * tl.load(weight_ptr + result + part, mask=inside, other=1.0)
         top = higher
     y = tl.where(inside, tl.div_rn(y, weight), 0.0)
     _norm_and_quantize(y, gain_ptr, q_ptr + row * width, inv_ptr + row, sum_ptr + row, k, D, width, eps, NORM)
@@ -369,16 +364,16 @@ def head_kernel(
     SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Logits: a bf16 or int8 table times fp32 states, on tensor cores and still to fp32's accuracy.
+    """Logits: a bf16 or int8 embedding times fp32 states, on tensor cores and still as accurate as fp32.
 
     An fp32 number is the sum of three bf16 numbers to 24 bits, and a product of two bf16 numbers is exact in fp32:
-    three products for one, while the time is that of reading the table. The table is the left operand: up to 16
-    tokens are a narrow right one, and int8 rows become bf16 in registers.
+    three products instead of one, while the time is that of reading the embedding. The embedding is the left operand:
+    up to 16 tokens are a narrow right one, and int8 rows become bf16 in registers.
     """
     rows = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    table = w_ptr + (rows % V).to(tl.int64)[:, None] * D + d[None, :]
+    embedding = w_ptr + (rows % V).to(tl.int64)[:, None] * D + d[None, :]
     states = h_ptr + (tokens % M).to(tl.int64)[:, None] * D + d[None, :]
     term = tl.full((), M, tl.int64) * D
     acc = tl.zeros((BLOCK_V, BLOCK_M), tl.float32)
@@ -387,11 +382,11 @@ def head_kernel(
         tl.extra.cuda.gdc_wait()
     for start in range(0, D, BLOCK_D):
         if EVEN_D:
-            w = tl.load(table + start)
+            w = tl.load(embedding + start)
             h0, h1, h2 = tl.load(states + start), tl.load(states + start + term), tl.load(states + start + 2 * term)
         else:
             inside = (start + d < D)[None, :]
-            w = tl.load(table + start, mask=inside, other=0)
+            w = tl.load(embedding + start, mask=inside, other=0)
             h0 = tl.load(states + start, mask=inside, other=0.0)
             h1 = tl.load(states + start + term, mask=inside, other=0.0)
             h2 = tl.load(states + start + 2 * term, mask=inside, other=0.0)

@@ -1,4 +1,4 @@
-"""Where the Triton kernels can run; imports no Triton, so that a machine without it can ask."""
+"""Where the Triton kernels can run; imports no Triton, so that it works on a machine without it."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ MIN_CAPABILITY = (8, 0)  # int8 tensor cores with int32 sums, asynchronous copie
 
 
 def why_not(device: torch.device) -> str | None:
-    """None where Triton kernels run on `device`, else the reason."""
+    """None if Triton kernels run on `device`, else the reason."""
     if INTERPRET:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs the kernels on the CPU; unset it for a GPU"
     if device.type != "cuda":
@@ -24,7 +24,7 @@ def why_not(device: torch.device) -> str | None:
     if capability < MIN_CAPABILITY:
         got, need = (".".join(map(str, c)) for c in (capability, MIN_CAPABILITY))
         return f"the GPU has compute capability {got}, the kernels need {need} or more"
-    # A folder named triton on the path is a package to find_spec: only the real one has a language.
+    # To find_spec any folder named triton on the path is a package; only the real one has triton.language.
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.language") is None:
         return "Triton is not installed: pip install triton"
     return None
@@ -38,8 +38,5 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one for as long as the block lasts.
-
-    Triton launches on the current GPU and stream, wherever a kernel's arguments are.
-    """
+    """Make a GPU the current one inside the block: Triton launches there, wherever a kernel's arguments are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,8 +1,8 @@
-"""Packed matrix times a few int8 vectors: decode at the speed of memory.
+"""Packed matrix times a few int8 vectors: decode at memory speed.
 
 One token reads every weight once and reuses none, so the floor is bytes over bandwidth: 13824 x 2560 is 8.8 MB at two
 bits, 2.1 us at 4.3 TB/s, against 16.5 us for bf16. At that pace one multiprocessor of an H200 gets 17 weights a cycle
-and has 64 integer lanes, so an instruction a weight is too many: the arithmetic has to be four weights wide.
+and has 64 integer lanes, so one instruction per weight is too many: each has to process four weights.
 
     word = 16 weights (kernels/gpu/layout.py), one 16-byte load = 64 weights of a row
     word & 0x03030303            four codes 0, 1, 2 of field 0     dp4a with four int8 activations into `low`
@@ -12,18 +12,18 @@ and has 64 integer lanes, so an instruction a weight is too many: the arithmetic
     sum = low + high / 16 - sum of q          exact: `high` is a multiple of 16
 
 dp4a adds four products of a code in {0, 1, 2}: skip, add, add twice. Nine instructions for 16 weights, 0.56 each:
-1.1 us of integer work for 13824 x 2560 on 132 multiprocessors at 1.98 GHz, under the memory's 2.1 us. (A scalar loop of
-test, add, subtract needs three instructions a weight: 6 us.) Bounds: |high| <= 2 * 16 * 128 * K / 2 < 2^31 for
+1.1 us of integer work for 13824 x 2560 on 132 multiprocessors at 1.98 GHz, less than the memory's 2.1 us. (A scalar loop
+of test, add, subtract needs three instructions per weight: 6 us.) Bounds: |high| <= 2 * 16 * 128 * K / 2 < 2^31 for
 K < 2^20, and `low` and the total are smaller.
 
-A program owns BLOCK_N rows and STEP blocks at a time: one load instruction a tile, all of it in flight together.
-Little's law wants some 3 MB in flight (4.3 TB/s times 700 ns), 23 KB a multiprocessor: two programs of 128 threads with
-64 bytes each in flight are 16 KB, four are 32. K is split over the grid until there are enough programs; each split
-writes its own int32 partial sums, no atomics and nothing to zero, and whoever reads the result (the next fused kernel)
-adds the splits. Sums of integers: any split gives the same bits.
+A program takes BLOCK_N rows and STEP blocks at a time: one load instruction per tile, all of it in flight together.
+Little's law asks for some 3 MB in flight (4.3 TB/s times 700 ns), 23 KB per multiprocessor: two programs of 128 threads
+with 64 bytes each in flight are 16 KB, four are 32. K is split over the grid until there are enough programs. Each
+split writes its own int32 partial sums, without atomics and without zeroing, and the next kernel adds the splits. These
+are integers, so any split gives the same bits.
 
-Up to 16 tokens share the decoded words. Each token costs 4 more instructions for 16 weights, so tensor cores win from
-a few tokens on; kernels/gpu/packed_gemm.py with its smallest tile is the other contender and the tuner decides.
+Up to 16 tokens share the decoded words. Each token costs 4 more instructions for 16 weights, so tensor cores are faster
+from a few tokens on: the tuner compares with the smallest tile of kernels/gpu/packed_gemm.py.
 
 Dimensions: M tokens (1..16), N out-features, K in-features; blocks of 256 along K.
 """
@@ -75,7 +75,7 @@ def gemv_one_kernel(
     for step in range(steps):
         block = first + step * STEP + column // 16
         inside = block < blocks
-        # The row in front of the block: int64, since a head of 2^18 rows times 2^17 columns passes 2^31 words.
+        # int64, because a head of 2^18 rows times 2^17 columns has more than 2^31 words.
         place = (block[None, :].to(tl.int64) * N + rows[:, None]) * 16 + (column % 16)[None, :]
         word = tl.load(
             w_ptr + place, mask=(rows < N)[:, None] & inside[None, :], other=0, eviction_policy="evict_first"
@@ -141,10 +141,8 @@ def gemv_kernel(
     tl.store(out_ptr + place, sums, mask=(rows < N)[:, None] & (token < M)[None, :])
 
 
-def gemv(
-    q: Tensor, weights: GpuWeights, config: tune.Config, *, out: Tensor | None = None, pdl: bool = False
-) -> Tensor:
-    """Partial sums [splits, M, N] int32 of q [M, blocks * 256] int8 (zero behind K) and packed weights.
+def gemv(q: Tensor, weights: GpuWeights, config: tune.Config, *, pdl: bool = False) -> Tensor:
+    """Partial sums [splits, M, N] int32 of q [M, blocks * 256] int8 (zero after K) and packed weights.
 
     splits = ceil(blocks / (step * steps)) of the config; their sum over the first dimension is the product, exact.
     Raises ValueError for a wrong shape, and for more than 16 tokens.
@@ -154,10 +152,7 @@ def gemv(
     if not 1 <= M <= MAX_TOKENS:
         raise ValueError(f"gemv: got {M} tokens, expected 1 to {MAX_TOKENS}; use the GEMM for more")
     shape = (triton.cdiv(weights.blocks, c["step"] * c["steps"]), M, weights.n)
-    if out is None:
-        out = torch.empty(shape, dtype=torch.int32, device=q.device)
-    if out.shape != shape or out.dtype != torch.int32 or not out.is_contiguous():
-        raise ValueError(f"gemv: got out {out.dtype} {tuple(out.shape)}, expected int32 {shape}")
+    out = torch.empty(shape, dtype=torch.int32, device=q.device)
     grid = (triton.cdiv(weights.n, c["block_n"]), shape[0])
     words, codes = q.view(torch.int32), weights.data.view(torch.int32)
     options = {"BLOCK_N": c["block_n"], "STEP": c["step"], "PDL": pdl, "num_warps": c["num_warps"]}

@@ -3,13 +3,13 @@
     y  [M, N] = (q  [M, K] . codes   [N, K]) * (scale[n] / inv_scale[m])      forward
     dx [M, K] = (qg [M, N] . codes^T [K, N]) * (1 / inv_scale[m])             qg: (dy * scale) in int8, a scale a row
 
-One kernel for both: int8 tensor cores want both operands contiguous along the summed dimension, so the gradient reads
-a transposed copy of the codes, one byte a weight. The sum is int32 and exact; scales come after it, in the epilogue,
-with the roundings of `reference.scale_output`: `y` is the reference's to the last bit.
+One kernel for both: int8 tensor cores need both operands contiguous along the summed dimension, so the gradient reads a
+transposed copy of the codes, one byte per weight. The sum is int32 and exact; the epilogue applies scales with the
+roundings of `reference.scale_output`: `y` equals the reference to the last bit.
 
 Floors on an H200: 2 * M * N * K operations at ~1,580 Tops (twice the 790 measured in bf16) and M * K + N * K bytes in,
-2 * M * N out at 4.3 TB/s. At 65,536 tokens, 768 x 2048: 206 Gops, 130 us, against 75 us of memory: arithmetic wins, if
-barely, which is why the output is written once, in bf16.
+2 * M * N out at 4.3 TB/s. At 65,536 tokens, 768 x 2048: 206 Gops, 130 us, against 75 us of memory: the product is just
+compute-bound, because the output is written once, in bf16.
 
 `RAW` writes the int32 sums instead: the `codes_matmul` of the backend.
 
@@ -79,8 +79,8 @@ def int8_gemm_kernel(
         tl.store(out_ptr + place, narrow(y, out_ptr.dtype.element_ty), mask=mask)
 
 
-# Tiles by their reason. A 128 x 256 tile of int32 sums takes 128 registers a thread and does most products a byte
-# from shared memory; 128 x 128 fills the machine when M * N is small; the last is for narrow outputs and few tokens.
+# The reasons for the tiles: 128 x 256 takes 128 registers per thread for its int32 sums, and does the most products per
+# byte from shared memory; 128 x 128 fills the machine when M * N is small; the last is for narrow outputs, few tokens.
 # BLOCK_K of 128 bytes is the widest swizzle of shared memory: (128 + 256) * 128 bytes * 4 stages = 192 KiB of 227.
 CONFIGS: tuple[tune.Config, ...] = (
     {"block_m": 128, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 3},

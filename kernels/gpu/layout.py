@@ -1,25 +1,25 @@
-"""Packed weights as the GPU likes them: tiles of 256 weights a row, decoded by one mask a field.
+"""The layout of packed weights on a GPU: tiles of 256 weights per row, decoded with one mask per field.
 
-The file's layout (kernels/packing.py) puts four neighbours along K into a byte. A kernel that decodes with one shift
-and one mask for four bytes at a time then gets every fourth k, which no tensor core wants. So K is cut into blocks of
-256, a block of a row is 64 bytes, and field s of byte j is
+The file's layout (kernels/packing.py) puts four neighbours along K into a byte. A kernel that decodes four bytes at a
+time with one shift and one mask would get every fourth k, which suits no tensor core. So K is cut into blocks of 256, a
+block of a row is 64 bytes, and field s of byte j is
 
     k = 256 * block + 64 * s + j            fields 0..3 hold w + 1, as in the file
 
-so that the field at shift 2s of 64 neighbouring bytes is 64 neighbouring k: a 32-bit word is four neighbouring k,
-`(word >> 2s) & 0x03030303` is four int8 codes in the right order, and q is read in rows of 64 as it lies.
+so that the field at shift 2s of 64 neighbouring bytes is 64 neighbouring k: `(word >> 2s) & 0x03030303` of a 32-bit
+word is four int8 codes in the right order, and q is read in rows of 64 as it is stored.
 
-    data [blocks, N, 64] uint8              block-major: the rows of one block lie one after the other
+    data [blocks, N, 64] uint8              block-major: the rows of one block are contiguous
 
 Block-major because a tile of R rows of one block is then R * 64 contiguous bytes: every 16-byte load of a warp is
-part of one 512-byte run, wherever K is split. Two bits a weight; K is filled to a multiple of 256 (0 % for every
-preset, hidden and ffn sizes are multiples of 256) with w = 0.
+part of one 512-byte run, wherever K is split. K is padded to a multiple of 256 with w = 0
+(no padding for any preset: hidden and ffn sizes are multiples of 256).
 
-Codes stay unsigned (0, 1, 2) inside the kernels, which saves the subtraction for each weight:
+Codes stay unsigned (0, 1, 2) inside the kernels, which saves one subtraction per weight:
 
     sum_k (code - 1) * q = sum_k code * q - sum_k q
 
-and the sum of q is one number a token, exact in int32 like everything else.
+and the sum of q is one number per token, exact in int32 like everything else.
 
 Dimensions: N out-features, K in-features.
 """

@@ -2,29 +2,26 @@
 
     out[m, n] = sum_k (code[n, k] - 1) * q[m, k]        int32, exact
 
-The two-bit fields become int8 in registers, never in memory. For that the weights are the *left* operand: Hopper's
-wgmma takes its left operand from registers, so decoded codes go from the load through a shift and a mask (two
-instructions for four weights) into the tensor core, while activations, the right operand, travel by asynchronous copy
-into shared memory as they lie. The tile of the result is then [N, M], and is transposed once, at the end.
-`WEIGHTS_LEFT = False` is the usual orientation, where decoded weights are written to shared memory first.
+The two-bit fields become int8 in registers, never in memory. That is why the weights are the *left* operand: Hopper's
+wgmma takes its left operand from registers, so codes go from the load through a shift and a mask (two instructions for
+four weights) into the tensor core, while activations, the right operand, are copied asynchronously to shared memory.
+The result tile is then [N, M], and is transposed once, at the end. `WEIGHTS_LEFT = False` is the usual orientation,
+where decoded weights are written to shared memory first.
 
-A tile of one block is 64 bytes a row and holds K in four fields of 64 neighbours (kernels/gpu/layout.py): one load of
-packed bytes feeds four products of depth 64, each with the 64 activations that belong to that field. The codes stay
-0, 1, 2; the sum of q is subtracted at the end, one number a token.
+A tile of one block is 64 bytes per row and holds K in four fields of 64 neighbours (kernels/gpu/layout.py): one load of
+packed bytes feeds four products of depth 64, each with the 64 activations of its field. The codes stay 0, 1, 2; the sum
+of q, one number per token, is subtracted at the end.
 
-Floors on an H200 (4.3 TB/s; ~790 Tops bf16 and twice that int8, measured and by ratio): 512 tokens x 13824 x 2560 are
-36 Gops, 23 us in int8 and 46 us in bf16, against 2 us for the packed weights and ~20 us for writing int32 (bf16: 3 us):
-so results that go on in bf16 are scaled in the epilogue (SCALED) instead of a kernel of their own. Decoding costs
-2 * 128 * 64 / 4 instructions for a tile of 128 rows and one field, 32 a thread of 128; the products of a 128-token tile
-take 256 cycles meanwhile.
+Floors on an H200 (4.3 TB/s; ~790 Tops bf16, measured, and twice that in int8, inferred): 512 tokens x 13824 x 2560 are
+36 Gops, 23 us in int8 and 46 us in bf16, against 2 us for the packed weights and ~20 us for writing int32. Decoding
+costs 2 * 128 * 64 / 4 instructions for a tile of 128 rows and one field, 32 for each of 128 threads; the products of a
+128-token tile take 256 cycles meanwhile.
 
 From 2 to 64 tokens the time is that of reading the weights, and K is split over the grid until every multiprocessor has
-work; splits write partial sums, as in kernels/gpu/gemv.py.
+work; each split writes partial sums, as in kernels/gpu/gemv.py.
 
 Dimensions: M tokens, N out-features, K in-features.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,13 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet.kernels.gpu import tune
-from bitnet.kernels.gpu.common import ASM, EXACT, PDL_LAUNCH, check_matrix, narrow, scaled, starts
+from bitnet.kernels.gpu.common import ASM, EXACT, PDL_LAUNCH, check_matrix
 from bitnet.kernels.gpu.layout import BLOCK_K, GpuWeights
 
 
 @triton.jit
 def field(packed, SHIFT: tl.constexpr):
-    """Field at SHIFT of each byte, as int8 0, 1 or 2; four bytes an instruction where inline PTX can be had."""
+    """Field at SHIFT of each byte, as int8 0, 1 or 2; four bytes per instruction with inline PTX."""
     if not ASM:
         return ((packed >> SHIFT) & 3).to(tl.int8)
     if SHIFT == 0:
@@ -78,22 +75,15 @@ def packed_gemm_kernel(
     q_ptr,  # [M, blocks * 256] int8
     sum_ptr,  # [M] int32: sums of q
     w_ptr,  # [blocks, N, 64] uint8
-    out_ptr,  # [splits, M, N] int32, or [M, N] float if SCALED
-    inv_ptr,  # [M] fp32, if SCALED
-    scale_ptr,  # [SEGMENTS] fp32, if SCALED
+    out_ptr,  # [splits, M, N] int32
     M,
     N,
     blocks,
     share,  # blocks of one split
-    start1,
-    start2,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,  # row tiles that run together, so that they share columns in L2
     WEIGHTS_LEFT: tl.constexpr,
-    SCALED: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ALIGNED: tl.constexpr,  # segments begin at multiples of BLOCK_N
     PDL: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -129,106 +119,41 @@ def packed_gemm_kernel(
         acc -= tl.load(sum_ptr + tokens, mask=tokens < M, other=0)[:, None]
     mask = (tokens < M)[:, None] & (rows < N)[None, :]
     place = (split.to(tl.int64) * M + tokens[:, None]) * N + rows[None, :]
-    if SCALED:
-        inv_scale = tl.load(inv_ptr + tokens, mask=tokens < M, other=1.0)
-        y = scaled(acc, scale_ptr, inv_scale, rows, tile_n * BLOCK_N, start1, start2, SEGMENTS, ALIGNED)
-        tl.store(out_ptr + place, narrow(y, out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out_ptr + place, acc, mask=mask)
+    tl.store(out_ptr + place, acc, mask=mask)
 
 
-def packed_gemm(
-    q: Tensor,
-    sums: Tensor,
-    weights: GpuWeights,
-    config: tune.Config,
-    *,
-    out: Tensor | None = None,
-    pdl: bool = False,
-) -> Tensor:
-    """Partial sums [splits, M, N] int32 of q [M, blocks * 256] int8 (zero behind K) and packed weights.
+def packed_gemm(q: Tensor, sums: Tensor, weights: GpuWeights, config: tune.Config, *, pdl: bool = False) -> Tensor:
+    """Partial sums [splits, M, N] int32 of q [M, blocks * 256] int8 (zero after K) and packed weights.
 
-    sums: [M] int32, the sum of each row of q. splits = ceil(blocks / config["share"]). Raises ValueError for a wrong
-    shape.
-    """
-    shape = (triton.cdiv(weights.blocks, config["share"]), q.shape[0], weights.n)
-    if out is None:
-        out = torch.empty(shape, dtype=torch.int32, device=q.device)
-    if out.shape != shape or out.dtype != torch.int32 or not out.is_contiguous():
-        raise ValueError(f"packed_gemm: got out {out.dtype} {tuple(out.shape)}, expected int32 {shape}")
-    _launch(q, sums, weights, config, out, None, None, (weights.n,), pdl)
-    return out
-
-
-def packed_gemm_scaled(
-    q: Tensor,
-    sums: Tensor,
-    weights: GpuWeights,
-    inv_scale: Tensor,
-    scales: Tensor,
-    dtype: torch.dtype,
-    config: tune.Config,
-    sizes: Sequence[int] = (),
-) -> Tensor:
-    """y [M, N] in `dtype`: the product times scales / inv_scale [M] (fp32), rounded as the reference does.
-
-    scales: [S] fp32, one for each of the S <= 3 groups of rows of the weights, whose sizes add up to N (default: one).
+    sums: [M] int32, the sum of each row of q. splits = ceil(blocks / config["share"]). pdl: see `products`.
     Raises ValueError for a wrong shape.
     """
-    M, N = q.shape[0], weights.n
-    sizes = tuple(sizes) or (N,)
-    if scales.shape != (len(sizes),) or sum(sizes) != N or inv_scale.numel() != M:
-        raise ValueError(
-            f"packed_gemm: got {tuple(scales.shape)} scales for rows {sizes} of {N} and {inv_scale.numel()} inverse "
-            f"scales, expected one a group, sizes that add up to N, and [{M}]"
-        )
-    out = torch.empty(M, N, dtype=dtype, device=q.device)
-    _launch(q, sums, weights, config | {"share": weights.blocks}, out, inv_scale, scales, sizes, False)
-    return out
-
-
-def _launch(
-    q: Tensor,
-    sums: Tensor,
-    weights: GpuWeights,
-    config: tune.Config,
-    out: Tensor,
-    inv_scale: Tensor | None,
-    scales: Tensor | None,
-    sizes: Sequence[int],
-    pdl: bool,
-) -> None:
     check_matrix("packed_gemm: activations", q, torch.int8, weights.blocks * BLOCK_K)
     (M, N), c = (q.shape[0], weights.n), config
     if sums.shape != (M,) or sums.dtype != torch.int32:
         raise ValueError(f"packed_gemm: got sums {sums.dtype} {tuple(sums.shape)}, expected int32 [{M}]")
+    splits = triton.cdiv(weights.blocks, c["share"])
+    out = torch.empty(splits, M, N, dtype=torch.int32, device=q.device)
     if M == 0:
-        return
-    start1, start2 = starts(sizes)
-    grid = (triton.cdiv(M, c["block_m"]) * triton.cdiv(N, c["block_n"]), triton.cdiv(weights.blocks, c["share"]))
+        return out
+    grid = (triton.cdiv(M, c["block_m"]) * triton.cdiv(N, c["block_n"]), splits)
     packed_gemm_kernel[grid](
         q,
         sums,
         weights.data,
         out,
-        out if inv_scale is None else inv_scale,
-        out if scales is None else scales,
         M,
         N,
         weights.blocks,
         c["share"],
-        start1,
-        start2,
         BLOCK_M=c["block_m"],
         BLOCK_N=c["block_n"],
         GROUP=8,
         WEIGHTS_LEFT=bool(c["weights_left"]),
-        SCALED=scales is not None,
-        SEGMENTS=len(sizes),
-        ALIGNED=all(start % c["block_n"] == 0 for start in (start1, start2)),
         PDL=pdl,
         num_warps=c["num_warps"],
         num_stages=c["num_stages"],
         **EXACT,
         **PDL_LAUNCH[pdl],
     )
+    return out

@@ -1,15 +1,15 @@
-"""The backend's products, and which kernel computes one: GEMV or GEMM, tile and split of K.
+"""The backend's products, and the choice of their kernel: GEMV or GEMM, tile and split of K.
 
-Candidates and their reasons; the tuner (kernels/gpu/tune.py) measures them once for a shape:
+Candidates and the reasons for them; the tuner (kernels/gpu/tune.py) measures them once per shape:
 
-    1 token        dp4a GEMV: rows a program 32 to 128; smaller tiles fill the machine at N = 2560, larger ones reuse
+    1 token        dp4a GEMV, 32 to 128 rows per program; smaller tiles fill the machine at N = 2560, larger ones reuse
                    the activations in registers
     2..16 tokens   dp4a GEMV against the smallest tensor-core tile (16 tokens), which reads the same bytes
     17..64         tensor-core tiles of 32 and 64 tokens, K split
     65 and more    128 and 256 tokens; weights as the left operand (decoded in registers) or the right one
 
-K is split until there are `_PROGRAMS` programs a multiprocessor, at most 16 times: whoever reads the partial sums reads
-4 bytes * splits * M * N, which at 16 splits of 2560 rows is a tenth of the weights.
+K is split until there are `_PROGRAMS` programs per multiprocessor, at most 16 times: the kernel that follows reads
+4 bytes * splits * M * N of partial sums, which at 16 splits of 2560 rows is a tenth of the weights.
 
 Dimensions: M tokens, N out-features, K in-features.
 """
@@ -25,11 +25,11 @@ from bitnet.kernels.gpu.device import multiprocessors
 from bitnet.kernels.gpu.layout import BLOCK_K, GpuWeights
 
 MAX_SPLITS = 16
-_PROGRAMS = 4  # programs of 128 threads a multiprocessor: 32 KB of weights in flight, Little's law asks for 23
+_PROGRAMS = 4  # programs of 128 threads per multiprocessor: 32 KB of weights in flight; Little's law asks for 23
 
 
 def candidates(tokens: int, weights: GpuWeights, device: torch.device) -> list[tune.Config]:
-    """Configurations worth measuring for this many tokens, best guess first. "gemv" says which kernel."""
+    """Configurations to measure for this many tokens, best guess first; "gemv": 1 for the GEMV, 0 for the GEMM."""
     programs = _PROGRAMS * multiprocessors(device)
     if tokens == 1:
         tiles = ((64, 2, 4), (32, 2, 4), (64, 1, 4), (32, 4, 4), (128, 2, 8), (16, 4, 2))
@@ -79,8 +79,8 @@ def partial_sums(
 ) -> Tensor:
     """[splits, M, N] int32 whose sum over the first dimension is the exact product of q and packed weights.
 
-    q: [M, blocks * 256] int8, zero behind K; sums: [M] int32, its row sums. `config`: default the tuner's. pdl: start
-    before the kernel in front has finished (compute capability 9.0 or more).
+    q: [M, blocks * 256] int8, zero after K; sums: [M] int32, its row sums. `config`: default the tuner's. pdl: start
+    while the kernel before this one still runs (programmatic dependent launch, compute capability 9.0 or more).
     """
 
     def run(c: tune.Config) -> Tensor:
@@ -91,29 +91,10 @@ def partial_sums(
     return run(config or _best(q, weights, run))
 
 
-def scaled_product(
-    q: Tensor, sums: Tensor, weights: GpuWeights, inv_scale: Tensor, scales: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """y [M, N] in `dtype`, scales applied in the GEMM's epilogue: prefill. Arguments as in `packed_gemm_scaled`."""
-
-    def run(c: tune.Config) -> Tensor:
-        return packed_gemm.packed_gemm_scaled(q, sums, weights, inv_scale, scales, dtype, c)
-
-    shapes = [c for c in candidates(max(q.shape[0], 65), weights, q.device) if not c["gemv"]]
-    return run(tune.best("scaled", (tune.bucket(q.shape[0]), weights.n, weights.k), shapes, _ignore(run), q.device))
-
-
 def _best(q: Tensor, weights: GpuWeights, run: Callable[[tune.Config], Tensor]) -> tune.Config:
     tokens = q.shape[0] if q.shape[0] <= 64 else tune.bucket(q.shape[0])
     choices = candidates(tokens, weights, q.device)
-    return tune.best("packed", (tokens, weights.n, weights.k), choices, _ignore(run), q.device)
-
-
-def _ignore(run: Callable[[tune.Config], Tensor]) -> Callable[[tune.Config], None]:
-    def launch(config: tune.Config) -> None:
-        run(config)
-
-    return launch
+    return tune.best("packed", (tokens, weights.n, weights.k), choices, run, q.device)
 
 
 # ---- the backend (kernels/ops.py) --------------------------------------------------------------------------

@@ -1,25 +1,25 @@
 """Activations and weights to codes: RMSNorm, absmax and int8 in one pass; absmean and ternary in two.
 
-Rows. A row of activations stays in the registers of one thread block from the load to the codes: read 4 bytes an
-element (2 in bf16), write 1. Done one after the other, RMSNorm and the quantiser also write and read the normalised
-row in fp32: 8 bytes more. At 65,536 tokens x 768 that is 400 MB, 0.1 ms of an H200, four times a layer.
+Rows. A row of activations stays in the registers of one thread block from the load to the codes: 4 bytes read per
+element (2 in bf16), 1 written. As separate kernels, RMSNorm and the quantiser would also write and read the normalised
+row in fp32: 8 bytes more. At 65,536 tokens x 768 that is 400 MB, 0.1 ms on an H200, four times per layer.
 
     r = 1 / sqrt(mean(x^2) + eps);  y = x * r * gain;  inv = 127 / max(max|y|, 1e-5);  q = round_half_even(y * inv)
 
-`inv` is (1 / max) * 127 in two fp32 roundings, as the reference has it, so that without the norm the codes are the
-reference's to the last bit. With it they differ where y * inv is within a few roundings of a half: a sum of squares has
-no order of its own. The maximum is taken over bit patterns, because a NaN then wins (fp32 `max` drops it): a row with a
-NaN or an infinity gets inv = NaN or 0 and hence no finite output, never a plausible one.
+`inv` is (1 / max) * 127 in two fp32 roundings, as in the reference, so that without the norm the codes equal the
+reference's. With it they differ where y * inv is within a few roundings of a half, because sums of squares are added in
+another order. The maximum is taken over bit patterns, where a NaN wins (fp32 `max` drops it): a row with a NaN or an
+infinity gets inv = NaN or 0, and hence no finite output.
 
 Backward of the norm, from dy (the straight-through gradient of q / inv with respect to y):
 
     dx = r * (dy * gain - x * r * mean(dy * gain * x * r)),   dgain = sum over rows of dy * x * r
 
-Weights. One kernel sums |W| into a few hundred fp64 partial sums; the second adds those up again in every program, in
-the same order, and writes the codes. Nothing returns to the host, there are no atomics, and the result does not depend
-on scheduling. The order of additions inside a row is not torch's (nor is torch's on a GPU its own on a CPU), so the
-scale may differ from the reference's in its last bit; given the scale the codes are equal. Twice 4 bytes and once 1 a
-weight: 74 M weights in 0.15 ms of an H200, once an optimiser step.
+Weights. One kernel sums |W| into a few hundred fp64 partial sums; in the second, every program adds those up in the
+same order, and writes its codes. The host does not wait, there are no atomics, and the result does not depend on scheduling.
+The order of additions inside a row is not torch's (which differs between CPU and GPU too), so the last bit of the scale
+may differ from the reference; given the scale, the codes are equal. Each weight is read twice, 4 bytes each time, and 1
+byte is written: 74 M weights in 0.15 ms on an H200, once per optimiser step.
 
 Dimensions: M rows (tokens), N out-features, K in-features.
 """
@@ -31,20 +31,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet.kernels import packing
 from bitnet.kernels.gpu.common import EXACT, narrow, round_even
 from bitnet.kernels.gpu.device import INTERPRET
 from bitnet.kernels.gpu.layout import BLOCK_K
 
-MAX_ROW = 2**17  # elements of a row: 128 a thread of the largest thread block
-_SUMS = (
-    8 if INTERPRET else 512
-)  # partial sums of |W|: four programs a multiprocessor of the largest GPUs, and one load to add up
-_TILE = 4096  # elements of a weight in flight in one program: 16 to 32 a thread
+MAX_ROW = 2**17  # elements of a row: 128 per thread of the largest thread block
+# Partial sums of |W|: four programs for each multiprocessor of the largest GPUs, and one load to add them up.
+_SUMS = 8 if INTERPRET else 512
+_TILE = 4096  # elements of a weight in flight in one program: 16 to 32 per thread
 
 
 class Rows(NamedTuple):
-    """Quantised rows: codes [M, width] int8 (zero behind K), inv_scale [M] fp32, sums [M] int32, rstd [M] fp32."""
+    """Quantised rows: codes [M, width] int8 (zero after K), inv_scale [M] fp32, sums [M] int32, rstd [M] fp32."""
 
     codes: Tensor
     inv_scale: Tensor
@@ -61,7 +59,7 @@ def rms(x, size, eps):
 @triton.jit
 def quantize_row(y, q_row, inv_ptr, sum_ptr, k, width):
     """Write one row [BLOCK] fp32, zero behind its end, as `width` int8 codes with inverse scale and sum."""
-    # |y| as integers: ordered as the numbers are, infinity above all of them and NaN above infinity.
+    # |y| as integers: in the same order as the numbers, then infinity, then NaN.
     largest = tl.max(tl.abs(y).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
     inv = tl.div_rn(1.0, tl.where(largest < 1e-5, 1e-5, largest)) * 127.0
     codes = round_even(y * inv).to(tl.int32)
@@ -110,7 +108,7 @@ def norm_backward_kernel(
     k = tl.arange(0, BLOCK)
     gain = tl.load(gain_ptr + k, mask=k < K, other=0.0)
     dgain = tl.zeros((BLOCK,), tl.float32)
-    # Rows are dealt out in turn, so that programs that run together read neighbouring rows.
+    # Interleaved, so that programs that run together read neighbouring rows.
     for row in range(tl.program_id(0), M, tl.num_programs(0)):
         place = row * tl.full((), K, tl.int64) + k
         dy = tl.load(dy_ptr + place, mask=k < K, other=0.0).to(tl.float32)
@@ -144,7 +142,7 @@ def _mean_abs(sum_ptr, size, SUMS: tl.constexpr):
 
 @triton.jit
 def _code(w, scale):
-    # The clamp first: a lone huge weight would leave the range where adding 1.5 * 2^23 rounds.
+    # Clamp first: a huge weight would leave the range in which adding 1.5 * 2^23 rounds.
     scaled = w.to(tl.float32) * tl.div_rn(1.0, scale)
     return round_even(tl.minimum(tl.maximum(scaled, -2.0), 2.0))
 
@@ -168,55 +166,24 @@ def ternary_kernel(
         tl.store(scale_ptr, scale)
 
 
-@triton.jit
-def ternary_pack_kernel(
-    w_ptr,  # [N, K] float
-    sum_ptr,  # [SUMS] fp64
-    packed_ptr,  # [N, width] uint8: the file's layout, four neighbours a byte
-    scale_ptr,  # [] fp32
-    N,
-    K,
-    width,
-    SUMS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    scale = _mean_abs(sum_ptr, tl.full((), N, tl.int64) * K, SUMS)
-    row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    packed = tl.zeros((TILE,), tl.int32)
-    for i in tl.static_range(4):
-        k = byte * 4 + i  # behind K lies w = 0, whose field is 1 as in every packed file
-        code = _code(tl.load(w_ptr + row * K + k, mask=k < K, other=0.0), scale)
-        packed |= (tl.minimum(tl.maximum(code, -1.0), 1.0).to(tl.int32) + 1) << (2 * i)
-    tl.store(packed_ptr + row * width + byte, packed.to(tl.uint8), mask=byte < width)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(scale_ptr, scale)
-
-
 def row_warps(block: int) -> int:
-    """Warps for a row of `block` elements: 16 elements a thread, four 16-byte loads in fp32."""
+    """Warps for a row of `block` elements: 16 elements per thread, four 16-byte loads in fp32."""
     return min(max(block // 512, 1), 32)
 
 
 def padded(k: int) -> int:
-    """K filled up to whole blocks of packed weights."""
+    """K rounded up to whole blocks of packed weights."""
     return -(-k // BLOCK_K) * BLOCK_K
 
 
-def quantize_rows(
-    x: Tensor, gain: Tensor | None = None, eps: float = 0.0, width: int | None = None, out: Rows | None = None
-) -> Rows:
-    """Int8 codes of x [M, K] float, behind an RMSNorm with `gain` [K] fp32 and `eps` if a gain is given.
+def quantize_rows(x: Tensor, gain: Tensor | None = None, eps: float = 0.0, width: int | None = None) -> Rows:
+    """Int8 codes of x [M, K] float, after an RMSNorm with `gain` [K] fp32 and `eps` if a gain is given.
 
-    width: columns of the codes, K or more (default K); what lies behind K is zero. rstd is empty without a gain.
-    Raises ValueError for a wrong shape or dtype and for K beyond 131,072.
+    width: columns of the codes, K or more (default K); those after K are zero. rstd is empty without a gain.
+    Raises ValueError for a wrong shape or dtype and for K above 131,072.
     """
-    if (
-        x.dim() != 2
-        or not x.is_floating_point()
-        or not 1 <= x.shape[1] <= MAX_ROW
-        or (x.shape[1] > 1 and x.stride(1) != 1)
-    ):
+    is_matrix = x.dim() == 2 and x.is_floating_point() and 1 <= x.shape[1] <= MAX_ROW
+    if not is_matrix or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"quantize: got {x.dtype} {tuple(x.shape)}, expected float [M, 1..{MAX_ROW}], contiguous rows")
     (M, K), width = x.shape, width or x.shape[1]
     if width < K or (gain is not None and (gain.shape != (K,) or gain.dtype != torch.float32)):
@@ -224,31 +191,31 @@ def quantize_rows(
             f"quantize: got width {width} and gain {None if gain is None else tuple(gain.shape)}, expected {K} or "
             f"more and fp32 [{K}]"
         )
-    if out is None:
-        out = Rows(
-            torch.empty(M, width, dtype=torch.int8, device=x.device),
-            torch.empty(M, dtype=torch.float32, device=x.device),
-            torch.empty(M, dtype=torch.int32, device=x.device),
-            torch.empty(0 if gain is None else M, dtype=torch.float32, device=x.device),
-        )
+    out = Rows(
+        torch.empty(M, width, dtype=torch.int8, device=x.device),
+        torch.empty(M, dtype=torch.float32, device=x.device),
+        torch.empty(M, dtype=torch.int32, device=x.device),
+        torch.empty(0 if gain is None else M, dtype=torch.float32, device=x.device),
+    )
+    if M == 0:
+        return out
     block = triton.next_power_of_2(width)
-    if M:
-        quantize_kernel[(M,)](
-            x,
-            x if gain is None else gain,
-            out.codes,
-            out.inv_scale,
-            out.sums,
-            out.rstd,
-            K,
-            width,
-            x.stride(0),
-            eps,
-            BLOCK=block,
-            NORM=gain is not None,
-            num_warps=row_warps(block),
-            **EXACT,
-        )
+    quantize_kernel[(M,)](
+        x,
+        x if gain is None else gain,
+        out.codes,
+        out.inv_scale,
+        out.sums,
+        out.rstd,
+        K,
+        width,
+        x.stride(0),
+        eps,
+        BLOCK=block,
+        NORM=gain is not None,
+        num_warps=row_warps(block),
+        **EXACT,
+    )
     return out
 
 
@@ -264,7 +231,7 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Te
             f"{tuple(x.shape)}, expected [M, K], [K], [M]"
         )
     dy, x = dy.contiguous(), x.contiguous()
-    # A gain's gradient is a sum over all rows: a few hundred programs keep their part of it in registers.
+    # A gain's gradient is a sum over all rows: a few hundred programs keep partial sums in registers.
     programs = max(1, min(M, _SUMS))
     dx, dgain = torch.empty_like(x), torch.empty(programs, K, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(K)
@@ -275,7 +242,7 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Te
 
 
 def ternary_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Absmean codes [N, K] int8 and scale [] fp32 of a weight [N, K] float; nothing waits for the device.
+    """Absmean codes [N, K] int8 and scale [] fp32 of a weight [N, K] float; the host does not wait for the device.
 
     Raises ValueError for another rank or dtype.
     """
@@ -284,17 +251,6 @@ def ternary_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     grid = (triton.cdiv(weight.numel(), _TILE),)
     ternary_kernel[grid](weight, sums, codes, scale, weight.numel(), SUMS=_SUMS, TILE=_TILE, num_warps=8, **EXACT)
     return codes, scale
-
-
-def ternary_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ternary_weights`, but packed in the file's layout: [N, ceil(K / 4)] uint8 and scale [] fp32."""
-    weight, sums, scale = _abs_sums(weight)
-    (N, K), width = weight.shape, packing.packed_width(weight.shape[1])
-    packed = torch.empty(N, width, dtype=torch.uint8, device=weight.device)
-    tile = min(triton.next_power_of_2(width), 1024)
-    grid = (N, triton.cdiv(width, tile))
-    ternary_pack_kernel[grid](weight, sums, packed, scale, N, K, width, SUMS=_SUMS, TILE=tile, num_warps=4, **EXACT)
-    return packed, scale
 
 
 def _abs_sums(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

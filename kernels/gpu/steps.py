@@ -1,7 +1,7 @@
-"""Wrappers of the kernels in kernels/gpu/decode.py: they check, allocate, launch.
+"""Wrappers of the kernels in kernels/gpu/decode.py: they check, allocate and launch.
 
-Between products travels one of two: `Codes`, rows ready to be multiplied, or `Sums`, what a product of them left:
-integers without a scale.
+They exchange two types: `Codes`, the input of a product, and `Sums`, its result: integers that are not scaled yet.
+pdl, of all of them: start while the kernel before this one still runs (programmatic dependent launch).
 
 Dimensions: M rows, B sequences, T new positions, D model, F ffn, H heads, G key/value heads, E width of a head,
 S cached positions, V vocabulary.
@@ -19,14 +19,14 @@ from bitnet.kernels.gpu.common import EXACT, PDL_LAUNCH
 from bitnet.kernels.gpu.device import INTERPRET, multiprocessors
 from bitnet.kernels.gpu.layout import GpuWeights
 
-BLOCK_S = 32  # positions an attention program takes at a time: 64 numbers a thread for four heads of 128
-_MAX_PARTS = 32  # parts of the positions: at 4,096 positions four blocks each
-# The attention and head kernels may fuse multiply and add: nothing is rounded to integers there.
+BLOCK_S = 32  # positions an attention program takes at a time: 64 numbers per thread for four heads of 128
+_MAX_PARTS = 32  # spans that the positions are split into: at 4,096 positions four blocks each
+# The attention and head kernels may fuse multiply and add: they round nothing to integers.
 _FUSED = {"enable_fp_fusion": True}
 
 
 class Codes(NamedTuple):
-    """Int8 rows: codes [M, blocks * 256] (zero behind K), inverse scales [M] fp32, sums [M] int32."""
+    """Int8 rows: codes [M, blocks * 256] (zero after K), inverse scales [M] fp32, sums [M] int32."""
 
     codes: Tensor
     inv_scale: Tensor
@@ -34,7 +34,7 @@ class Codes(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a product left: acc [splits, M, N] int32 and the inverse scales [M] of the rows behind it."""
+    """The result of a product: acc [splits, M, N] int32 and the inverse scales [M] fp32 of the rows it read."""
 
     acc: Tensor
     inv_scale: Tensor
@@ -53,7 +53,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Table:
+class Embedding:
     """Embedding or head: rows [V, D] in bf16, or in int8 with a scale [V] fp32."""
 
     rows: Tensor
@@ -73,18 +73,18 @@ def _row_options(width: int, pdl: bool) -> dict[str, Any]:
     return {"BLOCK": block, "PDL": pdl, "num_warps": quantize.row_warps(block)} | EXACT | PDL_LAUNCH[pdl]
 
 
-def enter(ids: Tensor, table: Table, gain: Tensor, eps: float, pdl: bool = False) -> tuple[Tensor, Codes]:
-    """Embed ids [M] int64: the residual stream x [M, D] fp32, and its codes behind the first norm.
+def enter(ids: Tensor, embedding: Embedding, gain: Tensor, eps: float, pdl: bool = False) -> tuple[Tensor, Codes]:
+    """Embed ids [M] int64: the residual stream x [M, D] fp32, and its codes after the first norm.
 
     An id outside the vocabulary gives a row of NaN.
     """
-    (M,), (V, D) = ids.shape, table.rows.shape
+    (M,), (V, D) = ids.shape, embedding.rows.shape
     assert ids.dtype == torch.int64, f"enter: got ids {ids.dtype}, expected int64"
     x, out = torch.empty(M, D, dtype=torch.float32, device=ids.device), _new_codes(M, D, ids.device)
     decode.enter_kernel[(M,)](
         ids,
-        table.rows,
-        gain if table.scale is None else table.scale,
+        embedding.rows,
+        gain if embedding.scale is None else embedding.scale,
         gain,
         x,
         *out,
@@ -92,7 +92,7 @@ def enter(ids: Tensor, table: Table, gain: Tensor, eps: float, pdl: bool = False
         D,
         out.codes.shape[1],
         eps,
-        SCALED=table.scale is not None,
+        SCALED=embedding.scale is not None,
         **_row_options(out.codes.shape[1], pdl),
     )
     return x, out
@@ -185,11 +185,11 @@ def attend(
     eps: float,
     pdl: bool = False,
 ) -> Codes:
-    """One new position of B sequences: from the sums [splits, B, (H + 2 G) E] to the codes in front of o_proj.
+    """One new position of B sequences: from the sums [splits, B, (H + 2 G) E] to the codes that o_proj reads.
 
-    rotary: tables [limit, E] fp32; keys, values: [N, G, limit, E] of N sequences; sequences: [B] int64 on the device,
-    all different, says which of them a row goes on with, and positions, [B] int64 on the device, below limit, how much
-    of it is filled: the next one is written. gain: [H E] fp32 of the sub-norm, or None.
+    rotary: cosines and sines [limit, E] fp32; keys, values: [N, G, limit, E] fp32 of N sequences. sequences: [B] int64
+    on the device, all different, the sequence that each row continues; positions: [B] int64 on the device, below limit,
+    its length, which is where the new key and value are written. gain: [H E] fp32 of the sub-norm, or None.
     """
     B, D = sums.acc.shape[1], heads.query * heads.width
     limit, device = keys.shape[2], keys.device
@@ -257,23 +257,23 @@ def attend(
 
 
 def _parts(groups: int, limit: int, device: torch.device) -> int:
-    # Enough programs for two on every multiprocessor, no part shorter than two blocks.
+    # Enough programs for two on every multiprocessor; no part is shorter than two blocks.
     return max(1, min(2 * multiprocessors(device) // groups, triton.cdiv(limit, 2 * BLOCK_S), _MAX_PARTS))
 
 
-def head(terms: Tensor, table: Table, pdl: bool = False) -> Tensor:
+def head(terms: Tensor, embedding: Embedding, pdl: bool = False) -> Tensor:
     """Logits [M, V] fp32 of states given as three bf16 terms [3, M, D]."""
     _, M, D = terms.shape
-    V = table.rows.shape[0]
+    V = embedding.rows.shape[0]
     out = torch.empty(M, V, dtype=torch.float32, device=terms.device)
-    # Reading the table is all the time for few tokens: 128 x 64 bf16 are 16 KB a stage, three in flight, two programs
-    # a multiprocessor. For scoring, more tokens share a read.
+    # For few tokens reading the embedding takes all the time: 128 x 64 bf16 are 16 KB a stage, three in flight, two
+    # programs per multiprocessor. For scoring, more tokens share a read.
     block_m = 16 if M <= 16 else 64
     block_v, block_d = (64, 32) if INTERPRET else (128, 64)
     decode.head_kernel[(triton.cdiv(V, block_v), triton.cdiv(M, block_m))](
         terms,
-        table.rows,
-        table.rows if table.scale is None else table.scale,
+        embedding.rows,
+        embedding.rows if embedding.scale is None else embedding.scale,
         out,
         M,
         V,
@@ -282,7 +282,7 @@ def head(terms: Tensor, table: Table, pdl: bool = False) -> Tensor:
         BLOCK_V=block_v,
         BLOCK_D=block_d,
         EVEN_D=D % block_d == 0,
-        SCALED=table.scale is not None,
+        SCALED=embedding.scale is not None,
         PDL=pdl,
         num_warps=4 if block_m == 16 else 8,
         num_stages=4 if block_m == 16 else 3,

@@ -1,4 +1,4 @@
-"""The training path as torch operators: registered, with fake kernels and autograd, so that torch.compile sees through.
+"""The training path as torch operators, with fake kernels and autograd, so that torch.compile traces through them.
 
     bitnet::ternary_weights   W -> codes, scale                              two launches, no wait for the device
     bitnet::bit_linear        [RMSNorm,] int8, product, scales -> y          two launches for up to three matrices
@@ -11,14 +11,14 @@
                 dW = dy^T . (q / inv)                   cuBLAS
                 through the norm, if it is fused        kernels/gpu/quantize.py
 
-What is kept for the backward pass is q, one byte an element, and with a fused norm its input, which the residual stream
-keeps anyway, and one number a row.
+The backward pass needs q, one byte per element, and for a fused norm its input, which the residual stream keeps anyway,
+and one number per row.
 
-Why dx and dW run in cuBLAS: in bf16 they are plain products, and a float twin pays the same for them. What a ternary
-step saves is the forward product in int8; what it adds is quantising (bytes over bandwidth, kernels/gpu/quantize.py),
-codes to bf16 (3 bytes a weight), and q to bf16 (3 bytes an activation). At 65,536 tokens x 768 -> 2048 on an H200 (790
-Tops bf16): 261 us a product in bf16, 131 us in int8; 35 us to quantise with the norm inside; 35 us for q to bf16.
-By option both run in int8 as well, at twice the rate, and a training run has to tell whether the loss holds:
+dx and dW run in cuBLAS: in bf16 they are plain products, which cost the float baseline the same. A ternary step saves
+time in the forward product, which is int8; it adds quantising (memory-bound, kernels/gpu/quantize.py), codes to bf16 (3
+bytes per weight) and q to bf16 (3 bytes per activation). At 65,536 tokens x 768 -> 2048 on an H200 (790 Tops bf16): 261
+us per product in bf16, 131 us in int8; 35 us to quantise with the norm fused; 35 us for q to bf16.
+As an option both run in int8, at twice the rate; no training run has shown yet that the loss holds:
 
     int8_dx     dy * s, quantised row by row       |error of dx| <= max_n |dy s| / 254 * sum_n |codes|
     int8_dw     dy / inv, quantised by out-feature |error of dW| <= max_m |dy / inv| / 254 * sum_m |q|

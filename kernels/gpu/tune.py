@@ -1,14 +1,13 @@
-"""Choosing a tile: a handful of explained candidates, measured once for a shape, kept on disk.
+"""The tuner: measures a few candidate tiles once per shape and keeps the choice on disk.
 
-Every kernel module lists its candidates with their reasons; nothing else is tried. A choice is made the first time a
-shape is seen (outside a CUDA graph's capture, which may not wait) by the median of a few launches with the L2 cache
-overwritten in between, so that what is measured is what decode sees: weights that come from memory. Choices go to
-`$XDG_CACHE_HOME/bitnet/tune-<GPU>-triton-<version>.json` and are read back by the next process; a file that cannot be
-written costs the time of tuning again, nothing else. Token counts are put in buckets (powers of two): a prompt of 700
-tokens uses what was best for 1024.
+Every kernel module lists its candidates with the reasons for them. A choice is made the first time a shape is seen
+(outside the capture of a CUDA graph, which must not wait), by the median of a few launches. The L2 cache is overwritten
+between them, because in decode weights come from memory. Choices are kept in
+`$XDG_CACHE_HOME/bitnet/tune-<GPU>-triton-<version>.json` for the next process; if that file cannot be written, tuning
+is repeated. Token counts are grouped by powers of two: a prompt of 700 tokens uses what was best for 1024.
 
-A candidate that needs more shared memory than the GPU has is passed over. In the interpreter the first one is taken.
-`BITNET_TUNE=0` takes the first one everywhere, without measuring: for reproducible timings and fast tests.
+A candidate that needs more shared memory than the GPU has is skipped. The interpreter uses the first candidate, and so
+does everything with `BITNET_TUNE=0`: for reproducible timings and fast tests.
 """
 
 import json
@@ -27,7 +26,7 @@ Config = dict[str, int]
 Key = tuple[int | str, ...]
 
 ENVIRONMENT = "BITNET_TUNE"
-_REPEATS = 7  # launches a candidate: the median of seven survives three disturbed ones
+_REPEATS = 7  # launches of a candidate: the median of seven tolerates three disturbed ones
 _FLUSH_BYTES = 256 * 2**20  # written between launches; L2 is 50-60 MB on Hopper, 126 MB on Blackwell
 
 _chosen: dict[str, Config] = {}
@@ -40,7 +39,7 @@ def bucket(tokens: int) -> int:
 
 
 def best(
-    kernel: str, key: Key, candidates: Sequence[Config], run: Callable[[Config], None], device: torch.device
+    kernel: str, key: Key, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device
 ) -> Config:
     """The candidate to run for this key, measured on first use. `run` launches the kernel with a candidate.
 
@@ -52,12 +51,10 @@ def best(
     name = "/".join(map(str, (file.stem, kernel, *key)))
     _read(file)
     known = _chosen.get(name)
-    if (
-        known is not None and known in candidates
-    ):  # an entry of an older version that is no candidate any more is measured again
+    if known is not None and known in candidates:  # an older version may have had other candidates
         return known
     if torch.cuda.is_current_stream_capturing():
-        return candidates[0]  # a capture may not wait; engines run every shape once before they capture
+        return candidates[0]  # a capture must not wait; engines run every shape once before they capture
     times = {i: seconds for i, c in enumerate(candidates) if (seconds := _measure(run, c, device)) is not None}
     if not times:
         raise RuntimeError(f"{kernel} {key}: no candidate fits this GPU's shared memory; expected at least one to")
@@ -66,7 +63,7 @@ def best(
     return _chosen[name]
 
 
-def _measure(run: Callable[[Config], None], config: Config, device: torch.device) -> float | None:
+def _measure(run: Callable[[Config], object], config: Config, device: torch.device) -> float | None:
     from triton.runtime.errors import OutOfResources
 
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -76,7 +73,7 @@ def _measure(run: Callable[[Config], None], config: Config, device: torch.device
         return None
     marks = []
     for _ in range(_REPEATS):
-        flush.zero_()  # longer than a launch from Python takes: the two events then enclose the kernel alone
+        flush.zero_()  # takes longer than a launch from Python: the events then enclose only the kernel
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run(config)

@@ -261,8 +261,8 @@ def test_a_text_has_as_many_tokens_as_asked_for(
 def test_nothing_is_computed_behind_a_stop(
     ours: TextModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, stream = [], harness.stream
-    monkeypatch.setattr(harness, "stream", lambda *args: (drawn.append(id) or id for id in stream(*args)))
+    drawn, stream = [], Engine.stream
+    monkeypatch.setattr(Engine, "stream", lambda *args: (drawn.append(id) or id for id in stream(*args)))
     for start, rest in LINES.items():
         drawn.clear()
         assert ours.generate(start, {"until": [rest[:3]]}) == ""

@@ -1,41 +1,26 @@
-"""The torch engine: a cache changes nothing, batches change nothing, and every wrong request is one clear error."""
+"""The torch engine: a cache changes nothing, batches change nothing, backends and threads change nothing.
+
+What it has in common with the other engines is in test_conformance.py.
+"""
 
 import pytest
 import torch
+from tiny_model import CONFIG, transformer
 
-from bitnet.config import ModelConfig
 from bitnet.engine.cache import KVCache
 from bitnet.engine.load import load
 from bitnet.engine.sampling import GREEDY, Sampling
-from bitnet.engine.stream import stream
 from bitnet.engine.torch import TorchEngine
-from bitnet.errors import BitNetError
 from bitnet.files.packed import write_packed
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
 
 U = 2.0**-24
-CONFIG = ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    intermediate_size=44,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    initializer_range=0.2,
-)
-
-
-def made(seed: int, **changes: object) -> Transformer:
-    model = Transformer(CONFIG.replace(**changes))
-    model.init_weights(seed)
-    return model
 
 
 @pytest.fixture
 def engine(seed: int) -> TorchEngine:
-    return TorchEngine(made(seed))
+    return TorchEngine(transformer(seed))
 
 
 def greedy_by_full_passes(model: Transformer, ids: list[int], n: int) -> tuple[list[int], float]:
@@ -55,9 +40,9 @@ def greedy_by_full_passes(model: Transformer, ids: list[int], n: int) -> tuple[l
 @pytest.mark.parametrize("linear", ["ternary", "float"])
 @pytest.mark.parametrize("prompt", [1, 2, 11])
 def test_greedy_with_cache_is_argmax_of_full_passes(linear: str, prompt: int, seed: int) -> None:
-    """Plain: to rounding. Ternary: an int8 flip may move a near tie, so a tie is drawn again instead of compared."""
+    """Ternary: an int8 flip may decide a near tie, so a model with one is drawn again instead of compared."""
     for attempt in range(5):
-        model = made(seed + attempt, linear=linear)
+        model = transformer(seed + attempt, linear=linear)
         ids = torch.randint(61, (prompt,)).tolist()
         expected, gap = greedy_by_full_passes(model, ids, 12)
         got = TorchEngine(model).generate(ids, 12, GREEDY)
@@ -70,8 +55,8 @@ def test_greedy_with_cache_is_argmax_of_full_passes(linear: str, prompt: int, se
 
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2], [11, 1]], ids=str)
 def test_session_logits_are_those_of_one_pass(chunks: list[int], seed: int) -> None:
-    """Plain linears, so that sums in another order stay next to each other instead of flipping an int8 code."""
-    engine = TorchEngine(made(seed, linear="float"))
+    """Float linears, so that sums in another order stay next to each other instead of flipping an int8 code."""
+    engine = TorchEngine(transformer(seed, linear="float"))
     ids = torch.randint(61, (2, 12))
     full = engine.logits(ids)
     session, start = engine.session(2), 0
@@ -98,8 +83,8 @@ def test_logits_of_one_sequence_and_of_a_batch(engine: TorchEngine) -> None:
 
 
 def test_batch_session_is_single_sessions(seed: int) -> None:
-    """The greedy ids of each sequence alone; logits to the rounding of sums in another order (plain linears)."""
-    engine = TorchEngine(made(seed, linear="float"))
+    """The greedy ids of each sequence alone; logits to the rounding of sums in another order (float linears)."""
+    engine = TorchEngine(transformer(seed, linear="float"))
     ids = torch.randint(61, (3, 5))
     batch, singles = engine.session(3), [engine.session() for _ in range(3)]
     together = batch.prefill(ids)
@@ -111,12 +96,11 @@ def test_batch_session_is_single_sessions(seed: int) -> None:
         alone = torch.cat([single.decode(token[i : i + 1]) for i, single in enumerate(singles)])
 
 
-def test_cache_is_never_read_where_it_was_not_written(seed: int, poison, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    engine = TorchEngine(made(seed))
+def test_cache_is_never_read_where_it_was_not_written(seed: int, request: pytest.FixtureRequest) -> None:
+    engine = TorchEngine(transformer(seed))
     ids = torch.randint(61, (6,)).tolist()
     clean = engine.generate(ids, 10, GREEDY)
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    request.getfixturevalue("poisoned_empty")
     assert torch.isnan(KVCache(CONFIG, 1, 4, torch.device("cpu"))._store).all()
     assert engine.generate(ids, 10, GREEDY) == clean
 
@@ -129,7 +113,7 @@ def test_cache_is_never_read_where_it_was_not_written(seed: int, poison, monkeyp
 def test_packed_engine_gives_the_same_ids(
     linear: str, backend: str, seed: int, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made(seed, linear=linear)
+    model = transformer(seed, linear=linear)
     ids = torch.randint(61, (5,)).tolist()
     expected = TorchEngine(model).generate(ids, 40, GREEDY)  # past the context of 32 as well
     sampled = TorchEngine(model).generate(ids, 20, Sampling(seed=seed))
@@ -143,7 +127,7 @@ def test_packed_engine_gives_the_same_ids(
 
 @pytest.mark.slow
 def test_threads_do_not_change_the_ids(seed: int) -> None:
-    engine = TorchEngine(made(seed, hidden_size=128, intermediate_size=384, initializer_range=0.05))
+    engine = TorchEngine(transformer(seed, hidden_size=128, intermediate_size=384, initializer_range=0.05))
     ids = torch.randint(61, (20,)).tolist()
     texts = []
     for threads in (1, 2):
@@ -162,7 +146,7 @@ def test_same_seed_same_text(engine: TorchEngine, seed: int) -> None:
 
 
 def test_an_engine_leaves_the_training_model_trainable(seed: int) -> None:
-    model = made(seed)
+    model = transformer(seed)
     TorchEngine(model).generate([1, 2], 5, GREEDY)
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     layers = [module for module in model.modules() if isinstance(module, BitLinear)]
@@ -171,7 +155,7 @@ def test_an_engine_leaves_the_training_model_trainable(seed: int) -> None:
 
 def test_masters_that_move_are_seen(seed: int) -> None:
     """Nothing of the last pass is kept: evaluation in the middle of training uses today's weights."""
-    model = made(seed)
+    model = transformer(seed)
     engine = TorchEngine(model)
     before = engine.logits(torch.arange(8))
     with torch.no_grad():
@@ -188,7 +172,7 @@ def test_masters_that_move_are_seen(seed: int) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 8, 9])
-def test_sliding_goes_on_from_the_last_half(limit: int, engine: TorchEngine) -> None:
+def test_a_full_window_continues_from_its_last_half(limit: int, engine: TorchEngine) -> None:
     """Whatever the limit: n tokens come, and each is the argmax over what the window holds (rebuilt by hand)."""
     prompt = [5, 9, 2, 7]
     got = engine.generate(prompt, 20, GREEDY, limit=limit)
@@ -215,95 +199,3 @@ def test_a_text_may_outgrow_the_context(engine: TorchEngine) -> None:
     assert len(got) == 100
     assert all(0 <= id < 61 for id in got)
     assert len(engine.generate(list(range(50)), 3, GREEDY)) == 3  # a prompt longer than the context of 32
-
-
-# ---- stopping and streaming --------------------------------------------------------------------------------
-
-
-def test_stop_ids_end_the_text_and_are_not_part_of_it(engine: TorchEngine) -> None:
-    free = engine.generate([3, 1], 20, GREEDY)
-    stop = free[7]
-    first = free.index(stop)
-    unseen = next(i for i in range(engine.config.vocab_size) if i not in free)
-    assert engine.generate([3, 1], 20, GREEDY, stop=[stop, unseen]) == free[:first]
-    assert engine.generate([3, 1], 20, GREEDY, stop={free[0]}) == []
-    assert engine.generate([3, 1], 0, GREEDY) == []
-
-
-def test_stream_gives_one_id_at_a_time(engine: TorchEngine) -> None:
-    ids = stream(engine, [3, 1], 10**9, GREEDY)
-    first = [next(ids) for _ in range(5)]
-    ids.close()
-    assert first == engine.generate([3, 1], 5, GREEDY)
-
-
-def test_the_prompt_is_left_alone(engine: TorchEngine) -> None:
-    prompt = [3, 1]
-    engine.generate(prompt, 5, GREEDY)
-    assert prompt == [3, 1]
-    assert engine.generate((3, 1), 5, GREEDY) == engine.generate(prompt, 5, GREEDY)
-
-
-# ---- wrong requests ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ids", "n", "message"),
-    [
-        ([], 5, "got an empty prompt, expected at least one token"),
-        ([1, 61], 5, r"got 1\.\.61, expected 0\.\.60"),
-        ([-1, 3], 5, r"got -1\.\.3, expected 0\.\.60"),
-        ([1], -1, "got -1 new tokens, expected 0 or more"),
-        ([1.5], 3, "expected int64"),
-    ],
-)
-def test_wrong_requests(ids: list[int], n: int, message: str, engine: TorchEngine) -> None:
-    with pytest.raises(BitNetError, match=message):
-        engine.generate(ids, n, GREEDY)
-
-
-@pytest.mark.parametrize(("batch", "limit"), [(0, 5), (-1, 5), (1, 0), (1, -4)])
-def test_wrong_sessions(batch: int, limit: int, engine: TorchEngine) -> None:
-    with pytest.raises(BitNetError, match=rf"got batch {batch} and limit {limit}, expected 1 or more"):
-        engine.session(batch, limit)
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        torch.zeros(2, 0, dtype=torch.int64),
-        torch.zeros(2, 3),
-        torch.zeros(2, 3, dtype=torch.bool),
-        torch.zeros(3, dtype=torch.int64),
-        torch.zeros(1, 3, dtype=torch.int64),
-        torch.zeros(2, 1, 3, dtype=torch.int64),
-        torch.full((2, 3), 61),
-        torch.full((2, 3), -1),
-        torch.full((2, 3), 2**62),
-    ],
-    ids=lambda ids: f"{str(ids.dtype)[6:]}-{list(ids.shape)}-{ids.flatten()[:1].tolist()}",
-)
-def test_wrong_ids(ids: torch.Tensor, engine: TorchEngine) -> None:
-    session = engine.session(2)
-    with pytest.raises(BitNetError, match=r"(ids|prefill): got .*expected"):
-        session.prefill(ids)
-    assert session.position == 0  # nothing of it was taken
-
-
-def test_context_overflow(engine: TorchEngine) -> None:
-    session = engine.session(1, 6)
-    assert session.limit == 6
-    session.prefill(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(BitNetError, match=r"context is full: got 3 tokens after 4, expected at most 6 in all"):
-        session.prefill(torch.zeros(1, 3, dtype=torch.int64))
-    session.prefill(torch.zeros(1, 2, dtype=torch.int64))
-    with pytest.raises(BitNetError, match="got 1 tokens after 6"):
-        session.decode(torch.tensor([0]))
-    assert session.position == 6
-    assert engine.session().limit == CONFIG.context
-
-
-def test_logits_refuse_wrong_ids(engine: TorchEngine) -> None:
-    for ids in (torch.tensor([61]), torch.tensor([], dtype=torch.int64), torch.tensor([0.5])):
-        with pytest.raises(BitNetError, match="ids: got"):
-            engine.logits(ids)

@@ -24,6 +24,7 @@ from bitnet.engine.sampling import GREEDY, Sampling
 from bitnet.engine.torch import TorchEngine
 from bitnet.errors import BitNetError
 from bitnet.files.packed import PackedModel, build, read_packed, write_packed
+from bitnet.files.tensors import norm_parameters
 from bitnet.kernels import native, ops
 from bitnet.model import Transformer
 
@@ -325,7 +326,7 @@ def test_a_small_head_is_close(isa: str, head: str, make: Callable[..., PackedMo
         packed = make(**changes)
         ids = draw(packed, 8, 20)
         exact, small = native_engine(packed), native_engine(packed, head=head)
-        assert small.head_bytes <= share * exact.head_bytes
+        assert small._engine.head_bytes <= share * exact._engine.head_bytes
         assert 0 < divergence(exact.logits(ids), small.logits(ids)) <= bound
 
 
@@ -343,11 +344,12 @@ def test_an_int8_head_is_the_one_of_the_file(make: Callable[..., PackedModel]) -
 def test_sizes_are_what_is_held(make: Callable[..., PackedModel], isa: str) -> None:
     packed = make()
     engine = native_engine(packed)
-    assert engine.head_bytes == 101 * 60 * 2
+    head, norms = 101 * 60 * 2, 4 * norm_parameters(CONFIG)
     d, f, kv = 60, 84, 30
     parts = [(d + 2 * kv, d), (d, d), (2 * f, d), (d, f)]
     header = 64  # of prepared weights; an engine keeps its own without
-    assert engine.weight_bytes == 2 * sum(native.module().prepared_bytes(isa, n, k) - header for n, k in parts)
+    projections = 2 * sum(native.module().prepared_bytes(isa, n, k) - header for n, k in parts)
+    assert engine.weight_bytes == projections + head + norms
 
 
 def test_progress_is_told_of_every_layer(make: Callable[..., PackedModel], tmp_path: Path) -> None:
@@ -453,7 +455,7 @@ def test_wrong_options(make: Callable[..., PackedModel], tmp_path: Path) -> None
     with pytest.raises(BitNetError, match=r"engine: 'cpu' cannot be used: C\+\+ kernels run on a CPU, not on meta"):
         load(path, "meta", engine="cpu")
     for options in ({"head": "int8"}, {"cache": "bf16"}):
-        with pytest.raises(BitNetError, match="for the torch engine, which has no such choice"):
+        with pytest.raises(BitNetError, match="for the torch engine, which has no such option"):
             load(path, engine="torch", **options)
 
 
@@ -470,7 +472,7 @@ def test_damaged_weights_are_refused(make: Callable[..., PackedModel]) -> None:
     with pytest.raises(ValueError, match="norm: got 59 gains, expected 60"):
         CpuEngine(packed.config, {**packed.tensors, "model.norm.weight": torch.ones(59)})
     table = packed.tensors["model.embed_tokens.weight"][:100]
-    with pytest.raises(ValueError, match=r"table: got \[100, 60\], expected \[101, 60\]"):
+    with pytest.raises(ValueError, match=r"embedding: got \[100, 60\], expected \[101, 60\]"):
         CpuEngine(packed.config, {**packed.tensors, "model.embed_tokens.weight": table})
 
 
@@ -482,7 +484,7 @@ def test_plain_models_go_to_torch(
     with caplog.at_level(logging.DEBUG):
         assert isinstance(load(path), TorchEngine)
     assert not caplog.records  # as it should be: nothing to warn of
-    with pytest.raises(BitNetError, match="ternary and binary models, this one has plain linears"):
+    with pytest.raises(BitNetError, match="ternary and binary models, this one has float linears"):
         load(path, engine="cpu")
     assert engine_cpu.why_not(CONFIG) is None
 

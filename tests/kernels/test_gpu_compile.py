@@ -88,9 +88,7 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def gemm_case(config: dict[str, int], **constants: Any) -> Any:
-    constants = {
-        "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"], "GROUP": 8, "SEGMENTS": 3, "ALIGNED": True,
-    } | constants  # fmt: skip
+    constants = {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"], "GROUP": 8} | constants
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
     return constants, {}, options
 
@@ -117,12 +115,11 @@ def cases() -> dict[str, Any]:
                 types = {"q_ptr": "*i32", "w_ptr": "*i32", "out_ptr": "*i32"}
                 found[f"gemv-{tokens}-{i}"] = (kernel, constants, types, {"num_warps": c["num_warps"]})
                 continue
-            scaled = tokens == 512
-            constants, _, options = gemm_case(c, WEIGHTS_LEFT=bool(c["weights_left"]), SCALED=scaled, PDL=False)
-            types = {"out_ptr": "*bf16" if scaled else "*i32", "sum_ptr": "*i32"}
+            constants, _, options = gemm_case(c, WEIGHTS_LEFT=bool(c["weights_left"]), PDL=False)
+            types = {"out_ptr": "*i32", "sum_ptr": "*i32"}
             found[f"packed_gemm-{tokens}-{i}"] = (packed_gemm.packed_gemm_kernel, constants, types, options)
     for i, c in enumerate(int8_gemm.CONFIGS):
-        constants, _, options = gemm_case(c, BLOCK_K=c["block_k"], EVEN_K=True, RAW=False)
+        constants, _, options = gemm_case(c, BLOCK_K=c["block_k"], EVEN_K=True, RAW=False, SEGMENTS=3, ALIGNED=True)
         found[f"int8_gemm-{i}"] = (int8_gemm.int8_gemm_kernel, constants, {"out_ptr": "*bf16"}, options)
     sums, rows = {"sum_ptr": "*i32"}, {"BLOCK": 4096, "PDL": False}
     fused = {"enable_fp_fusion": True}
@@ -162,7 +159,6 @@ def cases() -> dict[str, Any]:
             totals | {"w_ptr": "*fp32"},
             {"num_warps": 8},
         ),
-        "ternary_pack": (quantize.ternary_pack_kernel, {"SUMS": 512, "TILE": 512}, totals | {"w_ptr": "*fp32"}, {}),
     }
 
 
@@ -172,7 +168,7 @@ CASES = cases()
 SPILLS = {("packed_gemm-512-2", 80), ("gate", 80)}
 GEMMS = [name for name in CASES if "gemm" in name]
 GEMVS = [name for name in CASES if name.startswith("gemv")]
-ROUNDING = ["enter", "add", "gate", "merge", "quantize", "ternary", "ternary_pack"]
+ROUNDING = ["enter", "add", "gate", "merge", "quantize", "ternary"]
 
 
 @pytest.mark.slow

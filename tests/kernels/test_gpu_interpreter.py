@@ -1,6 +1,6 @@
-"""Without a GPU, tests/kernels/test_gpu.py runs in Triton's interpreter and in a process of its own.
+"""Without a GPU, test_gpu.py and the engines' conformance tests run in Triton's interpreter, in a process of their own.
 
-The interpreter has to be chosen before the kernels are defined. On a machine with a GPU that file runs on the device.
+The interpreter has to be chosen before the kernels are defined. On a machine with a GPU they run on the device.
 """
 
 import ast
@@ -13,7 +13,7 @@ import child_process
 import pytest
 import torch
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 # In three parts, so that cores share them: the interpreter takes over a minute of one for all.
@@ -23,13 +23,14 @@ PARTS = 3
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a part takes 25 s of a quiet core
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_kernel_in_the_interpreter(part: int, seed: int) -> None:
+@pytest.mark.parametrize("file", ["kernels/test_gpu.py", "engine/test_conformance.py"], ids=["kernels", "engine"])
+def test_in_the_interpreter(file: str, part: int, seed: int) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_", "BITNET_"))
     }
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"BITNET_TEST_SEED": str(seed)}
-    path = TESTS / "test_gpu.py"
+    path = TESTS / file
     definitions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
     names = [node.name for node in definitions if node.name.startswith("test_")][part::PARTS]
     python = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-o", "timeout=1000"]
@@ -39,7 +40,7 @@ def test_every_kernel_in_the_interpreter(part: int, seed: int) -> None:
     print(done.stdout[-20_000:], done.stderr[-2000:])
     assert done.returncode == 0
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    assert counts.get("passed", 0) >= len(names), "the tests of the kernels were not run"
+    assert counts.get("passed", 0) >= len(names), "the tests were not run"
     assert set(counts) <= {"passed", "skipped"}
 
 

@@ -101,8 +101,8 @@ def attention_by_loops(module: Attention, config: ModelConfig, x: Tensor) -> Ten
     """Causal grouped-query attention in fp64, one head, query and key at a time. Plain linears."""
     eps, size = config.rms_norm_eps, config.head_dim
 
-    def norm(values: Tensor, gain: RMSNorm | None) -> Tensor:
-        if gain is None:
+    def norm(values: Tensor, gain: nn.Module) -> Tensor:
+        if isinstance(gain, nn.Identity):
             return values
         return values / (values.square().mean() + eps).sqrt() * gain.weight.detach().double()
 
@@ -186,7 +186,7 @@ def test_cached_attention_is_full_attention(linear: str, chunks: list[int], rng:
     """Step by step, and in chunks that need a mask (1 < t < s). Compared before the next rounding to int8."""
     config = CONFIG.replace(linear=linear)
     module = drawn(Attention(config), rng)
-    module.o_proj, module.attn_sub_norm = nn.Identity(), None  # type: ignore[assignment]
+    module.o_proj, module.attn_sub_norm = nn.Identity(), nn.Identity()
     x = torch.randn(2, sum(chunks), config.hidden_size, generator=rng)
     cos, sin = layers.rotary_table(config, sum(chunks), torch.device("cpu"))
     with torch.no_grad():
@@ -285,10 +285,10 @@ def test_bit_linear_is_a_drop_in(rng: torch.Generator) -> None:
     assert "linear=ternary" in repr(layer)
 
 
-def test_table_values(rng: torch.Generator) -> None:
-    table = drawn(Embedding(20, 12), rng)
-    assert torch.equal(table.values(), table.weight.detach().bfloat16().float())
-    table.values().sum().backward()
-    assert torch.equal(table.weight.grad, torch.ones(20, 12))
-    table.exact = True
-    assert torch.equal(table.values(), table.weight)
+def test_embedding_values(rng: torch.Generator) -> None:
+    embedding = drawn(Embedding(20, 12), rng)
+    assert torch.equal(embedding.values(), embedding.weight.detach().bfloat16().float())
+    embedding.values().sum().backward()
+    assert torch.equal(embedding.weight.grad, torch.ones(20, 12))
+    exact = drawn(Embedding(20, 12, exact=True), rng)
+    assert torch.equal(exact.values(), exact.weight)

@@ -1,6 +1,7 @@
 """The whole model: its arithmetic about itself, names, init, causality, all variants forward and backward."""
 
 import pytest
+import tiny_model
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,17 +11,6 @@ from bitnet.files import tensors as arithmetic
 from bitnet.files.packed_layout import expected_tensors, packed_bytes
 from bitnet.layers import BitLinear
 from bitnet.model import Transformer
-
-TINY = ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    intermediate_size=44,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    initializer_range=0.2,
-)
 
 
 @st.composite
@@ -83,17 +73,19 @@ def test_names_are_those_of_transformers() -> None:
         mlp.up_proj.weight mlp.ffn_sub_norm.weight mlp.down_proj.weight""".split()
     theirs = {"model.embed_tokens.weight", "model.norm.weight"}
     theirs |= {f"model.layers.{i}.{name}" for i in range(2) for name in block}
-    assert set(Transformer(TINY.replace(qk_norm=False)).state_dict()) == theirs
+    assert set(Transformer(tiny_model.CONFIG.replace(qk_norm=False)).state_dict()) == theirs
     norms = {f"model.layers.{i}.self_attn.{x}_norm.weight" for i in range(2) for x in "qk"}
-    assert set(Transformer(TINY).state_dict()) == theirs | norms
-    untied = set(Transformer(TINY.replace(tie_word_embeddings=False, qk_norm=False)).state_dict())
+    assert set(Transformer(tiny_model.CONFIG).state_dict()) == theirs | norms
+    untied = set(Transformer(tiny_model.CONFIG.replace(tie_word_embeddings=False, qk_norm=False)).state_dict())
     assert untied == theirs | {"lm_head.weight"}
     bare = {name for name in theirs if "sub_norm" not in name}
-    assert set(Transformer(TINY.replace(sub_norms=False, qk_norm=False)).state_dict()) == bare
+    assert set(Transformer(tiny_model.CONFIG.replace(sub_norms=False, qk_norm=False)).state_dict()) == bare
 
 
 def test_init(seed: int) -> None:
-    config = TINY.replace(hidden_size=128, intermediate_size=384, num_hidden_layers=2, initializer_range=0.02)
+    config = tiny_model.CONFIG.replace(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=2, initializer_range=0.02
+    )
 
     def made(seed: int) -> dict[str, torch.Tensor]:
         built = Transformer(config)
@@ -123,7 +115,7 @@ def test_init(seed: int) -> None:
 @pytest.mark.parametrize("act", ["relu2", "silu"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_variant_trains(linear: str, act: str, tied: bool, seed: int) -> None:
-    built = Transformer(TINY.replace(linear=linear, hidden_act=act, tie_word_embeddings=tied))
+    built = Transformer(tiny_model.CONFIG.replace(linear=linear, hidden_act=act, tie_word_embeddings=tied))
     built.init_weights(seed)
     kinds = {type(module) for name, module in built.named_modules() if name.endswith("_proj")}
     assert kinds == {torch.nn.Linear if linear == "float" else BitLinear}
@@ -140,7 +132,7 @@ def test_every_variant_trains(linear: str, act: str, tied: bool, seed: int) -> N
 @pytest.mark.parametrize("linear", ["ternary", "binary", "float"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_later_tokens_never_change_earlier_logits(linear: str, autocast: bool, seed: int) -> None:
-    built = Transformer(TINY.replace(linear=linear))
+    built = Transformer(tiny_model.CONFIG.replace(linear=linear))
     built.init_weights(seed)
     ids = torch.randint(61, (2, 12))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -154,7 +146,7 @@ def test_later_tokens_never_change_earlier_logits(linear: str, autocast: bool, s
 
 
 def test_sequences_of_a_batch_do_not_mix(seed: int) -> None:
-    built = Transformer(TINY)
+    built = Transformer(tiny_model.CONFIG)
     built.init_weights(seed)
     ids = torch.randint(61, (3, 8))
     before = built(ids)
@@ -166,7 +158,7 @@ def test_sequences_of_a_batch_do_not_mix(seed: int) -> None:
 
 def test_position_matters(seed: int) -> None:
     """The same tokens further along give other logits: rotary tables start where they are told to."""
-    built = Transformer(TINY)
+    built = Transformer(tiny_model.CONFIG)
     built.init_weights(seed)
     cos, sin = built.rotary(3, 5, torch.device("cpu"))
     longer = built.rotary(0, 200, torch.device("cpu"))  # past the context: a larger table, the same values
@@ -176,7 +168,7 @@ def test_position_matters(seed: int) -> None:
 
 def test_embedding_is_used_in_bf16_values(seed: int) -> None:
     """So that a packed file, which holds bf16, loses nothing."""
-    built = Transformer(TINY)
+    built = Transformer(tiny_model.CONFIG)
     built.init_weights(seed)
     ids = torch.randint(61, (1, 6))
     before = built(ids)

@@ -333,7 +333,5 @@ def test_int8_gradients_need_their_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(ops.ENVIRONMENT, "float")
     for kind in ("dx", "all"):
         with pytest.raises(BitNetError, match=f"int8_gradients: got '{kind}' on cpu, expected an NVIDIA GPU"):
-            quant.use_int8_gradients(kind, torch.device("cpu"))
-    quant.use_int8_gradients("none", torch.device("cpu"))
-    assert not quant.int8_gradients.dx
-    assert not quant.int8_gradients.dw
+            quant.training_precision(1.0, kind, torch.device("cpu"))
+    assert quant.training_precision(1.0, "none", torch.device("cpu")) == quant.QUANTISED == (None, False, False)

@@ -105,10 +105,10 @@ struct Model {
         return out;
     }
 
-    void fill(Table& table, const Rows& from) const {
-        table.data = from.data.data();
-        table.store = table_store;
-        table.scales = from.scales.empty() ? nullptr : from.scales.data();
+    void fill(Embedding& to, const Rows& from) const {
+        to.data = from.data.data();
+        to.store = table_store;
+        to.scales = from.scales.empty() ? nullptr : from.scales.data();
     }
 
     // f32 as `head` leaves it as the table is.
@@ -137,7 +137,7 @@ struct Model {
         fill(out->embedding, embedding);
         fill(out->head, tied ? embedding : head);
         if (head_store != Store::f32) {
-            Table whole;
+            Embedding whole;
             fill(whole, tied ? embedding : head);
             out->quantize(whole, head_store, out->head);
         }
@@ -168,9 +168,9 @@ bool same(const Case& c, const char* what, const float* expected, const float* g
 }
 
 void forward(Session& session, const int64_t* ids, int64_t tokens, bool every, float* logits) {
-    std::vector<Part> parts;
-    for (int64_t i = 0; i < session.batch; i++) parts.push_back({i, ids + i * tokens, tokens, every});
-    session.forward(parts.data(), (int64_t)parts.size(), logits);
+    std::vector<Entry> entries;
+    for (int64_t i = 0; i < session.batch; i++) entries.push_back({i, ids + i * tokens, tokens, every});
+    session.forward(entries.data(), (int64_t)entries.size(), logits);
 }
 
 // All logits [B][T][V] of a batch from an empty cache.
@@ -187,20 +187,20 @@ bool ragged(const Case& c, Engine& engine, const std::vector<int64_t>& ids, int6
     const int64_t tokens = (int64_t)ids.size() / batch, vocab = engine.shape.vocab;
     Session session(engine, batch, tokens, c.cache);
     for (int turn = 0; turn < 8; turn++) {
-        std::vector<Part> parts;
+        std::vector<Entry> entries;
         std::vector<int64_t> rows;  // of the truth, in the order they are wanted
         for (int64_t i = batch; i-- > 0;) {
             if (draw(0, 3) == 0) session.truncate(i, draw(0, session.position(i)));
             const int64_t start = session.position(i), room = tokens - start;
             const int64_t length = std::min(room, draw(0, 2) ? draw(0, 2) : draw(0, tokens));
             if (!length) continue;
-            parts.push_back({i, ids.data() + i * tokens + start, length, draw(0, 1) > 0});
-            for (int64_t t = parts.back().every ? 0 : length - 1; t < length; t++) rows.push_back(i * tokens + start + t);
+            entries.push_back({i, ids.data() + i * tokens + start, length, draw(0, 1) > 0});
+            for (int64_t t = entries.back().every ? 0 : length - 1; t < length; t++) rows.push_back(i * tokens + start + t);
         }
         std::vector<float> logits(rows.size() * (size_t)vocab, NAN);
-        session.forward(parts.data(), (int64_t)parts.size(), logits.data());
+        session.forward(entries.data(), (int64_t)entries.size(), logits.data());
         for (size_t r = 0; r < rows.size(); r++)
-            if (!same(c, "ragged parts", truth.data() + rows[r] * vocab, logits.data() + r * (size_t)vocab, vocab)) return false;
+            if (!same(c, "ragged entries", truth.data() + rows[r] * vocab, logits.data() + r * (size_t)vocab, vocab)) return false;
     }
     return true;
 }

@@ -57,12 +57,12 @@ class ToyBatch:
             self.broken = False
             raise RuntimeError("the toy is broken")
         assert parts
-        assert len({part.slot for part in parts}) == len(parts)
+        assert len({part.sequence for part in parts}) == len(parts)
         self.passes.append(list(parts))
         results = []
         for part in parts:
             assert part.ids
-            held = self.held[part.slot]
+            held = self.held[part.sequence]
             rows = [toy_logits([*held, *part.ids[: i + 1]]) for i in range(len(part.ids))]
             held.extend(part.ids)
             assert len(held) <= LIMIT
@@ -178,14 +178,14 @@ def test_a_pass_holds_every_decoding_sequence_and_a_bounded_part_of_prompts(
     made.batch.gate.release(10**5)
     made.until(lambda: all(made.ended(job) for job in jobs))
     written = dict.fromkeys(range(3), 0)  # tokens read of each sequence
-    for parts in made.batch.passes:
-        prompts = [part for part in parts if written[part.slot] < len(jobs[part.slot].prompt)]
-        assert sum(len(part.ids) for part in parts) <= 4
-        assert all(len(part.ids) == 1 for part in parts if part not in prompts)
-        for part in parts:
-            written[part.slot] += len(part.ids)
+    for entries in made.batch.passes:
+        prompts = [entry for entry in entries if written[entry.sequence] < len(jobs[entry.sequence].prompt)]
+        assert sum(len(entry.ids) for entry in entries) <= 4
+        assert all(len(entry.ids) == 1 for entry in entries if entry not in prompts)
+        for entry in entries:
+            written[entry.sequence] += len(entry.ids)
     # While the second and third prompt were read, the first sequence was decoded in the same passes.
-    assert any(len(parts) > 1 and max(len(part.ids) for part in parts) > 1 for parts in made.batch.passes)
+    assert any(len(entries) > 1 and max(len(entry.ids) for entry in entries) > 1 for entries in made.batch.passes)
 
 
 def test_a_cached_prefix_is_not_read_again(bench: Callable[..., Bench]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.kernels import ops
-from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer
+from bitnet.quant import training_precision
 from bitnet.train.compiling import check_compiler, compile_blocks
 from bitnet.train.config import TrainConfig
 from bitnet.train.network import build_network, write_first_weights
@@ -78,12 +78,10 @@ def test_a_model_is_one_graph(linear: str, amp: bool, seed: int, rng: torch.Gene
 def test_all_blocks_share_one_graph(recompute: bool, seed: int, rng: torch.Generator) -> None:
     """As in a sharded run, which compiles block by block: torch gives up on code that it has compiled eight times."""
     layers = torch._dynamo.config.recompile_limit + 2
-    model = Transformer(CONFIG.replace(num_hidden_layers=layers))
+    model = Transformer(CONFIG.replace(num_hidden_layers=layers), recompute=recompute)
     model.init_weights(seed)
     ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
     wanted, graphs = model(ids), Graphs()
-    for block in model.blocks():
-        block.recompute = recompute
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.compile", partial(torch.compile, backend=graphs, fullgraph=True))
         compile_blocks(model.blocks())
@@ -121,9 +119,8 @@ def test_easing_is_one_graph_more(blocks: bool, seed: int, rng: torch.Generator)
         compiled = model if blocks else torch.compile(model)
     ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
     for share in (0.0, 0.25, 1.0, 0.5, 0.75, 1.0):
-        set_quant_warmup(model, share)
-        set_quant_warmup(plain, share)
-        wanted, got = plain(ids), compiled(ids)
+        precision = training_precision(share)
+        wanted, got = plain(ids, precision), compiled(ids, precision)
         assert torch.equal(got, wanted), share
         expected, found = gradients(plain, wanted.sum()), gradients(model, got.sum())
         assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []

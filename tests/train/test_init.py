@@ -17,8 +17,9 @@ from bitnet.files.hf.export import export_hf
 from bitnet.files.packed import write_packed
 from bitnet.files.source import TrainedSource
 from bitnet.kernels import reference
-from bitnet.layers import BitLinear, project, set_quant_warmup
+from bitnet.layers import BitLinear, project
 from bitnet.model import Transformer
+from bitnet.quant import Precision, training_precision
 from bitnet.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from bitnet.train.command import resolve, run_training
 from bitnet.train.config import default_config
@@ -185,18 +186,17 @@ def test_a_float_model_turns_ternary(
     assert train(tmp_path, *args, "--out", tmp_path / "whole", "--steps", 8) == 0
     ternary, _ = Run(tmp_path / "whole").load()
     assert ternary.config == model.config.replace(linear="ternary", initializer_range=ternary.config.initializer_range)
-    assert all(layer.quant_warmup is None for layer in ternary.modules() if isinstance(layer, BitLinear))
     # Stopped behind step 2 and resumed, inside the easing, which takes four: the same weights to the bit.
     shares: list[float] = []
-    save, ease = Trainer._save, set_quant_warmup
+    save = Trainer._save
 
     def save_and_stop(self: Trainer, seconds: float) -> None:
         save(self, seconds)
         raise Stop
 
-    def note_share(model: Transformer, share: float) -> None:
+    def note_share(share: float, *options: object) -> Precision:
         shares.append(share)
-        ease(model, share)
+        return training_precision(share, *options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save", save_and_stop)
@@ -208,9 +208,9 @@ def test_a_float_model_turns_ternary(
     assert main(packing) == 0
     assert "at step 2 the quantisation warm-up is at 50%" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitnet.train.pretrain.set_quant_warmup", note_share)
+        patch.setattr("bitnet.train.pretrain.training_precision", note_share)
         assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8) == 0
-    assert shares[:4] == [0.75, 0.75, 1.0, 1.0]  # the estimate, steps 3, 4, 5
+    assert shares[1:5] == [0.75, 0.75, 1.0, 1.0]  # the estimate, steps 3, 4, 5
     capsys.readouterr()
     assert main(packing) == 0
     assert capsys.readouterr().err == ""
@@ -235,11 +235,11 @@ def test_eased_operands_are_part_quantised(amp: bool) -> None:
     ends_w = torch.stack([masters, torch.cat([c.codes.double() * c.scale for c in codes])])
     size_x, size_w, size_dy = ends_x.abs().amax(0), ends_w.abs().amax(0), dy.double().abs()
     for share in (0.0, 0.25, 0.9, 1.0 - 2**-20, 1.0):
-        set_quant_warmup(layers, share)
+        precision = Precision(torch.tensor(share))
         mixed_x, mixed_w = ends_x[0].lerp(ends_x[1], share), ends_w[0].lerp(ends_w[1], share)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            y = torch.cat(project(x, *layers), -1)
-            assert torch.equal(layers[0](x), y[:, :40])
+            y = torch.cat(project(x, *layers, precision=precision), -1)
+            assert torch.equal(layers[0](x, precision), y[:, :40])
         assert y.dtype == (torch.bfloat16 if amp else torch.float32)
         x.grad = None
         layers.zero_grad()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bitnet.cli import main
 from bitnet.config import ModelConfig
-from bitnet.layers import BitLinear, set_quant_warmup
+from bitnet.layers import BitLinear
 from bitnet.model import Transformer
+from bitnet.quant import QUANTISED, Precision, training_precision
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective, distillation
 from bitnet.train.runs.run import Run
@@ -31,9 +32,9 @@ def made(seed: int, **changes: Any) -> Transformer:
     return model
 
 
-def next_token_loss(model: Transformer, ids: Tensor) -> Tensor:
+def next_token_loss(model: Transformer, ids: Tensor, precision: Precision = QUANTISED) -> Tensor:
     """Mean cross-entropy [] of every token of ids [B, T] but the first."""
-    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    return F.cross_entropy(model(ids[:, :-1], precision).flatten(0, 1), ids[:, 1:].flatten())
 
 
 def gradients(model: Transformer, loss: Tensor) -> dict[str, Tensor]:
@@ -96,12 +97,11 @@ def test_the_teacher_is_nobodys_parameter(seed: int) -> None:
 @pytest.mark.parametrize(("linear", "share"), [("ternary", 1.0), ("ternary", 0.5), ("float", 1.0)])
 def test_recomputed_blocks_have_the_same_gradients(linear: str, share: float, seed: int, rng: torch.Generator) -> None:
     model = made(seed, linear=linear, num_hidden_layers=2)
-    set_quant_warmup(model, share)
-    ids = torch.randint(0, 37, (2, 9), generator=rng)
-    wanted = gradients(model, next_token_loss(model, ids))
-    for block in model.blocks():
-        block.recompute = True
-    got = gradients(model, next_token_loss(model, ids))
+    again = Transformer(model.config, recompute=True)
+    again.load_state_dict(model.state_dict())
+    ids, precision = torch.randint(0, 37, (2, 9), generator=rng), training_precision(share)
+    wanted = gradients(model, next_token_loss(model, ids, precision))
+    got = gradients(again, next_token_loss(again, ids, precision))
     assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
 
 
@@ -164,10 +164,10 @@ def test_zero_init_begins_as_the_identity(text: Path, monkeypatch: pytest.Monkey
     seen: list[bool] = []
     original = Objective.forward
 
-    def spy(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def spy(objective: Objective, *arguments: Any) -> tuple[Tensor, Tensor]:
         weights = {n: bool((m.weight == 0).all()) for n, m in objective.named_modules() if isinstance(m, BitLinear)}
         seen.append(all(zero == n.endswith(("o_proj", "down_proj")) for n, zero in weights.items()))
-        return original(objective, inputs, targets)
+        return original(objective, *arguments)
 
     monkeypatch.setattr(Objective, "forward", spy)
     run = train(text, "zero", CHAR, "train.zero_init=true", steps=40)

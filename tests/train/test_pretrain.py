@@ -22,7 +22,8 @@ from torch import Tensor
 from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
 from bitnet.files.checkpoint import latest_save
-from bitnet.layers import BitLinear, set_quant_warmup
+from bitnet.layers import BitLinear
+from bitnet.quant import training_precision
 from bitnet.train import precision
 from bitnet.train import pretrain as loop
 from bitnet.train.config import RunConfig, read_config
@@ -144,13 +145,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         config = configured(corpus, model={"linear": linear}, batch_size=16 // accumulate, accumulate=accumulate)
         made = trainer(config, tmp_path / "run")
         made.step = step
-        set_quant_warmup(made.model, share)
+        made.precision = training_precision(share)
         loss = float(made._gradients())
         results.append((loss, {name: p.grad.clone() for name, p in made.model.named_parameters()}))
         dataset, model = made.dataset, made.model
     inputs, targets = Sampler(dataset.train, 16, config.train.seed).windows(step * 16, 16)
     model.zero_grad()
-    whole = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    whole = F.cross_entropy(model(inputs, training_precision(share)).flatten(0, 1), targets.flatten())
     whole.backward()
     expected = float(whole.detach())
     for loss, gradients in results:

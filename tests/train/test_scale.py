@@ -27,8 +27,8 @@ from bitnet.errors import BitNetError
 from bitnet.files.checkpoint import latest_save
 from bitnet.files.packed import read_packed
 from bitnet.files.tensors import embedding_parameters, linear_parameters, norm_parameters, parameters
-from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer
+from bitnet.quant import training_precision
 from bitnet.train import network
 from bitnet.train.config import TrainConfig
 from bitnet.train.parallel.batches import micro_batches, sequences_a_step, share
@@ -380,13 +380,13 @@ def test_quantised_masters_travel_once(
     config = ModelConfig(vocab_size=30, max_position_embeddings=16, linear=linear, **shape)
     train = TrainConfig(**{"quant_warmup": 0.0, **settings})
     model, objective = network.build_network(config, train, paper, sharded=True)
-    set_quant_warmup(model, quantised_share(train, 0))
+    precision = training_precision(quantised_share(train, 0))
     ids = torch.randint(30, (2, 16))
     rest = embedding_parameters(config) + norm_parameters(config)  # all of them cut evenly by two, so nothing is padded
     block = linear_parameters(config) // 2
     for _ in range(2):  # the second one begins as the first one left things
         with Traffic() as forward:
-            loss, _ = objective(ids, ids)
+            loss, _ = objective(ids, ids, precision)
         assert forward.gathered == [rest, block, block]
         assert forward.scattered == []
         with Traffic() as backward:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from bitnet.engine.sampling import Sampling
-from bitnet.engine.stream import stream
 from bitnet.engine.torch import TorchEngine
-from bitnet.layers import BitLinear, keep_codes, set_quant_warmup
+from bitnet.layers import BitLinear, keep_codes
 from bitnet.model import Transformer
 from bitnet.train.config import RunConfig
 from bitnet.train.data.shards import TokenDataset
@@ -103,7 +102,7 @@ class Observer:
         ids = start + tokenizer.encode(settings.sample_prompt) or [0]
         with keep_codes(model):
             engine = TorchEngine(model)
-            new = list(stream(engine, ids, length, Sampling(seed=settings.seed), stop=start))
+            new = list(engine.stream(ids, length, Sampling(seed=settings.seed), stop=start))
         text = settings.sample_prompt + tokenizer.decode(new)
         if record:
             self._run.append_sample(step, text)
@@ -131,7 +130,6 @@ class Observer:
                 if copy is not None:
                     copy.get_parameter(name).detach().copy_(value)
             self._copy, self._copied = copy, step
-        set_quant_warmup(self._model, 1.0)  # figures are those of the ternary model; the next step sets it anew
         return (self._copy if self._sharded else self._model) if self._processes.first else None
 
 
