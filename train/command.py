@@ -10,7 +10,6 @@ import torch
 from bitnet import schema
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.files import checkpoint
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig, default_config, read_toml
 from bitnet.train.initial import Initial, Teacher
 from bitnet.train.pretrain import Outcome, pretrain
@@ -43,7 +42,7 @@ def run_training(
     run = Run(folder)
     initial = None
     # A run goes on from its own save, also where the model it began with is gone.
-    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not checkpoint.folders(run.saves):
+    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not run.has_saves():
         if open_initial is None:
             raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
         initial = open_initial(name)
@@ -79,9 +78,9 @@ def resolve(
     if preset is not None:
         base = default_config(preset)
         if run.exists():  # a preset given again must not undo what was set when the run began
-            base = run.config().override({"model": _shape(base)})
+            base = run.config().requested().override({"model": _shape(base)})
     elif run.exists() or initial is None:
-        base = run.config() if run.exists() else default_config()
+        base = run.config().requested() if run.exists() else default_config()
     else:
         # Trained on at a low rate, a model has no time for a long way in: benchmarks/specs/9-convert.toml.
         base = RunConfig(model=initial, train=TrainConfig(quant_warmup=0.0))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bitnet.train.parallel.sharding import local
+from bitnet.train.parallel.sharding import local_rows
 
 
 class ShardedMuon(torch.optim.Optimizer):
@@ -40,13 +40,13 @@ class ShardedMuon(torch.optim.Optimizer):
     def _update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         momentum, updates = group["momentum"], []
         for matrix in matrices:
-            state, gradient = self.state[matrix], local(matrix.grad)  # type: ignore[arg-type]
+            state, gradient = self.state[matrix], local_rows(matrix.grad)  # type: ignore[arg-type]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+            buffer = local_rows(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
             updates.append(gradient.lerp(buffer, momentum).bfloat16())
         for matrix, rows in zip(matrices, _orthogonal_rows(matrices, updates), strict=True):
-            mine = local(matrix)
+            mine = local_rows(matrix)
             mine.mul_(1 - group["lr"] * group["weight_decay"])
             mine.add_(rows, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))  # arXiv 2502.16982, section 2.2
 

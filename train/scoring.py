@@ -72,7 +72,7 @@ def score_run(run: Run, paths: Sequence[str], limit: int, device: torch.device) 
     with tempfile.TemporaryDirectory(prefix="bitnet-score-") as folder:
         stream = tokenize(tuple(paths), tokenizer, Path(folder), documents=settings.data.documents)
         inputs, targets = spread_windows(stream, settings.context, limit // settings.context or len(stream))
-    batch = batch_for(settings.context, settings.model.vocab_size)
+    batch = batch_for(settings.context, model.config.vocab_size)
     windows = zip(torch.from_numpy(inputs).split(batch), torch.from_numpy(targets).split(batch), strict=True)
     with torch.inference_mode():
         result = evaluate(lambda ids: model(ids.to(device)), windows, tokenizer.byte_lengths())

@@ -150,7 +150,7 @@ def begin(saves: Path, step: int) -> Path:
     sync(saves.parent)
     for leftover in saves.glob("step-*.tmp"):  # of a run that was killed while it saved or dropped a save
         shutil.rmtree(leftover, ignore_errors=True)
-    work = saves / f"step-{step:08d}.tmp"
+    work = work_folder(saves, step)
     work.mkdir()
     return work
 
@@ -291,6 +291,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def unfinished(path: Path) -> list[Path]:
     """What `replacing` left of `path` where it was killed."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def save_folder(saves: Path, step: int) -> Path:
+    """Where the finished save of a step lies."""
+    return saves / f"step-{step:08d}"
+
+
+def work_folder(saves: Path, step: int) -> Path:
+    """Where the save of a step lies while it is written."""
+    return saves / f"step-{step:08d}.tmp"
 
 
 def folders(saves: Path) -> list[Path]:

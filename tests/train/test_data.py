@@ -580,7 +580,7 @@ def test_killed_prepare_is_started_over(folder: Path, tmp_path: Path) -> None:
     """kill -9 in the middle: the work folder stays, is not taken for a dataset, and the next run clears it."""
     script = (
         "import os, sys, pathlib\n"
-        "from bitnet.train import data\n"
+        "from bitnet.train.data import prepare as data\n"
         "data.sync = lambda path: os.kill(os.getpid(), 9)\n"
         "data.prepare(data.DataConfig((sys.argv[1],)), pathlib.Path(sys.argv[2]),"
         " tokenizer=None, kind='char', vocab_size=0)\n"

@@ -19,7 +19,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from bitnet.cli import main
 from bitnet.files.checkpoint import latest_save
-from bitnet.train.parallel.distributed import Processes, first_line, other_ended
+from bitnet.train.parallel.distributed import Processes, first_line, is_lost_process
 
 MODEL = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
 SETTINGS = [
@@ -87,7 +87,7 @@ def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         ranks = [child_process.environment(**shared, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
         started = [stack.enter_context(child_process.started(command, stderr=PIPE, env=env)) for env in ranks]
-        for process, part in zip(started, ("toy.txt", "first process"), strict=True):
+        for process, part in zip(started, ("toy.txt", "main process"), strict=True):
             code, _, err = child_process.finish(process)
             assert code == 2, err
             (line,) = (line for line in err.splitlines() if line.startswith("bitnet: error:"))
@@ -99,7 +99,7 @@ def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
 MEETING_RANKS = """
 import os, sys, torch
 from datetime import timedelta
-from bitnet.train import distributed
+from bitnet.train.parallel import distributed
 from bitnet.train.parallel.distributed import Processes, lost_processes
 distributed.START_TIMEOUT, distributed.COLLECTIVE_TIMEOUT = (timedelta(milliseconds=int(word)) for word in sys.argv[2:])
 end, held = os.pipe()
@@ -117,7 +117,7 @@ with lost_processes(), Processes(torch.device("cpu")) as processes:
     if processes.rank:
         os.read(end, 1)  # until rank 0 has ended
         os._exit(0)
-    processes.largest(0)
+    processes.all_max(0)
 """
 
 
@@ -178,7 +178,7 @@ def test_gradients_lie_in_what_travels() -> None:
     """With a copy of them beside it, a process would hold four bytes a parameter more."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     processes, model = Processes(torch.device("cpu")), torch.nn.Linear(2, 2)
-    processes.size = 2  # or it would wrap nothing
+    processes.world_size = 2  # or it would wrap nothing
     processes.wrap(model)(torch.ones(2)).sum().backward()
     places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     processes.__exit__()
@@ -199,7 +199,7 @@ def test_gradients_lie_in_what_travels() -> None:
     ],
 )
 def test_which_errors_are_those_of_a_lost_process(error: Exception, is_it: bool) -> None:
-    assert other_ended(error) is is_it
+    assert is_lost_process(error) is is_it
     assert first_line(error) in str(error)
     assert ".cc" not in first_line(error)
 
@@ -209,8 +209,8 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     model = torch.nn.Linear(2, 2)
     with Processes(torch.device("cpu")) as processes:
-        assert (processes.size, processes.rank, processes.first) == (1, 0, True)
+        assert (processes.world_size, processes.rank, processes.is_main) == (1, 0, True)
         assert processes.wrap(model) is model
-        assert float(processes.mean(torch.tensor(2.5))) == 2.5
-        assert processes.largest(15) == 15
+        assert float(processes.all_mean(torch.tensor(2.5))) == 2.5
+        assert processes.all_max(15) == 15
         processes.barrier()

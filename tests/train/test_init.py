@@ -22,9 +22,10 @@ from bitnet.model import Transformer
 from bitnet.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from bitnet.train.command import resolve, run_training
 from bitnet.train.config import default_config
-from bitnet.train.pretrain import Trainer, pretrain
+from bitnet.train.pretrain import pretrain
 from bitnet.train.report.display import Display
 from bitnet.train.runs.run import Run
+from bitnet.train.runs.saves import Progress, Saves
 
 TEXT = "fade a cabbage\nbag the hedge and feed the bead to a badge\n" * 60
 
@@ -161,7 +162,7 @@ def test_a_program_that_opens_no_models_refuses_one(tmp_path: Path) -> None:
     with pytest.raises(BitNetError, match="starts from random weights"):
         run_training(None, None, flags, ["train.init=x"], tmp_path / "out", torch.device("cpu"), quiet=True)
     config = default_config().override({"train": {"init": "x"}})
-    with pytest.raises(BitNetError, match="that model, opened"):
+    with pytest.raises(BitNetError, match="that model opened"):
         pretrain(config, tmp_path / "out", torch.device("cpu"), Display(1, quiet=True))
     assert not (tmp_path / "out").exists()
 
@@ -187,10 +188,10 @@ def test_a_float_model_turns_ternary(
     assert all(layer.quant_warmup is None for layer in ternary.modules() if isinstance(layer, BitLinear))
     # Stopped behind step 2 and resumed, inside the easing, which takes four: the same weights to the bit.
     shares: list[float] = []
-    save, ease = Trainer._save, set_quant_warmup
+    save, ease = Saves.save, set_quant_warmup
 
-    def save_and_stop(self: Trainer, seconds: float) -> None:
-        save(self, seconds)
+    def save_and_stop(saves: Saves, progress: Progress) -> None:
+        save(saves, progress)
         raise Stop
 
     def note_share(model: Transformer, share: float) -> None:
@@ -198,7 +199,7 @@ def test_a_float_model_turns_ternary(
         ease(model, share)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_save", save_and_stop)
+        patch.setattr(Saves, "save", save_and_stop)
         with pytest.raises(Stop):
             train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8)
     assert [path.name for path in (tmp_path / "parts" / "saves").iterdir()] == ["step-00000002"]

@@ -17,7 +17,7 @@ from bitnet.model import Transformer
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective, distillation
 from bitnet.train.runs.run import Run
-from bitnet.train.schedule import quantised_share, whole_from
+from bitnet.train.schedule import quantised_fraction, warmup_end
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -107,20 +107,20 @@ def test_recomputed_blocks_have_the_same_gradients(linear: str, share: float, se
 
 def test_how_much_is_quantised() -> None:
     settings = TrainConfig(steps=10, float_share=0.3, quant_warmup=0.3)
-    assert [quantised_share(settings, step) for step in range(7)] == [0, 0, 0, 0.5, 1, 1, 1]
-    assert [quantised_share(TrainConfig(steps=4, float_share=0.5, quant_warmup=0.0), step) for step in range(4)] == [
+    assert [quantised_fraction(settings, step) for step in range(7)] == [0, 0, 0, 0.5, 1, 1, 1]
+    assert [quantised_fraction(TrainConfig(steps=4, float_share=0.5, quant_warmup=0.0), step) for step in range(4)] == [
         0,
         0,
         1,
         1,
     ]
-    assert [quantised_share(TrainConfig(steps=4, quant_warmup=0.5), step) for step in range(4)] == [0.5, 1, 1, 1]
+    assert [quantised_fraction(TrainConfig(steps=4, quant_warmup=0.5), step) for step in range(4)] == [0.5, 1, 1, 1]
     for steps, float_share, ease in ((7, 0.05, 0.95), (7, 0.2, 1.0), (100, 0.45, 1.0), (100, 0.0, 0.55), (1, 0.0, 0.8)):
         settings = TrainConfig(steps=steps, float_share=float_share, quant_warmup=ease)
-        shares = [quantised_share(settings, step) for step in range(steps)]
+        shares = [quantised_fraction(settings, step) for step in range(steps)]
         assert shares == sorted(shares)
         assert shares[-1] == 1.0  # whatever the parts round to
-        assert shares.index(1.0) + 1 == whole_from(settings)
+        assert shares.index(1.0) + 1 == warmup_end(settings)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path, capsys
     capsys.readouterr()
     train(text, "teacher", steps=21)  # it went on: its newest save is another model
     train(text, "from-run", f"train.teacher={teacher}", *term, code=2)
-    assert "is not the one that step-" in capsys.readouterr().err
+    assert "expected the one that step-" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_tokens_is_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

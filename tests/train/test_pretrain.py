@@ -37,6 +37,7 @@ from bitnet.train.report.observer import Observer
 from bitnet.train.report.overview import duration
 from bitnet.train.report.plot import plot_run
 from bitnet.train.runs.run import Run
+from bitnet.train.setup import Setup
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -129,7 +130,7 @@ def trainer(config: RunConfig, out: Path) -> loop.Trainer:
     run, display = Run(out), Display(quiet=True)
     run.path.mkdir(exist_ok=True)
     dataset = prepare_data(config, run, display)
-    return loop.Trainer(config, run, dataset, Processes(CPU), display)
+    return loop.Trainer(Setup(config.resolved(dataset.tokenizer.vocab_size), run, dataset, Processes(CPU), display))
 
 
 @pytest.mark.parametrize(("linear", "share"), [("ternary", 1.0), ("ternary", 0.5), ("float", 1.0)])
@@ -143,11 +144,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     for accumulate in (1, 2, 16):
         config = configured(corpus, model={"linear": linear}, batch_size=16 // accumulate, accumulate=accumulate)
         made = trainer(config, tmp_path / "run")
-        made.step = step
+        made.progress.step = step
         set_quant_warmup(made.model, share)
-        loss = float(made._gradients())
+        loss = float(made.gradients())
         results.append((loss, {name: p.grad.clone() for name, p in made.model.named_parameters()}))
-        dataset, model = made.dataset, made.model
+        dataset, model = made.setup.dataset, made.model
     inputs, targets = Sampler(dataset.train, 16, config.train.seed).windows(step * 16, 16)
     model.zero_grad()
     whole = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
@@ -193,7 +194,7 @@ class Poison:
         self.way, self.steps = way, steps
         self.now = -1
         self.kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # step -> state before and after
-        original, take_step, set_step = Objective.forward, loop.Trainer._training_step, Optimizer.set_step
+        original, take_step, set_step = Objective.forward, loop.Trainer.training_step, Optimizer.set_step
 
         def loss(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             value, entropy = original(objective, inputs, targets)
@@ -215,16 +216,15 @@ class Poison:
             self.now = step + 1  # as metrics count
             return set_step(optimizer, step)
 
-        def kept(trainer: loop.Trainer) -> dict[str, Any] | None:
+        def kept(trainer: loop.Trainer) -> None:
             before = self._state(trainer)
-            row = take_step(trainer)
+            take_step(trainer)
             self.kept[self.now] = (before, self._state(trainer))
             self.now = -1
-            return row
 
         monkeypatch.setattr(Objective, "forward", loss)
         monkeypatch.setattr(Optimizer, "set_step", noted)
-        monkeypatch.setattr(loop.Trainer, "_training_step", kept)
+        monkeypatch.setattr(loop.Trainer, "training_step", kept)
 
     @staticmethod
     def _one_nan(grad: Tensor) -> Tensor:
@@ -407,7 +407,7 @@ def test_final_validation_is_what_the_saved_weights_give(finished: tuple[RunConf
 
 def test_samples_and_config_lie_with_the_run(finished: tuple[RunConfig, Path, loop.Outcome]) -> None:
     config, folder, outcome = finished
-    assert read_config(folder / "config.toml") == config
+    assert read_config(folder / "config.toml") == config.resolved(open_dataset(folder / "data").tokenizer.vocab_size)
     samples = (folder / "samples.txt").read_text()
     heads = [line for line in samples.splitlines() if line.startswith("--- step ")]
     assert heads == ["--- step 5", "--- step 10", "--- step 11"]
@@ -445,7 +445,7 @@ def weights_at(config: RunConfig, out: Path, stop: int) -> dict[str, Tensor]:
     """The weights after `stop` steps of this run: from a loop that breaks off there."""
     made = trainer(config, out)
     for _ in range(stop):
-        made._training_step()
+        made.training_step()
     return {name: value.detach().clone() for name, value in made.model.state_dict().items()}
 
 
@@ -480,7 +480,7 @@ def test_batches_of_a_run_do_not_repeat(corpus: Path, tmp_path: Path, monkeypatc
 
     config = configured(corpus, batch_size=5, accumulate=3, steps=4)
     monkeypatch.setattr(Objective, "forward", spy)
-    monkeypatch.setattr(loop.Trainer, "_estimate", lambda self: "soon")
+    monkeypatch.setattr(loop.Trainer, "seconds_per_step", lambda self: 1.0)
     train(config, tmp_path / "run")
     data = open_dataset(tmp_path / "run" / "data")
     wanted, _ = Sampler(data.train, 16, config.train.seed).windows(0, 5 * 3 * 4)

@@ -30,10 +30,10 @@ from bitnet.layers import set_quant_warmup
 from bitnet.model import Transformer, embedding_parameters, linear_parameters, norm_parameters, parameters
 from bitnet.train import network
 from bitnet.train.config import TrainConfig
-from bitnet.train.parallel.batches import micro_batches, sequences_a_step, share
+from bitnet.train.parallel.batches import micro_batches, rank_sequences, sequences_per_step
 from bitnet.train.parallel.distributed import Processes
 from bitnet.train.runs.run import Run
-from bitnet.train.schedule import quantised_share
+from bitnet.train.schedule import quantised_fraction
 
 STEPS, HALF = 50, 25
 # Gains in two halves are whole vectors of 16 numbers: torch's fused AdamW rounds a tail another way than vectors.
@@ -45,7 +45,7 @@ SERVER = """
 import faulthandler, json, os, signal, sys, time
 from fnmatch import fnmatch
 import bitnet.train.command, bitnet.train.pretrain as loop
-from bitnet import checkpoint
+from bitnet.files import checkpoint
 from bitnet.cli import main
 loop.plot_run = lambda rows, target, title: []
 def dying(sync, pattern, step):
@@ -372,7 +372,7 @@ def test_quantised_masters_travel_once(
     config = ModelConfig(vocab_size=30, max_position_embeddings=16, linear=linear, **shape)
     train = TrainConfig(**{"quant_warmup": 0.0, **settings})
     model, objective = network.build_network(config, train, paper, sharded=True)
-    set_quant_warmup(model, quantised_share(train, 0))
+    set_quant_warmup(model, quantised_fraction(train, 0))
     ids = torch.randint(30, (2, 16))
     rest = embedding_parameters(config) + norm_parameters(config)  # all of them cut evenly by two, so nothing is padded
     block = linear_parameters(config) // 2
@@ -482,7 +482,7 @@ def test_sequences_are_dealt_once_each() -> None:
     for _ in range(200):
         size, batch = random.randint(1, 9), random.randint(1, 7)
         total = random.randint(size, 60)
-        shares = [share(total, rank, size) for rank in range(size)]
+        shares = [rank_sequences(total, rank, size) for rank in range(size)]
         assert [i for part in shares for i in part] == list(range(total))
         cuts = [micro_batches(total, size, batch, len(part)) for part in shares]
         assert [sum(cut) for cut in cuts] == [len(part) for part in shares]
@@ -491,9 +491,9 @@ def test_sequences_are_dealt_once_each() -> None:
 
 
 def test_a_global_batch_must_reach_all() -> None:
-    assert sequences_a_step(TrainConfig(global_batch=3, batch_size=8), 3) == 3
+    assert sequences_per_step(TrainConfig(global_batch=3, batch_size=8), 3) == 3
     with pytest.raises(BitNetError, match="3 sequences for 4 processes"):
-        sequences_a_step(TrainConfig(global_batch=3), 4)
+        sequences_per_step(TrainConfig(global_batch=3), 4)
     with pytest.raises(BitNetError, match="one of them"):
         TrainConfig(global_batch=8, accumulate=2)
 

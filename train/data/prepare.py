@@ -30,6 +30,8 @@ from bitnet.text.tokenizer import Tokenizer
 from bitnet.train.data.corpus import Corpus, DataConfig, Piece, open_corpus
 from bitnet.train.data.hub import is_dataset
 from bitnet.train.data.shards import (
+    MANIFEST,
+    TOKENIZER,
     VERSION,
     Manifest,
     NamedSize,
@@ -38,23 +40,17 @@ from bitnet.train.data.shards import (
     TokenDataset,
     TokenStream,
     dtype_for,
+    is_prepared,
     open_dataset,
-    open_tokenizer,
     shard_name,
+    work_folder,
 )
 from bitnet.train.data.sources import CHUNK, STANDARD_INPUT, find_sources
-from bitnet.train.data.windows import Sampler, batch_for, check_lengths, eval_windows
-
-# The rest of the trainer needs this module alone.
-__all__ = [
-    "DataConfig", "Sampler", "TokenDataset", "TokenStream", "batch_for", "check_lengths", "eval_windows",
-    "open_dataset", "open_tokenizer", "prepare", "tokenize",
-]  # fmt: skip
 
 SHARD_TOKENS = 1 << 26  # 128 MiB as uint16: small enough to copy and to check, few files even for 10 G tokens
 LISTED_SOURCES = 1000  # names kept in the manifest; the count is complete
 SPOOL = "standard-input"
-OURS = re.compile(r"(train|val)-\d{5}\.bin|tokenizer\.model|manifest\.json|" + SPOOL + "(-[0-9a-f]{16})?")
+OURS = re.compile(rf"(train|val)-\d{{5}}\.bin|{re.escape(TOKENIZER)}|{re.escape(MANIFEST)}|{SPOOL}(-[0-9a-f]{{16}})?")
 
 Report = Callable[[str, int, int | None], None]  # stage, bytes done, bytes in all or None
 _log = logging.getLogger("bitnet")
@@ -84,10 +80,10 @@ def prepare(
     if tokenizer is None and kind not in ("sentencepiece", "char"):
         raise BitNetError(f"got tokenizer kind {kind!r}, expected 'sentencepiece' or 'char'; correct the kind")
     out = out.resolve()
-    work = out.with_name(out.name + ".tmp")
+    work = work_folder(out)
     made_with = _made_with(tokenizer, kind, vocab_size)
     settings = _digest(asdict(config), made_with)
-    if (out / "manifest.json").exists():
+    if is_prepared(out):
         return _reuse(out, config, settings, made_with)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BitNetError(f"{out}: got a file or folder with other content, expected a new folder; name another")
@@ -138,7 +134,7 @@ def _reuse(out: Path, config: DataConfig, settings: str, made_with: list[str]) -
     named = config.paths + config.val_paths
     if not any(path == STANDARD_INPUT or is_dataset(path) for path in named):  # read once, and never again
         try:
-            corpus = _open_corpus(config, out, out.with_name(out.name + ".tmp"))
+            corpus = _open_corpus(config, out, work_folder(out))
         except (BitNetError, OSError):
             return dataset  # the text has gone
         if _digest(corpus.fingerprint, made_with) != dataset.fingerprint:
@@ -195,7 +191,7 @@ def _write(
     work: Path, corpus: Corpus, settings: str, fingerprint: str, tokenizer: Tokenizer, report: Report | None
 ) -> None:
     model = tokenizer.to_bytes()
-    (work / "tokenizer.model").write_bytes(model)
+    (work / TOKENIZER).write_bytes(model)
     dtype = dtype_for(tokenizer.vocab_size)
     manifest = Manifest(
         settings=settings,
@@ -210,11 +206,11 @@ def _write(
         source_bytes=sum(source.size for source in corpus.sources),
         sources=tuple(NamedSize(source.name, source.size) for source in corpus.sources[:LISTED_SOURCES]),
     )
-    (work / "manifest.json").write_text(manifest.to_json())
+    (work / MANIFEST).write_text(manifest.to_json())
     for spool in work.glob(f"{SPOOL}*"):
         spool.unlink()
-    sync(work / "tokenizer.model")
-    sync(work / "manifest.json")
+    sync(work / TOKENIZER)
+    sync(work / MANIFEST)
     sync(work)
 
 

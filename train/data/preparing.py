@@ -5,7 +5,7 @@ import shutil
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig
 from bitnet.train.data.prepare import prepare
-from bitnet.train.data.shards import TokenDataset, open_tokenizer
+from bitnet.train.data.shards import TokenDataset, is_prepared, open_tokenizer
 from bitnet.train.data.windows import check_lengths
 from bitnet.train.initial import Initial, Teacher, teacher_tokenizer
 from bitnet.train.report.display import Display
@@ -24,7 +24,7 @@ def prepare_data(
         tokenizer = initial.tokenizer
         if tokenizer is None:
             raise BitNetError(f"train: got no tokenizer in '{config.train.init}', expected the one it was trained with")
-    elif config.train.init and (run.data / "manifest.json").exists():
+    elif config.train.init and is_prepared(run.data):
         tokenizer = open_tokenizer(run.data)  # the run goes on without the model it began with
     elif teacher is not None:
         tokenizer = teacher_tokenizer(config, teacher)
@@ -34,7 +34,7 @@ def prepare_data(
             run.data,
             tokenizer=tokenizer,
             kind=config.tokenizer.kind,
-            vocab_size=config.model.vocab_size,
+            vocab_size=config.requested_vocab_size,
             report=display.preparing,
         )
         check_lengths(dataset, config.context)

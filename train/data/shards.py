@@ -22,6 +22,7 @@ from bitnet.text.load import load_tokenizer
 from bitnet.text.tokenizer import Tokenizer
 
 FORMAT, VERSION = "bitnet-tokens", 2
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"  # file names
 MANIFEST_LIMIT = 16 << 20  # bytes; refused unread above
 VERIFY_TOKENS = 1 << 20  # read at a time when all ids are checked
 
@@ -182,6 +183,16 @@ class TokenDataset:
         return self.manifest.fingerprint
 
 
+def is_prepared(path: Path) -> bool:
+    """Whether a folder holds what prepare() writes."""
+    return (path / MANIFEST).is_file()
+
+
+def work_folder(path: Path) -> Path:
+    """Where prepare() writes a dataset before it renames it to `path`."""
+    return path.with_name(path.name + ".tmp")
+
+
 def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a prepared folder, whose shards may be gone.
 
@@ -213,15 +224,15 @@ def open_dataset(path: Path, verify: bool = False) -> TokenDataset:
 
 
 def _open_tokenizer(path: Path) -> tuple[Tokenizer, Manifest]:
-    if not (path / "manifest.json").is_file():
+    if not is_prepared(path):
         raise BitNetError(f"{path}: got no manifest.json, expected a prepared dataset; prepare one or correct the path")
-    manifest = _read_manifest(path / "manifest.json")
+    manifest = _read_manifest(path / MANIFEST)
     try:
-        data = (path / "tokenizer.model").read_bytes()
+        data = (path / TOKENIZER).read_bytes()
     except OSError as error:
-        raise _damaged(path / "tokenizer.model", error) from error
+        raise _damaged(path / TOKENIZER, error) from error
     if hashlib.sha256(data).hexdigest() != manifest.tokenizer_sha256:
-        raise _damaged(path / "tokenizer.model", "got another file than the manifest names")
+        raise _damaged(path / TOKENIZER, "got another file than the manifest names")
     tokenizer = load_tokenizer(manifest.tokenizer_kind, data)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise _damaged(path, f"got {tokenizer.vocab_size} tokenizer ids, expected {manifest.vocab_size}")
