@@ -67,12 +67,12 @@ def corpus_of(config: DataConfig, tmp_path: Path) -> Corpus:
 
 
 def text_of(corpus: Corpus, split: str) -> str:
-    return "".join(piece.text for piece in corpus.pieces(split))
+    return "".join(part.text for part in corpus.parts(split))
 
 
 def documents_of(corpus: Corpus, split: str) -> list[str]:
     documents: list[str] = []
-    for begins, text, _ in corpus.pieces(split):
+    for begins, text, _ in corpus.parts(split):
         if begins:
             documents.append(text)
         else:
@@ -512,7 +512,7 @@ def test_prepared_data_needs_its_text_no_more(
     assert tokens(again.train) == tokens(first.train)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (change in ("added", "touched"))
-    assert all("going on with the text as it was" in warning for warning in warnings)
+    assert all("training uses the text as it was" in warning for warning in warnings)
 
 
 def test_the_default_corpus_may_change(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -635,7 +635,7 @@ def test_full_disk_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(BitNetError, match="No space left on device; check rights and free space"):
+    with pytest.raises(BitNetError, match="No space left on device; check permissions and free space"):
         prepare(DataConfig((str(folder),)), tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["books"]
 
@@ -683,7 +683,7 @@ def test_memory_stays_bounded(newlines: bool, tmp_path: Path) -> None:
     tracemalloc.start()
     for kind in ("file", "line", "paragraph"):
         corpus = corpus_of(DataConfig((str(path),), documents=kind), tmp_path)
-        assert sum(len(piece.text) for split in ("train", "val") for piece in corpus.pieces(split)) == size
+        assert sum(len(part.text) for split in ("train", "val") for part in corpus.parts(split)) == size
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 * sources_module.CHUNK  # StringIO alone takes four bytes a character

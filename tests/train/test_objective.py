@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toy_runs import SHAPE, words
 
 from bitnet.cli import main
 from bitnet.config import ModelConfig
@@ -19,10 +20,7 @@ from bitnet.train.objective import Objective, distillation
 from bitnet.train.runs.run import Run
 from bitnet.train.schedule import quantised_fraction, warmup_end
 
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 16,
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def made(seed: int, **changes: Any) -> Transformer:
@@ -115,26 +113,27 @@ def test_how_much_is_quantised() -> None:
         1,
     ]
     assert [quantised_fraction(TrainConfig(steps=4, quant_warmup=0.5), step) for step in range(4)] == [0.5, 1, 1, 1]
-    for steps, float_share, ease in ((7, 0.05, 0.95), (7, 0.2, 1.0), (100, 0.45, 1.0), (100, 0.0, 0.55), (1, 0.0, 0.8)):
-        settings = TrainConfig(steps=steps, float_share=float_share, quant_warmup=ease)
+    for steps, float_share, warmup in (
+        (7, 0.05, 0.95),
+        (7, 0.2, 1.0),
+        (100, 0.45, 1.0),
+        (100, 0.0, 0.55),
+        (1, 0.0, 0.8),
+    ):
+        settings = TrainConfig(steps=steps, float_share=float_share, quant_warmup=warmup)
         shares = [quantised_fraction(settings, step) for step in range(steps)]
         assert shares == sorted(shares)
-        assert shares[-1] == 1.0  # whatever the parts round to
+        assert shares[-1] == 1.0  # however the two lengths are rounded
         assert shares.index(1.0) + 1 == warmup_end(settings)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "toy.txt"
-    path.write_text("".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(700)))
+    path.write_text(words(700))
     return path
 
 
@@ -177,11 +176,11 @@ def test_zero_init_begins_as_the_identity(text: Path, monkeypatch: pytest.Monkey
 
 
 def test_float_first_then_ternary(text: Path) -> None:
-    """While it is float, the losses are the float twin's; after the switch they are not."""
-    twin = losses(train(text, "twin", CHAR, "model.linear=float", steps=8))
+    """While it is float, the losses are those of the float baseline; after the switch they are not."""
+    baseline = losses(train(text, "baseline", CHAR, "model.linear=float", steps=8))
     switched = losses(train(text, "switched", CHAR, "train.float_share=0.5", "train.quant_warmup=0", steps=8))
-    assert switched[:4] == pytest.approx(twin[:4], rel=1e-5)
-    assert switched[4] != pytest.approx(twin[4], rel=1e-5)
+    assert switched[:4] == pytest.approx(baseline[:4], rel=1e-5)
+    assert switched[4] != pytest.approx(baseline[4], rel=1e-5)
 
 
 def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
