@@ -289,11 +289,11 @@ def test_few_files_are_cut_at_their_ends(
         corpus = corpus_of(DataConfig((str(tmp_path / "*.txt"),), val_fraction=0.02), tmp_path)
     assert documents_of(corpus, "train") == [text[: int(len(text) * 0.98)] for text in texts]
     assert documents_of(corpus, "val") == [text[int(len(text) * 0.98) :] for text in texts]
-    assert "the end of each of them is for validation" in caplog.text
+    assert "the end of each file is held out for validation" in caplog.text
     assert 0.015 < len(text_of(corpus, "val")) / sum(sizes) < 0.025
 
 
-def test_val_paths_hold_back(folder: Path, tmp_path: Path) -> None:
+def test_val_paths_are_held_out(folder: Path, tmp_path: Path) -> None:
     held = folder / "part1"
     corpus = corpus_of(DataConfig((str(folder),), val_paths=(str(held),)), tmp_path)
     assert {source.path for source in corpus.val} == set(held.iterdir())
