@@ -1,4 +1,4 @@
-"""What `bitnet train` does between its flags and the loop."""
+"""`bitnet train` from its flags to its result: resolve the settings, train, summarise."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import torch
 from bitnet import schema
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.files import checkpoint
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig, default_config, read_toml
 from bitnet.train.initial import Initial, Teacher
 from bitnet.train.pretrain import Outcome, pretrain
@@ -35,34 +34,39 @@ def run_training(
 ) -> tuple[dict[str, Any] | None, int]:
     """Resolve the configuration and train. Returns (summary or None, exit code).
 
-    Settings, from weak to strong: the run that is in `out` already, or the preset; the TOML file; flags and
+    Settings, each overriding those before: the existing run in `out`, or the preset; the TOML file; the flags; the
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
-    open_initial: opens the model that train.init names; open_teacher: the one of train.teacher.
+    open_initial opens the model that train.init names, open_teacher that of train.teacher. Raises BitNetError.
     """
     folder = out or _default_folder(preset, config_file, flags, assignments)
     run = Run(folder)
     initial = None
-    # A run goes on from its own save, also where the model it began with is gone.
-    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not checkpoint.folders(run.saves):
+    # A run with a save resumes from it and does not need the model it started from.
+    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not run.has_saves():
         if open_initial is None:
             raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
         initial = open_initial(name)
     config = resolve(preset, config_file, flags, assignments, run, initial.config if initial else None)
-    first = os.environ.get("RANK", "0") == "0"
-    display = Display(config.train.report_every, quiet=quiet or not first)
+    is_main = os.environ.get("RANK", "0") == "0"
+    display = Display(config.train.report_every, quiet=quiet or not is_main)
     teacher = open_teacher(config.train.teacher) if config.train.teacher and open_teacher else None
     outcome = pretrain(config, folder, device, display, initial, teacher)
     if outcome.signal is not None:
-        display.note(f"stopped at step {outcome.step}; saved: the same command goes on from there")
+        display.note(f"stopped at step {outcome.step} and saved; run the same command again to resume")
         return None, 128 + outcome.signal
-    if not first:
+    if not is_main:
         return None, 0
+    _show_end(display, outcome)
+    return summarize(outcome), 0
+
+
+def _show_end(display: Display, outcome: Outcome) -> None:
     display.sample(outcome.sample)
     if outcome.trained:
-        display.note(f"{duration(outcome.seconds)}, {outcome.tokens_per_second:,.0f} tokens/s; next: {_next(folder)}")
+        pack = f"bitnet pack {outcome.run} -o {outcome.run / 'model.safetensors'}"
+        display.note(f"{duration(outcome.seconds)}, {outcome.tokens_per_second:,.0f} tokens/s; next: {pack}")
     else:
-        display.note(f"all {outcome.step} steps were done already; --steps with a larger number trains on")
-    return summarize(outcome), 0
+        display.note(f"all {outcome.step} steps were done already; a larger --steps trains for longer")
 
 
 def resolve(
@@ -73,24 +77,27 @@ def resolve(
     run: Run,
     initial: ModelConfig | None = None,
 ) -> RunConfig:
-    """The configuration of a run from everything that has a say in it; initial: the model it starts from."""
+    """The configuration as requested, from all the places that set it (see `run_training`).
+
+    initial: the configuration of the model that the run starts from. Raises BitNetError.
+    """
     named, values = read_toml(config_file) if config_file is not None else (None, {})
     preset = preset or named
     if preset is not None:
         base = default_config(preset)
-        if run.exists():  # a preset given again must not undo what was set when the run began
-            base = run.config().override({"model": _shape(base)})
+        if run.exists():  # a preset given again must not undo the other settings of the run
+            base = run.config().requested().override({"model": _shape(base)})
     elif run.exists() or initial is None:
-        base = run.config() if run.exists() else default_config()
+        base = run.config().requested() if run.exists() else default_config()
     else:
-        # Trained on at a low rate, a model has no time for a long way in: benchmarks/specs/9-convert.toml.
+        # Training that starts from a model is short: warm-up costs more than it gains there (specs/9-convert.toml).
         base = RunConfig(model=initial, train=TrainConfig(quant_warmup=0.0))
-    # In one go: settings that fit together only as a whole may come from several places.
-    return base.override(merge(values, _spoken(flags, assignments)))
+    # All at once: settings that are valid only together may come from several places.
+    return base.override(merge(values, _command_line(flags, assignments)))
 
 
-def _spoken(flags: Values, assignments: list[str]) -> Values:
-    """What the command line says: flags that were given, and assignments over them."""
+def _command_line(flags: Values, assignments: list[str]) -> Values:
+    """The settings of the command line: flags that were given, overridden by assignments."""
     given = {section: {k: v for k, v in content.items() if v is not None} for section, content in flags.items()}
     return merge(given, parse_assignments(assignments, RunConfig()))
 
@@ -98,31 +105,31 @@ def _spoken(flags: Values, assignments: list[str]) -> Values:
 def _initial_name(
     preset: str | None, config_file: Path | None, flags: Values, assignments: list[str], run: Run
 ) -> str | None:
-    """The model to start from, wherever it is named: in a flag, an assignment, the TOML file or the run that is there.
+    """The model to start from, named by a flag, an assignment, the TOML file or the existing run; None: random weights.
 
-    Raises BitNetError for settings that this model brings along: a preset and a tokenizer.
+    Raises BitNetError for a preset or a tokenizer beside it, because that model determines both.
     """
     named, values = read_toml(config_file) if config_file is not None else (None, {})
-    preset, spoken = preset or named, _spoken(flags, assignments)
-    name = merge(values, spoken).get("train", {}).get("init", run.config().train.init if run.exists() else "")
+    preset, given = preset or named, _command_line(flags, assignments)
+    name = merge(values, given).get("train", {}).get("init", run.config().train.init if run.exists() else "")
     if not name or not isinstance(name, str):
-        return None  # what is no text is refused with the other settings
+        return None  # a value that is no string is refused with the other settings
     if preset is not None:
         raise BitNetError(f"train: got --preset {preset} and --init {name}, expected one: that model has its shape")
-    # A run's own config.toml names the tokenizer's kind in any case.
-    kind = spoken.get("tokenizer", {}).get("kind")
+    # The default kind in a TOML file is no choice: a run's own config.toml always contains it.
+    kind = given.get("tokenizer", {}).get("kind")
     if kind is None and (written := values.get("tokenizer", {}).get("kind")) != TokenizerConfig().kind:
         kind = written
     if kind is not None:
         raise BitNetError(
             f"train: got --tokenizer {kind} and --init {name}, expected one: that model has its tokenizer; "
-            "leave --tokenizer away"
+            "omit --tokenizer"
         )
     return name
 
 
 def merge(*layers: Values) -> Values:
-    """Settings from weak to strong in one."""
+    """Settings in one; later layers override earlier ones."""
     merged: Values = {}
     for layer in layers:
         for section, content in layer.items():
@@ -131,12 +138,12 @@ def merge(*layers: Values) -> Values:
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:
-    """What a preset says of the model; the kind of linear is a flag of its own."""
+    """The model settings that a preset decides: all but `linear`, which has its own flag."""
     return {key: value for key, value in config.model.to_dict().items() if key != "linear"}
 
 
 def parse_assignments(assignments: list[str], config: RunConfig) -> Values:
-    """["train.lr=1e-3"] as {"train": {"lr": 0.001}}, typed as the field is. Raises BitNetError."""
+    """["train.lr=1e-3"] as {"train": {"lr": 0.001}}, with the type of the field in `config`. Raises BitNetError."""
     values: Values = {}
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -149,7 +156,7 @@ def parse_assignments(assignments: list[str], config: RunConfig) -> Values:
 
 
 def summarize(outcome: Outcome) -> dict[str, Any]:
-    """The end of a run as JSON values."""
+    """The outcome of a run as JSON values."""
     return {
         "run": str(outcome.run),
         "steps": outcome.step,
@@ -162,11 +169,7 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
 
 
 def _default_folder(preset: str | None, config_file: Path | None, flags: Values, assignments: list[str]) -> Path:
-    """runs/PRESET-LINEAR, wherever the two were named."""
+    """runs/PRESET-LINEAR, from wherever the two are set."""
     parent = Path("runs")
     named = preset or (read_toml(config_file)[0] if config_file is not None else None) or "nano"
     return parent / f"{named}-{resolve(preset, config_file, flags, assignments, Run(parent / named)).model.linear}"
-
-
-def _next(folder: Path) -> str:
-    return f"bitnet pack {folder} -o {folder / 'model.safetensors'}"

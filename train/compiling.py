@@ -1,11 +1,12 @@
-"""torch.compile around a run: what it is given, and what it needs.
+"""torch.compile in training: what is compiled, and the compiler that it needs.
 
-One process, and each of several with the whole model, compile the network with its loss as one graph. A sharded one is
-compiled block by block, inside what gathers a block's parameters: all blocks have the same code and the same shapes,
-so they share one graph, however many there are. tests/train/test_compile.py checks that no graph breaks: pieces cost
-minutes of compiling and the fusion that compiling is for.
+On one process and with DDP, the network with its loss is compiled as one graph. A sharded model is compiled block by
+block, inside the hooks that gather a block's parameters; all blocks have the same code and shapes, so they share one
+graph. tests/train/test_compile.py checks that there are no graph breaks: they cost minutes of compilation and prevent
+fusion, which is the point of compiling.
 
-Masters and saves are the same as without. Figures are not, in the last bits: fused sums are added in another order.
+Masters and saves have the same format with and without. Figures differ in their last bits, because fused sums are added
+in another order.
 """
 
 import os
@@ -21,33 +22,33 @@ from bitnet.errors import BitNetError
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """The name of the compiler that torch.compile would not find; None where it has all it needs."""
-    # What torch runs on a CPU, found as it finds it; it would say so in a page, after the text is tokenised.
+    """The name of the C++ compiler that torch.compile needs on this device and would not find; None if it has all.
+
+    torch would report that in a page of text, and only after the corpus is tokenised.
+    """
+    # The same search as torch's.
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     found = device.type != "cpu" or shutil.which(name) or os.environ.get("TORCH_INDUCTOR_INSTALL_GXX")
     return None if found else name
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise BitNetError where torch.compile would find no compiler: on a CPU it writes C++."""
+    """Raise BitNetError if torch.compile would find no compiler for the code that it generates for this device."""
     if name := missing_compiler(device):
         raise BitNetError(
-            f"train.compile: got no compiler '{name}', expected one: on a CPU torch.compile writes C++; install it, "
-            "name another in CXX, or leave --compile away"
+            f"train.compile: got no compiler '{name}', expected one: on a CPU torch.compile generates C++; install "
+            "it, name another in CXX, or omit --compile"
         )
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """The network as one graph, which shares its parameters. Graphs of other networks are forgotten."""
-    torch.compiler.reset()  # torch keeps eight graphs of a function and makes no ninth; the models of a sweep are more
+    """The network compiled as one graph, with the same parameters. Drops the graphs of earlier networks."""
+    torch.compiler.reset()  # torch compiles a function at most eight times, and a sweep trains more models than that
     return cast(nn.Module, torch.compile(network))
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile each block's own pass; hooks around it, such as those that gather its parameters, stay outside.
-
-    Graphs of other models are forgotten.
-    """
+    """Compile the forward method of each block, without the hooks around it. Drops the graphs of earlier models."""
     torch.compiler.reset()
     for block in blocks:
         block.forward = torch.compile(block.forward)

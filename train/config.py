@@ -1,4 +1,8 @@
-"""Everything a run is decided by: four frozen sections, read from TOML and flags, written back with the run."""
+"""The configuration of a run: four frozen sections, read from TOML and flags, and written into the run's folder.
+
+It exists in two states. As requested, the vocabulary is an upper bound and the context may be shorter than the model's.
+Resolved (`RunConfig.resolved`, once the tokenizer is known), `model` is exactly the model that is trained.
+"""
 
 import json
 import tomllib
@@ -20,66 +24,73 @@ INT8_GRADIENTS = ("none", "dx", "all")
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`kind` "sentencepiece" (BPE with byte fallback) or "char"; the vocabulary size is the model's."""
+    """`kind` "sentencepiece" (BPE with byte fallback) or "char".
+
+    vocab_size: the number of tokens asked for; 0: model.vocab_size. A small corpus supports fewer. A run therefore
+    records the request here, and what its tokenizer has in model.vocab_size.
+    """
 
     kind: str = "sentencepiece"
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         schema.check_types(self, "tokenizer")
         schema.check_choice(self, "tokenizer", "kind", ("sentencepiece", "char"))
+        schema.check_range(self, "tokenizer", ("vocab_size",), 0, 2**31 - 1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop. A step is one optimiser update on batch_size * accumulate * processes sequences."""
+    """The training loop. A step is one optimiser update on batch_size * accumulate * world_size sequences."""
 
     steps: int = 240  # about three minutes of nano on two CPU cores
-    batch_size: int = 16  # sequences a process and micro-batch
-    accumulate: int = 1  # micro-batches a step
-    global_batch: int = 0  # sequences a step over all processes, however many; 0: batch_size * accumulate * processes
-    parallel: str = "ddp"  # with several processes: the whole model on each, or "fsdp": a share of its state on each
-    recompute: bool = False  # the inside of blocks in the backward pass: less memory, a third more products
+    batch_size: int = 16  # sequences per micro-batch of each process
+    accumulate: int = 1  # micro-batches per step
+    global_batch: int = 0  # sequences per step over all processes; 0: batch_size * accumulate * world_size
+    parallel: str = "ddp"  # with several processes: "ddp" keeps the full model on each, "fsdp" shards its state
+    recompute: bool = False  # activations inside blocks in the backward pass: less memory, a third more products
     loss_chunk: int = 0  # tokens whose logits are held at a time; 0: all
-    # Write saves while training goes on: each counts from the next one on at the latest, so that a kill loses up to two
-    # intervals (save_every) instead of one.
+    # Write saves in the background. Each is complete by the time of the next one, so a kill loses up to two intervals
+    # (save_every) instead of one.
     async_save: bool = False
-    context: int = 0  # tokens a sequence; 0 is the model's context
-    optimizer: str = "muon"  # for the matrices of the blocks; "adamw" for everything
-    lr: float = 0.006  # of the matrices; with "adamw" 3e-3 is a good start
-    embedding_lr: float = 0.006  # of embedding, head and gains
+    context: int = 0  # tokens per sequence; 0: the model's context
+    optimizer: str = "muon"  # for the matrices of the blocks; "adamw": AdamW for everything
+    lr: float = 0.006  # of the matrices; 3e-3 is a good start for "adamw"
+    embedding_lr: float = 0.006  # of embedding, head and norm weights
     schedule: str = "linear"
-    warmup: float = 0.05  # share of the steps
-    decay: float = 0.2  # share of the steps of the final descent ("wsd")
-    second_stage_lr: float = 0.667  # learning rate after the drop, as a share ("two-stage")
-    min_lr: float = 0.0  # learning rate at the end, as a share
-    weight_decay: float = 0.1  # switched off in the second half by "two-stage"
-    momentum: float = 0.9  # of Muon; ternary weights want it low: 0.98 costs 0.03 nats on tiny-shakespeare
+    warmup: float = 0.05  # of the learning rate, as a fraction of the steps
+    decay: float = 0.2  # length of the final descent as a fraction of the steps ("wsd")
+    second_stage_lr: float = 0.667  # factor on the learning rate in the second half ("two-stage")
+    min_lr: float = 0.0  # learning rate at the end, as a fraction of the peak
+    weight_decay: float = 0.1  # "two-stage" switches it off in the second half
+    momentum: float = 0.9  # of Muon; ternary weights prefer it low: 0.98 costs 0.03 nats on tiny-shakespeare
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest gradient norm
-    # On a GPU, with all quantisers in: those of inputs ("dx"), and of weights ("all"), from int8 gradients; faster.
+    # On a GPU, after quantisation warm-up: int8 gradients for the inputs of projections ("dx"), or also for their
+    # weights ("all"). Faster.
     int8_gradients: str = "none"
-    dtype: str = "auto"  # bf16 where the hardware multiplies bf16, else fp32; masters are fp32 always
+    dtype: str = "auto"  # bf16 where the hardware multiplies bf16, else fp32; masters are always fp32
     compile: bool = False
     seed: int = 0
-    init: str = ""  # model to start from: a run, a checkpoint of Hugging Face's, a float GGUF; "": random weights
-    teacher: str = ""  # model whose logits are learnt from, over the same tokenizer: a run or what import reads
-    distill: float = 0.5  # weight of the teacher's word in the loss, against the text's
-    temperature: float = 1.0  # at which both are compared
-    z_loss: float = 0.0  # weight of mean(logsumexp^2), which keeps logits near zero; PaLM's 1e-4
-    zero_init: bool = False  # o_proj and down_proj begin at zero: every block begins as the identity
-    float_share: float = 0.0  # share of the steps before the quantisers are switched on
-    # Share of the steps behind those over which the quantisers come in: less makes a worse model of the same tokens
-    # (benchmarks/specs/7-quant-warmup.toml). A run that starts from another model has 0 unless told otherwise.
+    init: str = ""  # model to start from: a run, a Hugging Face checkpoint, a float GGUF; "": random weights
+    teacher: str = ""  # model to distil from, with the same tokenizer: a run, or whatever `bitnet import` reads
+    distill: float = 0.5  # weight of the teacher's logits in the loss; the text has the rest
+    temperature: float = 1.0  # of both distributions when they are compared
+    z_loss: float = 0.0  # weight of mean(logsumexp^2), which keeps logits small; PaLM uses 1e-4
+    zero_init: bool = False  # start o_proj and down_proj at zero, so that every block starts as the identity
+    float_share: float = 0.0  # fraction of the steps before quantisation warm-up begins
+    # Quantisation warm-up: the fraction of the remaining steps over which operands turn from float to quantised.
+    # Shorter is worse for the same tokens (benchmarks/specs/7-quant-warmup.toml). 0 by default with `init`.
     quant_warmup: float = 0.8
-    eval_every: int = 100  # 0: only at the end
-    eval_tokens: int = 65_536  # of the validation split, at the intervals; the end takes all of it
-    sample_every: int = 0  # 0: with the last step only
+    eval_every: int = 100  # steps; 0: only at the end
+    eval_tokens: int = 65_536  # of the validation split, during training; the end scores all of it
+    sample_every: int = 0  # steps; 0: only at the end
     sample_prompt: str = ""
-    save_every: int = 100
+    save_every: int = 100  # steps
     keep: int = 2  # saves
-    report_every: int = 50  # telemetry, plain lines
-    skip_limit: int = 5  # steps in a row without a finite gradient before the run stops
+    report_every: int = 50  # steps between telemetry, and between log lines outside a terminal
+    skip_limit: int = 5  # steps in a row without a finite gradient after which the run stops
     tensorboard: bool = False
     wandb: bool = False
 
@@ -110,27 +121,28 @@ class TrainConfig:
         if self.global_batch and self.accumulate > 1:
             raise BitNetError(
                 f"train.global_batch: got {self.global_batch} with train.accumulate {self.accumulate}, expected one of "
-                "them: a global batch is cut into micro-batches of batch_size by itself"
+                "them: a global batch is split into micro-batches of batch_size automatically"
             )
         self._check_used()
 
     def _check_used(self) -> None:
-        """Refuse what would do nothing without a word."""
+        """Refuse settings that would silently have no effect."""
         if self.zero_init and self.init:
             raise BitNetError(
-                "train.zero_init: got it with train.init, whose weights the run begins with; use one of them"
+                "train.zero_init: got it together with train.init, expected one of them: a run that starts from a "
+                "model has its weights"
             )
         for name in ("distill", "temperature"):
             if not self.teacher and getattr(self, name) != getattr(TrainConfig, name):
                 raise BitNetError(
-                    f"train.{name}: got {getattr(self, name)} without a teacher, expected train.teacher with it; name "
-                    "one or leave it away"
+                    f"train.{name}: got {getattr(self, name)} without train.teacher, expected both; name a teacher or "
+                    "omit it"
                 )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -149,6 +161,21 @@ class RunConfig:
         """Tokens a training sequence."""
         return self.train.context or self.model.context
 
+    @property
+    def requested_vocab_size(self) -> int:
+        """The number of tokens asked for; a tokenizer may end up with fewer."""
+        return self.tokenizer.vocab_size or self.model.vocab_size
+
+    def resolved(self, vocab_size: int) -> "RunConfig":
+        """The configuration with the true vocabulary; the model's context is the one it is trained with."""
+        model = self.model.replace(vocab_size=vocab_size, max_position_embeddings=self.context)
+        return replace(self, model=model, tokenizer=replace(self.tokenizer, vocab_size=self.requested_vocab_size))
+
+    def requested(self) -> "RunConfig":
+        """The configuration as it was before the vocabulary was known: what a new start is compared with."""
+        model = self.model.replace(vocab_size=self.requested_vocab_size)
+        return replace(self, model=model, tokenizer=replace(self.tokenizer, vocab_size=0))
+
     def to_toml(self) -> str:
         """The TOML that reads back as this config."""
         return "\n".join(_section(name, asdict(getattr(self, name))) for name in _SECTIONS)
@@ -166,12 +193,16 @@ class RunConfig:
         return replace(self, **changed)
 
     def differences(self, other: "RunConfig") -> list[tuple[str, Any, Any]]:
-        """(key, own value, other value) of everything in which two configs differ."""
+        """(key, own value, other value) of every setting in which two requests differ, resolved or not."""
         mine, theirs = self._flat(), other._flat()
         return [(key, value, theirs[key]) for key, value in mine.items() if value != theirs[key]]
 
     def _flat(self) -> dict[str, Any]:
-        return {f"{name}.{key}": value for name in _SECTIONS for key, value in asdict(getattr(self, name)).items()}
+        asked = self.requested()
+        flat = {f"{name}.{key}": value for name in _SECTIONS for key, value in asdict(getattr(asked, name)).items()}
+        # Only the context that is trained with matters, wherever it was set.
+        del flat["model.max_position_embeddings"]
+        return {**flat, "train.context": self.context}
 
 
 _SECTIONS: dict[str, Any] = {
@@ -188,7 +219,7 @@ def default_config(name: str = "nano") -> RunConfig:
 
 
 def read_config(path: Path) -> RunConfig:
-    """A configuration from a TOML file; what it leaves out is its preset's, or nano's."""
+    """A configuration from a TOML file; settings that it omits come from its preset, or from nano."""
     name, values = read_toml(path)
     return default_config(name or "nano").override(values)
 

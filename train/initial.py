@@ -1,4 +1,4 @@
-"""Other models that a run needs: one to start from, one to learn from; what they have to be."""
+"""The models that a run may need besides its own: one to start from, one to distil from; and what they must be."""
 
 import hashlib
 import json
@@ -15,10 +15,11 @@ from bitnet.files.tensors import is_projection
 from bitnet.model import Transformer
 from bitnet.text.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, TokenizerConfig
+from bitnet.train.runs.run import Run
 
 
 class Initial(Protocol):
-    """A model to start from instead of random weights, read tensor by tensor (bitnet/files/source.py)."""
+    """A model to start from instead of random weights, read tensor by tensor (see bitnet/files/source.py)."""
 
     config: ModelConfig
 
@@ -35,32 +36,42 @@ class Initial(Protocol):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model whose logits are learnt from, with the tokenizer it speaks."""
+    """A model to distil from, with the tokenizer it was trained with."""
 
     model: Transformer
     tokenizer: Tokenizer | None
 
 
+def check_opened(config: RunConfig, run: Run, initial: Initial | None, teacher: Teacher | None) -> None:
+    """Raise BitNetError when a model that the configuration names was not opened or does not fit it."""
+    if initial is not None:
+        check_initial(config, initial)
+    elif config.train.init and not run.has_saves():
+        raise BitNetError(f"train: got train.init '{config.train.init}', expected that model opened (--init)")
+    if config.train.teacher and teacher is None:
+        raise BitNetError(f"train: got train.teacher '{config.train.teacher}', expected that model opened")
+
+
 def teacher_tokenizer(config: RunConfig, teacher: Teacher) -> Tokenizer:
-    """The tokenizer of a teacher, which the text is to be tokenised with. Raises BitNetError where that cannot be."""
+    """The tokenizer of a teacher, for the run to use. Raises BitNetError if it has none or the run asks for another."""
     tokenizer, kind = teacher.tokenizer, config.tokenizer.kind
     if tokenizer is None:
         raise BitNetError(f"train: got no tokenizer in '{config.train.teacher}', expected the one it was trained with")
     if kind not in (TokenizerConfig().kind, tokenizer.kind):
         raise BitNetError(
-            f"train: got --tokenizer {kind} and the teacher '{config.train.teacher}', which brings its own "
-            f"({tokenizer.kind}); leave --tokenizer away"
+            f"train: got --tokenizer {kind} and the teacher '{config.train.teacher}', which has its own "
+            f"({tokenizer.kind}); omit --tokenizer"
         )
     return tokenizer
 
 
 def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: Teacher) -> None:
-    """Raise BitNetError for a teacher of another vocabulary or with a shorter context than the run's."""
+    """Raise BitNetError for a teacher with another vocabulary or a shorter context than the run's."""
     theirs = teacher_tokenizer(config, teacher)
     if (theirs.kind, theirs.to_bytes()) != (tokenizer.kind, tokenizer.to_bytes()):
         raise BitNetError(
             f"train: the teacher '{config.train.teacher}' has another tokenizer than the run's data, expected the same "
-            "one: its logits are over other tokens; choose another teacher, or a new folder without --init"
+            "one so that their logits compare; choose another teacher, or a new folder without --init"
         )
     if config.context > teacher.model.config.context:
         raise BitNetError(
@@ -70,7 +81,7 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: Teacher) -> 
 
 
 def teacher_digest(model: Transformer) -> str:
-    """SHA-256 over a teacher's shape and weights: what a student has learnt from, wherever it lies."""
+    """SHA-256 of a teacher's shape and weights, which identifies it wherever its file lies."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict()).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -78,32 +89,32 @@ def teacher_digest(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-_INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")  # none of them is in the weights
+_INITIAL_MAY_CHANGE = ("linear", "max_position_embeddings", "initializer_range")  # no weight depends on them
 
 
 def check_initial(config: RunConfig, initial: Initial) -> None:
-    """Raise BitNetError for a model to start from that holds codes only, or settings that compute another one.
+    """Raise BitNetError for a model to start from without float weights or with another shape than the settings.
 
-    Before the text is tokenised, which takes hours where there is much of it.
+    Called before the text is tokenised, which may take hours.
     """
     theirs = initial.config.to_dict()
     for key, value in config.model.to_dict().items():
         if key not in _INITIAL_MAY_CHANGE and value != theirs[key]:
             raise BitNetError(
                 f"train: model.{key}: got {value!r}, expected {theirs[key]!r} as in '{config.train.init}': "
-                "a model that is trained on keeps its shape; leave the setting away"
+                "training that starts from a model keeps its shape; omit the setting"
             )
-    initial.master("model.layers.0.self_attn.q_proj")  # refused here; every model has one
+    initial.master("model.layers.0.self_attn.q_proj")  # raises if there are codes only; every model has this layer
 
 
 def initial_weights(model: Transformer, initial: Initial) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of a model's weights. Raises BitNetError where it holds codes only, or is of another shape."""
+    """(name, value) of all weights of `model`, from `initial`. Raises BitNetError for codes only or other shapes."""
     for name, parameter in model.named_parameters():
         projection = name.removesuffix(".weight")
         weight = initial.master(projection) if is_projection(name) else initial.dense(name)
         if weight.shape != parameter.shape:
             raise BitNetError(
-                f"train: {name}: got shape {list(weight.shape)}, expected {list(parameter.shape)}; a model that is "
-                "trained on keeps its shape"
+                f"train: {name}: got shape {list(weight.shape)}, expected {list(parameter.shape)}; training that "
+                "starts from a model keeps its shape"
             )
         yield name, weight

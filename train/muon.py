@@ -1,14 +1,12 @@
-"""Muon over matrices whose rows are spread over the processes.
+"""Muon for matrices that are sharded by rows.
 
-Newton and Schulz's iteration needs whole matrices. Of every `size` matrices rank i takes the i-th: an all-to-all
-brings it the rows of the update from all ranks, it orthogonalises, and a second one takes the rows of the result
-home. Per step that is two bytes a parameter there and two back, and each rank does its share of the products.
-(Gathering every matrix everywhere would need one exchange less and repeat the products on all ranks: for 2B4T on 64
-GPUs half as long as the step itself.)
+The Newton-Schulz iteration needs full matrices. Matrices are handled `world_size` at a time, and rank i orthogonalises
+the i-th: a first all-to-all gathers the rows of its update, a second one returns the rows of the result. Each step
+sends two bytes per parameter in either direction, and the ranks share the products. (Gathering every matrix on every
+rank would save one exchange but repeat all products on all ranks: for 2B4T on 64 GPUs, half the time of a step.)
 
-Nothing is lost on the way: the iteration begins by rounding its input to bf16 and returns bf16, so bf16 is what
-travels. The iteration itself is torch.optim.Muon's, called on a stand-in; momentum and weight decay are its formulas
-on the rows held here.
+Sending bf16 loses nothing: the iteration rounds its input to bf16 and returns bf16. The iteration is that of
+torch.optim.Muon, called on a stand-in parameter; momentum and weight decay follow its formulas on the local rows.
 """
 
 import math
@@ -19,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bitnet.train.parallel.sharding import local
+from bitnet.train.parallel.sharding import local_rows
 
 
 class ShardedMuon(torch.optim.Optimizer):
@@ -40,42 +38,45 @@ class ShardedMuon(torch.optim.Optimizer):
     def _update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         momentum, updates = group["momentum"], []
         for matrix in matrices:
-            state, gradient = self.state[matrix], local(matrix.grad)  # type: ignore[arg-type]
+            state, gradient = self.state[matrix], local_rows(matrix.grad)  # type: ignore[arg-type]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+            buffer = local_rows(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
             updates.append(gradient.lerp(buffer, momentum).bfloat16())
         for matrix, rows in zip(matrices, _orthogonal_rows(matrices, updates), strict=True):
-            mine = local(matrix)
+            mine = local_rows(matrix)
             mine.mul_(1 - group["lr"] * group["weight_decay"])
             mine.add_(rows, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))  # arXiv 2502.16982, section 2.2
 
 
 def _orthogonal_rows(matrices: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
-    """This rank's rows of each orthogonalised update, bf16. matrices: at most one a rank; updates: rows held here."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    away = [u.numel() for u in updates] + [0] * (size - len(updates))  # to the owner of each matrix
-    home = _pieces(matrices[rank].shape, size) if rank < len(matrices) else [0] * size
-    whole = updates[0].new_empty(sum(home))
-    dist.all_to_all_single(whole, torch.cat([u.flatten() for u in updates]), home, away)
+    """This rank's rows of each orthogonalised update, bf16.
+
+    matrices: sharded [N, K], at most one per rank, which orthogonalises it; updates: this rank's rows of each, bf16.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sent = [u.numel() for u in updates] + [0] * (world_size - len(updates))  # elements to each rank
+    received = _chunk_sizes(matrices[rank].shape, world_size) if rank < len(matrices) else [0] * world_size
+    full = updates[0].new_empty(sum(received))
+    dist.all_to_all_single(full, torch.cat([u.flatten() for u in updates]), received, sent)
     if rank < len(matrices):
-        whole = orthogonalise(whole.view(matrices[rank].shape)).flatten()
-    back = updates[0].new_empty(sum(away))
-    dist.all_to_all_single(back, whole, away, home)
-    return [part.view_as(u) for part, u in zip(back.split(away), updates, strict=False)]
+        full = orthogonalise(full.view(matrices[rank].shape)).flatten()
+    result = updates[0].new_empty(sum(sent))
+    dist.all_to_all_single(result, full, sent, received)
+    return [rows.view_as(u) for rows, u in zip(result.split(sent), updates, strict=False)]
 
 
-def _pieces(shape: torch.Size, size: int) -> list[int]:
+def _chunk_sizes(shape: torch.Size, world_size: int) -> list[int]:
     """Elements of a matrix [N, K] on each rank, as torch.chunk cuts its rows."""
-    rows = -(-shape[0] // size)
-    return [(min(rows * (i + 1), shape[0]) - min(rows * i, shape[0])) * shape[1] for i in range(size)]
+    rows = -(-shape[0] // world_size)
+    return [(min(rows * (i + 1), shape[0]) - min(rows * i, shape[0])) * shape[1] for i in range(world_size)]
 
 
 def orthogonalise(update: Tensor) -> Tensor:
-    """The orthogonal factor [N, K] of an update, bf16, by torch.optim.Muon's own iteration.
+    """The orthogonal factor [N, K] of an update, bf16, computed by torch.optim.Muon.
 
-    Taken from one step of it with learning rate 1, no momentum and no decay, on zeros. A tall matrix goes in turned, as
-    the iteration would turn it: for a wide one the "original" factor of the learning rate is 1.
+    That is one step on zeros with learning rate 1, no momentum and no decay. A tall matrix is transposed first, as the
+    iteration would do: for a wide one, the "original" factor on the learning rate is 1.
     """
     tall = update.shape[0] > update.shape[1]
     wide = (update.T if tall else update).float()

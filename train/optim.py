@@ -1,8 +1,8 @@
-"""The optimiser: Muon for the matrices of the blocks with AdamW for the rest, or AdamW for everything.
+"""The optimiser: Muon for the matrices of the blocks and AdamW for the rest, or AdamW for everything.
 
-Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises each matrix's momentum. Its updates are scaled to the size
-of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that learning rates compare. It is the default because it is what
-ternary models gain most from: see benchmarks/results.
+Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the momentum of each matrix. Its updates are scaled to the
+size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that the same learning rates suit both. It is the default
+because ternary models gain more from it than from any other setting that we measured (benchmarks/results).
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ from bitnet.train.schedule import learning_rate, weight_decay
 
 
 class Optimizer:
-    """One optimiser over the whole model, with the schedule of its configuration.
+    """One optimiser over all parameters of a model, with the configuration's schedule.
 
-    Two kinds of parameters: the matrices of the blocks (learning rate `lr`, weight decay) and the rest, which are
-    embedding, head and gains (`embedding_lr`, no decay).
+    The matrices of the blocks have learning rate `lr` and weight decay; embedding, head and norm weights have
+    `embedding_lr` and no weight decay.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
         named = dict(model.named_parameters())
-        matrices = [p for p in named.values() if p.dim() == 2 and id(p) not in tables]
-        rest = [p for p in named.values() if p.dim() != 2 or id(p) in tables]
+        matrices = [p for p in named.values() if p.dim() == 2 and id(p) not in embeddings]
+        rest = [p for p in named.values() if p.dim() != 2 or id(p) in embeddings]
         self._config, self._names = config, {id(p): name for name, p in named.items()}
         betas = (config.beta1, config.beta2)
         adamw = torch.optim.AdamW(
@@ -45,13 +45,13 @@ class Optimizer:
             adamw.add_param_group(matrix_group)
 
     def set_step(self, step: int) -> float:
-        """Take the learning rates and weight decay of a step. Returns the matrices' learning rate."""
-        share = learning_rate(self._config, step)
+        """Set the learning rates and the weight decay of a step. Returns the learning rate of the matrices."""
+        fraction = learning_rate(self._config, step)
         decay = weight_decay(self._config, step)
         for group in self._groups():
-            group["lr"] = group["peak"] * share
+            group["lr"] = group["peak"] * fraction
             group["weight_decay"] = decay if group["decays"] else 0.0
-        return self._config.lr * share
+        return self._config.lr * fraction
 
     def step(self) -> None:
         """Update all parameters from their gradients and drop the gradients."""
@@ -65,7 +65,7 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state as "parameter/key" tensors."""
+        """The state as {"parameter/key": tensor}."""
         return {
             f"{self._names[id(parameter)]}/{key}": value
             for optimizer in self._optimizers
@@ -74,8 +74,8 @@ class Optimizer:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`; of a model spread over processes it takes the rows held here."""
-        homes = {
+        """Restore what `tensors` returned; for a sharded model, only the rows that this rank holds."""
+        owners = {
             self._names[id(parameter)]: (optimizer, parameter)
             for optimizer in self._optimizers
             for group in optimizer.param_groups
@@ -83,7 +83,7 @@ class Optimizer:
         }
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
-            optimizer, parameter = homes[name]
+            optimizer, parameter = owners[name]
             value = value.to(parameter.device)
             if isinstance(parameter, DTensor) and value.dim():
                 value = DTensor.from_local(

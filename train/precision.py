@@ -1,4 +1,4 @@
-"""Which dtype a run computes in."""
+"""The dtype of the matrix products in training."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """ "auto" as "bf16" where the hardware multiplies bf16 natively, else "fp32"."""
+    """Resolve "auto" to "bf16" where the hardware multiplies bf16 natively, and to "fp32" elsewhere."""
     if dtype != "auto":
         return dtype
     if device.type == "cuda":
@@ -16,7 +16,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 def _has_bf16_cpu() -> bool:
     """Whether this CPU has bf16 dot products (AVX-512 BF16, AMX)."""
-    # torch before 2.12 cannot tell; fp32 is then the safe answer.
+    # torch before 2.12 has no get_capabilities: assume fp32, which is always right.
     read = getattr(torch.cpu, "get_capabilities", dict)
     capabilities: dict[str, Any] = read()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay as functions of the step."""
+"""Learning rate, weight decay and quantisation warm-up as functions of the step."""
 
 import math
 
@@ -6,12 +6,12 @@ from bitnet.train.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Share of the peak learning rate at step 0, 1, ... steps - 1.
+    """The learning rate at step 0, 1, ..., steps - 1 as a fraction of its peak. All schedules begin with warm-up, then:
 
-    cosine     warm-up, cosine to min_lr (Loshchilov and Hutter 2016, arXiv 1608.03983)
-    wsd        warm-up, constant, linear descent over the last `decay` (Hu et al. 2024, arXiv 2404.06395)
-    linear     warm-up, straight to min_lr
-    two-stage  warm-up, linear towards min_lr, and from mid-way the same line at `second_stage_lr` of its height
+    cosine     cosine to min_lr (Loshchilov and Hutter 2016, arXiv 1608.03983)
+    wsd        constant, then linear to min_lr over the last `decay` of the steps (Hu et al. 2024, arXiv 2404.06395)
+    linear     linear to min_lr
+    two-stage  linear towards min_lr; in the second half scaled by `second_stage_lr`
                (b1.58 training tips: the drop lets the ternary codes settle)
     """
     warmup = max(1, round(config.warmup * config.steps)) if config.warmup else 0
@@ -32,7 +32,7 @@ def _shape(config: TrainConfig, step: int, progress: float) -> float:
 
 
 def weight_decay(config: TrainConfig, step: int) -> float:
-    """Weight decay of a step: "two-stage" switches it off mid-way (b1.58 training tips), the others keep it."""
+    """The weight decay of a step: constant, but 0 in the second half of "two-stage" (b1.58 training tips)."""
     return 0.0 if config.schedule == "two-stage" and in_second_stage(config, step) else config.weight_decay
 
 
@@ -41,13 +41,18 @@ def in_second_stage(config: TrainConfig, step: int) -> bool:
     return 2 * step >= config.steps
 
 
-def quantised_share(config: TrainConfig, step: int) -> float:
-    """The quantised share of all operands at a step: 0 for `float_share` of the run, 1 after `ease` of the rest."""
-    floats = round(config.float_share * config.steps)
-    return 0.0 if step < floats else min(1.0, (step + 1 - floats) / (whole_from(config) - floats))
+def quantised_fraction(config: TrainConfig, step: int) -> float:
+    """The fraction of every operand that is quantised at step 0, 1, ...: 0 for `float_share` of the run, then linear
+    up to 1 over `quant_warmup` of the rest."""
+    float_steps = _float_steps(config)
+    return 0.0 if step < float_steps else min(1.0, (step + 1 - float_steps) / (warmup_end(config) - float_steps))
 
 
-def whole_from(config: TrainConfig) -> int:
-    """The first step, counted from 1, whose operands are all quantised; one more than all steps if none is."""
-    floats = round(config.float_share * config.steps)
-    return floats + max(1, round(config.quant_warmup * (config.steps - floats)))
+def warmup_end(config: TrainConfig) -> int:
+    """The first step, counted from 1, with fully quantised operands; steps + 1 if there is none."""
+    float_steps = _float_steps(config)
+    return float_steps + max(1, round(config.quant_warmup * (config.steps - float_steps)))
+
+
+def _float_steps(config: TrainConfig) -> int:
+    return round(config.float_share * config.steps)

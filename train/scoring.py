@@ -1,4 +1,4 @@
-"""What `bitnet eval` does, a packed model scores text; and what a sweep does, a run scores text."""
+"""Scoring text with a packed model (`bitnet eval`) or with a run (`bitnet sweep`)."""
 
 import tempfile
 import time
@@ -27,10 +27,10 @@ def score_text(
     documents: str = "file",
     **options: str,
 ) -> dict[str, Any]:
-    """Score all text behind `paths` in windows of `context` tokens, each token but the first exactly once.
+    """Score all text that `paths` lead to in windows of `context` tokens, each token but the first exactly once.
 
-    options: engine, head and cache of `bitnet.load`.
-    documents: what begins with a BOS token: a "file", "line" or "paragraph"; that of the training run compares.
+    options: engine, head and cache of `bitnet.load`. documents: what starts with a BOS token, a "file", "line" or
+    "paragraph"; use that of the training run. limit: tokens to score; 0: all.
     Returns bits per byte, perplexity, their standard errors and what was scored, as JSON values. Raises BitNetError
     for a model without a tokenizer, a context beyond the model's, and text that cannot be read.
     """
@@ -60,11 +60,11 @@ def score_text(
 
 
 def score_run(run: Run, paths: Sequence[str], limit: int, device: torch.device) -> dict[str, Any]:
-    """Score text with the newest save of a run of any linears, in fp32.
+    """Score text with the newest save of a run, ternary, binary or float, in fp32.
 
-    limit: tokens, in whole windows of the run's context spread evenly over the text; 0: all windows. What remains
-    after the last whole window is left out. Returns an Evaluation's values. Raises BitNetError for a run without a
-    save, and text that cannot be read or is shorter than one window.
+    limit: tokens, in full windows of the run's context, evenly spaced over the text; 0: all full windows. The text
+    after the last full window is not scored. Returns the values of an Evaluation. Raises BitNetError for a run without
+    a save, and for text that cannot be read or is shorter than a window.
     """
     model, _ = run.load()
     model.to(device).eval()
@@ -72,7 +72,7 @@ def score_run(run: Run, paths: Sequence[str], limit: int, device: torch.device) 
     with tempfile.TemporaryDirectory(prefix="bitnet-score-") as folder:
         stream = tokenize(tuple(paths), tokenizer, Path(folder), documents=settings.data.documents)
         inputs, targets = spread_windows(stream, settings.context, limit // settings.context or len(stream))
-    batch = batch_for(settings.context, settings.model.vocab_size)
+    batch = batch_for(settings.context, model.config.vocab_size)
     windows = zip(torch.from_numpy(inputs).split(batch), torch.from_numpy(targets).split(batch), strict=True)
     with torch.inference_mode():
         result = evaluate(lambda ids: model(ids.to(device)), windows, tokenizer.byte_lengths())

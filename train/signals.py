@@ -1,4 +1,4 @@
-"""Stopping a run politely: SIGINT and SIGTERM ask, the loop answers after its step."""
+"""SIGINT and SIGTERM stop a run after the current step and a save."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -9,25 +9,28 @@ from typing import Any
 
 @dataclass
 class StopSignal:
-    """The number of the first signal that asked the run to stop, or None."""
+    """`received`: the number of the first signal, or None."""
 
     received: int | None = None
 
 
 @contextmanager
-def stop_signals(tell: Callable[[str], None]) -> Iterator[StopSignal]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one ends the process at once."""
+def stop_signals(note: Callable[[str], None]) -> Iterator[StopSignal]:
+    """Record the first SIGINT or SIGTERM inside the block instead of ending; a second one ends the process at once.
+
+    note: called with a line for the user when the first signal arrives.
+    """
     stop = StopSignal()
     previous: dict[int, Any] = {}
 
-    def note(number: int, _: object) -> None:
+    def handle(number: int, _: object) -> None:
         stop.received = number
         for each, handler in previous.items():
             signal.signal(each, handler)
-        tell("stopping after this step and a save; again to stop at once")
+        note("stopping after this step and a save; interrupt again to stop at once")
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        previous[number] = signal.signal(number, note)
+        previous[number] = signal.signal(number, handle)
     try:
         yield stop
     finally:

@@ -156,7 +156,7 @@ def _share_data(out: Path, folders: list[str], run: Run, config: RunConfig) -> N
     wanted = config.data, config.tokenizer, config.model.vocab_size, config.train.init, config.train.teacher
     for other in (Run(out / name) for name in folders):
         if other.exists() and (other.data / "manifest.json").exists():
-            theirs = other.config()
+            theirs = other.config().requested()
             found = theirs.data, theirs.tokenizer, theirs.model.vocab_size, theirs.train.init, theirs.train.teacher
             if found == wanted:
                 work = run.path / "data.tmp"

@@ -152,7 +152,7 @@ def begin(saves: Path, step: int) -> Path:
     sync(saves.parent)
     for leftover in saves.glob("step-*.tmp"):  # of a run that was killed while it wrote or removed a save
         shutil.rmtree(leftover, ignore_errors=True)
-    work = saves / f"step-{step:08d}.tmp"
+    work = work_folder(saves, step)
     work.mkdir()
     return work
 
@@ -293,6 +293,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def unfinished(path: Path) -> list[Path]:
     """The temporary files of `path` that a killed process left."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def save_folder(saves: Path, step: int) -> Path:
+    """Where the finished save of a step lies."""
+    return saves / f"step-{step:08d}"
+
+
+def work_folder(saves: Path, step: int) -> Path:
+    """Where the save of a step lies while it is written."""
+    return saves / f"step-{step:08d}.tmp"
 
 
 def folders(saves: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from bitnet.train.network import build_network, write_first_weights
 from bitnet.train.objective import Objective
 from bitnet.train.parallel.distributed import Processes
 
-# torch's compiler warns of parts of its own.
+# torch's compiler warns about its own code.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # tracing takes seconds a graph
 CONFIG = ModelConfig(
     vocab_size=53,
@@ -98,19 +98,19 @@ def test_every_model_of_a_process_is_one_graph(monkeypatch: pytest.MonkeyPatch, 
             config = CONFIG.replace(intermediate_size=10 * number)
             model, network = build_network(config, TrainConfig(compile=True), processes, sharded=False)
             write_first_weights(model, TrainConfig())
-            for _ in range(2):  # the first step leaves nothing behind that the second has to be compiled for
+            for _ in range(2):  # the second step compiles nothing new
                 ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
                 network(ids, ids)
             assert graphs.made == number
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole", "by block"])
-def test_easing_is_one_graph_more(blocks: bool, seed: int, rng: torch.Generator) -> None:
-    """Not one for every share of the quantisers; an evaluation between, at the whole of them, costs none."""
+def test_quant_warmup_is_one_more_graph(blocks: bool, seed: int, rng: torch.Generator) -> None:
+    """Not one for every fraction; an evaluation in between, fully quantised, compiles nothing."""
     model, graphs = Transformer(CONFIG.replace(num_hidden_layers=3)), Graphs()
     model.init_weights(seed)
-    plain = Transformer(model.config)
-    plain.load_state_dict(model.state_dict())
+    reference = Transformer(model.config)
+    reference.load_state_dict(model.state_dict())
     model.rotary(0, 16, torch.device("cpu"))  # before, as a run has it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.compile", partial(torch.compile, backend=graphs, fullgraph=True))
@@ -120,9 +120,9 @@ def test_easing_is_one_graph_more(blocks: bool, seed: int, rng: torch.Generator)
     ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=rng)
     for share in (0.0, 0.25, 1.0, 0.5, 0.75, 1.0):
         precision = training_precision(share)
-        wanted, got = plain(ids, precision), compiled(ids, precision)
+        wanted, got = reference(ids, precision), compiled(ids, precision)
         assert torch.equal(got, wanted), share
-        expected, found = gradients(plain, wanted.sum()), gradients(model, got.sum())
+        expected, found = gradients(reference, wanted.sum()), gradients(model, got.sum())
         assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
     assert graphs.made == 2
 

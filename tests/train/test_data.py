@@ -67,12 +67,12 @@ def corpus_of(config: DataConfig, tmp_path: Path) -> Corpus:
 
 
 def text_of(corpus: Corpus, split: str) -> str:
-    return "".join(piece.text for piece in corpus.pieces(split))
+    return "".join(part.text for part in corpus.parts(split))
 
 
 def documents_of(corpus: Corpus, split: str) -> list[str]:
     documents: list[str] = []
-    for begins, text, _ in corpus.pieces(split):
+    for begins, text, _ in corpus.parts(split):
         if begins:
             documents.append(text)
         else:
@@ -289,11 +289,11 @@ def test_few_files_are_cut_at_their_ends(
         corpus = corpus_of(DataConfig((str(tmp_path / "*.txt"),), val_fraction=0.02), tmp_path)
     assert documents_of(corpus, "train") == [text[: int(len(text) * 0.98)] for text in texts]
     assert documents_of(corpus, "val") == [text[int(len(text) * 0.98) :] for text in texts]
-    assert "the end of each of them is for validation" in caplog.text
+    assert "the end of each file is held out for validation" in caplog.text
     assert 0.015 < len(text_of(corpus, "val")) / sum(sizes) < 0.025
 
 
-def test_val_paths_hold_back(folder: Path, tmp_path: Path) -> None:
+def test_val_paths_are_held_out(folder: Path, tmp_path: Path) -> None:
     held = folder / "part1"
     corpus = corpus_of(DataConfig((str(folder),), val_paths=(str(held),)), tmp_path)
     assert {source.path for source in corpus.val} == set(held.iterdir())
@@ -512,7 +512,7 @@ def test_prepared_data_needs_its_text_no_more(
     assert tokens(again.train) == tokens(first.train)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (change in ("added", "touched"))
-    assert all("going on with the text as it was" in warning for warning in warnings)
+    assert all("training uses the text as it was" in warning for warning in warnings)
 
 
 def test_the_default_corpus_may_change(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,7 +580,7 @@ def test_killed_prepare_is_started_over(folder: Path, tmp_path: Path) -> None:
     """kill -9 in the middle: the work folder stays, is not taken for a dataset, and the next run clears it."""
     script = (
         "import os, sys, pathlib\n"
-        "from bitnet.train import data\n"
+        "from bitnet.train.data import prepare as data\n"
         "data.sync = lambda path: os.kill(os.getpid(), 9)\n"
         "data.prepare(data.DataConfig((sys.argv[1],)), pathlib.Path(sys.argv[2]),"
         " tokenizer=None, kind='char', vocab_size=0)\n"
@@ -635,7 +635,7 @@ def test_full_disk_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(BitNetError, match="No space left on device; check rights and free space"):
+    with pytest.raises(BitNetError, match="No space left on device; check permissions and free space"):
         prepare(DataConfig((str(folder),)), tmp_path / "out", tokenizer=None, kind="char", vocab_size=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["books"]
 
@@ -684,7 +684,7 @@ def test_memory_stays_bounded(newlines: bool, tmp_path: Path) -> None:
     tracemalloc.start()
     for kind in ("file", "line", "paragraph"):
         corpus = corpus_of(DataConfig((str(path),), documents=kind), tmp_path)
-        assert sum(len(piece.text) for split in ("train", "val") for piece in corpus.pieces(split)) == size
+        assert sum(len(part.text) for split in ("train", "val") for part in corpus.parts(split)) == size
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 * sources_module.CHUNK  # StringIO alone takes four bytes a character

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the live line of a terminal, plain lines in a file, and text that looks like markup."""
+"""Progress of a run: a live line in a terminal, plain lines in a file, and text that looks like markup."""
 
 import io
 import re

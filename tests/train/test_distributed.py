@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import DistNetworkError, DistStoreError
+from toy_runs import words
 
 from bitnet.cli import main
 from bitnet.files.checkpoint import latest_save
-from bitnet.train.parallel.distributed import Processes, first_line, other_ended
+from bitnet.train.parallel.distributed import Processes, first_line, is_lost_process
 
 MODEL = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
 SETTINGS = [
@@ -47,8 +48,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
-    text = "".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(900))
-    (tmp_path / "toy.txt").write_text(text)
+    (tmp_path / "toy.txt").write_text(words(900))
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m bitnet.cli".split()
     two = child_process.run(
         [sys.executable, *torchrun, *arguments(tmp_path / "two", "--batch-size", "2", "--set", "train.accumulate=2")],
@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
             assert a[key] == b[key]
     assert all(math.isfinite(row["loss"]) for row in got if "loss" in row)
 
-    # One product on stdout and one file of everything: only the first process writes.
+    # One result on stdout and one copy of each file: only the main process writes.
     assert json.loads(two.stdout)["steps"] == 5
     assert "2 processes" in two.stderr
     assert two.stderr.count("estimate") == 1
@@ -80,14 +80,14 @@ def test_two_processes_train_as_one(threads: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
-    """One line each and exit code 2, where the others could wait for ever."""
+def test_all_processes_end_when_the_main_process_fails(tmp_path: Path) -> None:
+    """Each prints one line and exits with code 2; without that, the others would wait forever."""
     shared = {"OMP_NUM_THREADS": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = child_process.bitnet(*arguments(tmp_path / "run"), "-q")  # there is no toy.txt
     with contextlib.ExitStack() as stack:
         ranks = [child_process.environment(**shared, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
         started = [stack.enter_context(child_process.started(command, stderr=PIPE, env=env)) for env in ranks]
-        for process, part in zip(started, ("toy.txt", "first process"), strict=True):
+        for process, part in zip(started, ("toy.txt", "main process"), strict=True):
             code, _, err = child_process.finish(process)
             assert code == 2, err
             (line,) = (line for line in err.splitlines() if line.startswith("bitnet: error:"))
@@ -95,11 +95,11 @@ def test_all_processes_end_when_the_first_one_fails(tmp_path: Path) -> None:
             assert "Traceback" not in err
 
 
-# How long rank 0 waits, in milliseconds: for the others to come, then for what they do.
-MEETING_RANKS = """
+# Arguments: what rank 1 does ("dead" or "alive"), then rank 0's START_TIMEOUT and COLLECTIVE_TIMEOUT in milliseconds.
+JOINING_RANKS = """
 import os, sys, torch
 from datetime import timedelta
-from bitnet.train import distributed
+from bitnet.train.parallel import distributed
 from bitnet.train.parallel.distributed import Processes, lost_processes
 distributed.START_TIMEOUT, distributed.COLLECTIVE_TIMEOUT = (timedelta(milliseconds=int(word)) for word in sys.argv[2:])
 end, held = os.pipe()
@@ -117,12 +117,12 @@ with lost_processes(), Processes(torch.device("cpu")) as processes:
     if processes.rank:
         os.read(end, 1)  # until rank 0 has ended
         os._exit(0)
-    processes.largest(0)
+    processes.all_max(0)
 """
 
 
-# The network is still held when the processes part, as by the trainer of a run or by the frames of an error.
-PARTING_RANKS = """
+# The network outlives the process group, as when the trainer of a run or the frames of an error still hold it.
+LEAVING_RANKS = """
 import os, sys, time, torch, torch._dynamo  # before there is a group: functions of it take "the group" as a default
 from pathlib import Path
 from bitnet.train.parallel.distributed import Processes
@@ -138,7 +138,7 @@ while gloo():  # a thread that was waited for is listed for a moment longer; one
 """
 
 
-def meeting(ranks: str, *words: object) -> CompletedProcess[str]:
+def run_ranks(ranks: str, *words: object) -> CompletedProcess[str]:
     environment = child_process.environment(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     return child_process.run([sys.executable, "-c", ranks, *words], check=False, env=environment)
 
@@ -152,18 +152,16 @@ def free_port() -> int:
     raise AssertionError("none of 100 ports is free")
 
 
-@pytest.mark.slow
-def test_a_peer_that_never_came_is_not_waited_for() -> None:
-    found = meeting(MEETING_RANKS, "dead", 2000, 10**8)
+def test_a_rank_that_never_joined_is_not_waited_for() -> None:
+    found = run_ranks(JOINING_RANKS, "dead", 2000, 10**8)
     assert found.returncode == 1
     assert "BitNetError: train: another process of this run ended" in found.stderr
     assert "Timed out" in found.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_one_that_came_is_waited_for_another_time() -> None:
-    """What it does may take days, so the time that all had to come no longer counts."""
-    found = meeting(MEETING_RANKS, "alive", 10**8, 1234)
+def test_a_rank_that_joined_is_waited_for_by_the_second_timeout() -> None:
+    """Its work may take days, so the timeout for joining no longer applies."""
+    found = run_ranks(JOINING_RANKS, "alive", 10**8, 1234)
     assert found.returncode == 1
     assert "BitNetError: train: another process of this run ended" in found.stderr
     assert "Timed out waiting 1234ms" in found.stderr.splitlines()[-1]
@@ -171,16 +169,16 @@ def test_one_that_came_is_waited_for_another_time() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_nothing_of_a_group_is_left_when_processes_part() -> None:
-    """What ended it later would do so with Python's lock in hand: gloo's thread and this one waited for each other."""
-    assert meeting(PARTING_RANKS).returncode == 0
+def test_nothing_of_a_process_group_is_left_after_it() -> None:
+    """Destroyed later, it would hold the GIL that gloo's thread waits for: a deadlock."""
+    assert run_ranks(LEAVING_RANKS).returncode == 0
 
 
-def test_gradients_lie_in_what_travels() -> None:
-    """With a copy of them beside it, a process would hold four bytes a parameter more."""
+def test_gradients_live_in_the_buckets_that_are_reduced() -> None:
+    """Beside them, they would take four more bytes per parameter."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     processes, model = Processes(torch.device("cpu")), torch.nn.Linear(2, 2)
-    processes.size = 2  # or it would wrap nothing
+    processes.world_size = 2  # with a world of one, nothing is wrapped
     processes.wrap(model)(torch.ones(2)).sum().backward()
     places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     processes.__exit__()
@@ -188,7 +186,7 @@ def test_gradients_lie_in_what_travels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_it"),
+    ("error", "expected"),
     [
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"), True),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:9] Read error [::1]:9: Connection reset by peer"), True),
@@ -200,8 +198,8 @@ def test_gradients_lie_in_what_travels() -> None:
         (ValueError("Connection closed by peer"), False),
     ],
 )
-def test_which_errors_are_those_of_a_lost_process(error: Exception, is_it: bool) -> None:
-    assert other_ended(error) is is_it
+def test_which_errors_are_those_of_a_lost_process(error: Exception, expected: bool) -> None:
+    assert is_lost_process(error) is expected
     assert first_line(error) in str(error)
     assert ".cc" not in first_line(error)
 
@@ -211,8 +209,8 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     model = torch.nn.Linear(2, 2)
     with Processes(torch.device("cpu")) as processes:
-        assert (processes.size, processes.rank, processes.first) == (1, 0, True)
+        assert (processes.world_size, processes.rank, processes.is_main) == (1, 0, True)
         assert processes.wrap(model) is model
-        assert float(processes.mean(torch.tensor(2.5))) == 2.5
-        assert processes.largest(15) == 15
+        assert float(processes.all_mean(torch.tensor(2.5))) == 2.5
+        assert processes.all_max(15) == 15
         processes.barrier()

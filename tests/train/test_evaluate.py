@@ -130,7 +130,7 @@ def test_how_windows_are_batched_does_not_matter(rng: torch.Generator) -> None:
 
 
 def test_a_uniform_guess() -> None:
-    """A model that knows nothing of 256 one-byte tokens needs eight bits a byte, without any spread."""
+    """A uniform prediction over 256 one-byte tokens costs eight bits per byte, with no standard error."""
 
     def windows() -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(5):

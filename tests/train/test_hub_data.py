@@ -103,8 +103,8 @@ def test_every_row_is_a_document_of_one_split(rows: list[str], tmp_path: Path) -
     assert not list((tmp_path / "data").glob("standard-input*"))  # the spool is gone
 
 
-def test_a_run_goes_on_without_the_data_set(rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_resumes_without_the_data_set(rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
     sets = [f"model.{s}" for s in (*shape.split(), "max_position_embeddings=16")]
     sets += ["train.eval_every=0", "data.val_fraction=0.2"]

@@ -23,16 +23,19 @@ from bitnet.quant import Precision, training_precision
 from bitnet.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from bitnet.train.command import resolve, run_training
 from bitnet.train.config import default_config
-from bitnet.train.pretrain import Trainer, pretrain
+from bitnet.train.pretrain import pretrain
 from bitnet.train.report.display import Display
 from bitnet.train.runs.run import Run
+from bitnet.train.runs.saves import Progress, Saves
 
 TEXT = "fade a cabbage\nbag the hedge and feed the bead to a badge\n" * 60
 
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
 @pytest.fixture(autouse=True)
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
+def default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITNET_BACKEND", raising=False)
 
 
@@ -68,9 +71,8 @@ def first_weights(run: Path) -> dict[str, torch.Tensor]:
     return read_save(run / "saves" / "step-00000001").tensors("model")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "gguf", "run"])
-def test_training_goes_on_from(kind: str, tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
+def test_training_starts_from_a_model(kind: str, tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path) -> None:
     """With a learning rate next to nothing, the first save holds the weights it started from, and the shape."""
     linear = "float" if kind == "gguf" else "ternary"
     model = made(tokenizer, seed, linear=linear, **({"hidden_act": "silu"} if kind == "gguf" else {}))
@@ -163,13 +165,13 @@ def test_a_program_that_opens_no_models_refuses_one(tmp_path: Path) -> None:
     with pytest.raises(BitNetError, match="starts from random weights"):
         run_training(None, None, flags, ["train.init=x"], tmp_path / "out", torch.device("cpu"), quiet=True)
     config = default_config().override({"train": {"init": "x"}})
-    with pytest.raises(BitNetError, match="that model, opened"):
+    with pytest.raises(BitNetError, match="that model opened"):
         pretrain(config, tmp_path / "out", torch.device("cpu"), Display(1, quiet=True))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("linear", ["float", "ternary", "binary"])
-def test_a_trained_model_is_not_eased_in_unless_asked_for(linear: str, tmp_path: Path) -> None:
+def test_training_that_starts_from_a_model_has_no_warmup_by_default(linear: str, tmp_path: Path) -> None:
     run, initial = Run(tmp_path / "new"), default_config().model.replace(linear=linear)
     assert resolve(None, None, {}, [], run).train.quant_warmup == 0.8
     assert resolve(None, None, {}, [], run, initial).train.quant_warmup == 0.0
@@ -179,19 +181,19 @@ def test_a_trained_model_is_not_eased_in_unless_asked_for(linear: str, tmp_path:
 def test_a_float_model_turns_ternary(
     tokenizer: SentencePieceTokenizer, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The recipe: a float LlamaForCausalLM, --linear ternary, the quantisers eased in over half of the steps."""
+    """The recipe: a float LlamaForCausalLM, --linear ternary, quantisation warm-up over half of the steps."""
     model = made(tokenizer, seed, linear="float", sub_norms=False, hidden_act="silu")
     start = export_hf(TrainedSource(model, tokenizer, {}), tmp_path / "float", packed=False)
     args = ["--init", start, "--linear", "ternary", "--set", "train.quant_warmup=0.5", "--set", "train.save_every=2"]
     assert train(tmp_path, *args, "--out", tmp_path / "whole", "--steps", 8) == 0
     ternary, _ = Run(tmp_path / "whole").load()
     assert ternary.config == model.config.replace(linear="ternary", initializer_range=ternary.config.initializer_range)
-    # Stopped behind step 2 and resumed, inside the easing, which takes four: the same weights to the bit.
+    # Stopped after step 2 and resumed during warm-up, which takes four steps: weights with the same bits.
     shares: list[float] = []
-    save = Trainer._save
+    save = Saves.save
 
-    def save_and_stop(self: Trainer, seconds: float) -> None:
-        save(self, seconds)
+    def save_and_stop(saves: Saves, progress: Progress) -> None:
+        save(saves, progress)
         raise Stop
 
     def note_share(share: float, *options: object) -> Precision:
@@ -199,14 +201,14 @@ def test_a_float_model_turns_ternary(
         return training_precision(share, *options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_save", save_and_stop)
+        patch.setattr(Saves, "save", save_and_stop)
         with pytest.raises(Stop):
             train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8)
     assert [path.name for path in (tmp_path / "parts" / "saves").iterdir()] == ["step-00000002"]
     packing = ["pack", str(tmp_path / "parts"), "-o", str(tmp_path / "m.safetensors")]
     capsys.readouterr()
     assert main(packing) == 0
-    assert "at step 2 the quantisation warm-up is at 50%" in capsys.readouterr().err
+    assert "at step 2 its quantisers are 50% in" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitnet.train.pretrain.training_precision", note_share)
         assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8) == 0
@@ -219,11 +221,11 @@ def test_a_float_model_turns_ternary(
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
-def test_eased_operands_are_part_quantised(amp: bool) -> None:
+def test_operands_in_warmup_are_part_quantised(amp: bool) -> None:
     """Against products in float64 of operands that move from the float ones to the quantised ones.
 
     In fp32 an operand is rounded a few times, relative to the larger of its ends, and each addition rounds. In bf16 it
-    is rounded once more, and what all these errors add up to is a walk of their size, of which six times is no chance.
+    is rounded once more; the sum of all these errors is a random walk, and six standard deviations are no coincidence.
     """
     layers = nn.ModuleList([BitLinear(24, 40, bias=False), BitLinear(24, 8, bias=False, linear="binary")])
     x, dy = torch.randn(15, 24, requires_grad=True), torch.randn(15, 48)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toy_runs import SHAPE, words
 
 from bitnet.cli import main
 from bitnet.config import ModelConfig
@@ -18,12 +19,9 @@ from bitnet.quant import QUANTISED, Precision, training_precision
 from bitnet.train.config import TrainConfig
 from bitnet.train.objective import Objective, distillation
 from bitnet.train.runs.run import Run
-from bitnet.train.schedule import quantised_share, whole_from
+from bitnet.train.schedule import quantised_fraction, warmup_end
 
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 16,
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def made(seed: int, **changes: Any) -> Transformer:
@@ -107,34 +105,35 @@ def test_recomputed_blocks_have_the_same_gradients(linear: str, share: float, se
 
 def test_how_much_is_quantised() -> None:
     settings = TrainConfig(steps=10, float_share=0.3, quant_warmup=0.3)
-    assert [quantised_share(settings, step) for step in range(7)] == [0, 0, 0, 0.5, 1, 1, 1]
-    assert [quantised_share(TrainConfig(steps=4, float_share=0.5, quant_warmup=0.0), step) for step in range(4)] == [
+    assert [quantised_fraction(settings, step) for step in range(7)] == [0, 0, 0, 0.5, 1, 1, 1]
+    assert [quantised_fraction(TrainConfig(steps=4, float_share=0.5, quant_warmup=0.0), step) for step in range(4)] == [
         0,
         0,
         1,
         1,
     ]
-    assert [quantised_share(TrainConfig(steps=4, quant_warmup=0.5), step) for step in range(4)] == [0.5, 1, 1, 1]
-    for steps, float_share, ease in ((7, 0.05, 0.95), (7, 0.2, 1.0), (100, 0.45, 1.0), (100, 0.0, 0.55), (1, 0.0, 0.8)):
-        settings = TrainConfig(steps=steps, float_share=float_share, quant_warmup=ease)
-        shares = [quantised_share(settings, step) for step in range(steps)]
+    assert [quantised_fraction(TrainConfig(steps=4, quant_warmup=0.5), step) for step in range(4)] == [0.5, 1, 1, 1]
+    for steps, float_share, warmup in (
+        (7, 0.05, 0.95),
+        (7, 0.2, 1.0),
+        (100, 0.45, 1.0),
+        (100, 0.0, 0.55),
+        (1, 0.0, 0.8),
+    ):
+        settings = TrainConfig(steps=steps, float_share=float_share, quant_warmup=warmup)
+        shares = [quantised_fraction(settings, step) for step in range(steps)]
         assert shares == sorted(shares)
-        assert shares[-1] == 1.0  # whatever the parts round to
-        assert shares.index(1.0) + 1 == whole_from(settings)
+        assert shares[-1] == 1.0  # however the two lengths are rounded
+        assert shares.index(1.0) + 1 == warmup_end(settings)
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda *args: [])
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "toy.txt"
-    path.write_text("".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(700)))
+    path.write_text(words(700))
     return path
 
 
@@ -177,11 +176,11 @@ def test_zero_init_begins_as_the_identity(text: Path, monkeypatch: pytest.Monkey
 
 
 def test_float_first_then_ternary(text: Path) -> None:
-    """While it is float, the losses are the float twin's; after the switch they are not."""
-    twin = losses(train(text, "twin", CHAR, "model.linear=float", steps=8))
+    """While it is float, the losses are those of the float baseline; after the switch they are not."""
+    baseline = losses(train(text, "baseline", CHAR, "model.linear=float", steps=8))
     switched = losses(train(text, "switched", CHAR, "train.float_share=0.5", "train.quant_warmup=0", steps=8))
-    assert switched[:4] == pytest.approx(twin[:4], rel=1e-5)
-    assert switched[4] != pytest.approx(twin[4], rel=1e-5)
+    assert switched[:4] == pytest.approx(baseline[:4], rel=1e-5)
+    assert switched[4] != pytest.approx(baseline[4], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -204,7 +203,7 @@ def test_a_student_learns_from_a_run_and_from_its_packed_file(text: Path, capsys
     capsys.readouterr()
     train(text, "teacher", steps=21)  # it went on: its newest save is another model
     train(text, "from-run", f"train.teacher={teacher}", *term, code=2)
-    assert "is not the one that step-" in capsys.readouterr().err
+    assert "expected the one that step-" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_tokens_is_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

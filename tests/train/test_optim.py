@@ -189,18 +189,18 @@ def trained(kind: str, steps: int, rng: torch.Generator) -> tuple[Transformer, O
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_state_goes_on_bit_equal(kind: str, steps: int, rng: torch.Generator) -> None:
     model, optimizer = trained(kind, steps, rng)
-    twin = copy.deepcopy(model)
-    other = Optimizer(twin, TrainConfig(optimizer=kind))
+    copied = copy.deepcopy(model)
+    other = Optimizer(copied, TrainConfig(optimizer=kind))
     other.load_tensors({name: value.clone() for name, value in optimizer.tensors().items()})
     for step in range(steps, steps + 3):
         for each in (optimizer, other):
             each.set_step(step)
         random_gradients(model, rng)
-        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        for a, b in zip(model.parameters(), copied.parameters(), strict=True):
             b.grad = a.grad.clone()
         optimizer.step()
         other.step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
         assert torch.equal(a, b)
     mine, theirs = optimizer.tensors(), other.tensors()
     assert mine.keys() == theirs.keys()
@@ -211,16 +211,16 @@ def test_state_goes_on_bit_equal(kind: str, steps: int, rng: torch.Generator) ->
 def test_state_matters(kind: str, rng: torch.Generator) -> None:
     """The test above can fail: without its state an optimiser goes another way."""
     model, optimizer = trained(kind, 3, rng)
-    twin = copy.deepcopy(model)
-    other = Optimizer(twin, TrainConfig(optimizer=kind))
+    copied = copy.deepcopy(model)
+    other = Optimizer(copied, TrainConfig(optimizer=kind))
     for each in (optimizer, other):
         each.set_step(3)
     random_gradients(model, rng)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
         b.grad = a.grad.clone()
     optimizer.step()
     other.step()
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
 
 
 def test_state_covers_every_parameter(rng: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The training loop on a toy text: it learns, it skips what is not finite, and what it writes down is true."""
+"""The training loop on a toy text: it learns, it skips steps that are not finite, and what it records is true."""
 
 import json
 import math
@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toy_runs import CPU, toy_config, train
 
 from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
@@ -38,34 +39,24 @@ from bitnet.train.report.observer import Observer
 from bitnet.train.report.overview import duration
 from bitnet.train.report.plot import plot_run
 from bitnet.train.runs.run import Run
-
-CPU = torch.device("cpu")
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
-}
+from bitnet.train.setup import Setup
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a toy run."""
+def without_pictures_unless_asked(request: pytest.FixtureRequest) -> None:
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(loop, "plot_run", lambda rows, target, title: [])
+        request.getfixturevalue("without_pictures")
 
 
 @pytest.fixture
 def pictures() -> None:
-    """Asks for the real thing."""
+    """Asks for the loss curve to be drawn."""
 
 
 def toy_text() -> str:
-    """Words in a fixed cycle, random digits between: much to learn, never all of it, and too long to learn by heart.
+    """Words in a fixed cycle with random numbers between: much to learn, never all of it, and too long to memorise.
 
-    One digit or two, so that the cycle does not keep step with the windows: else each would begin at the same letter.
+    The numbers have one or two digits, so that windows do not all begin at the same place of the cycle.
     """
     words = ["".join(random.choices("abcdefgh", k=random.randint(3, 5))) for _ in range(6)]
     words.append("abcdefgh")  # every letter occurs
@@ -80,22 +71,6 @@ def corpus(tmp_path: Path, seed: int) -> Path:
     return path
 
 
-def configured(corpus: Path, *, model: dict[str, Any] | None = None, **train: Any) -> RunConfig:
-    defaults = {"steps": 6, "batch_size": 4, "dtype": "fp32", "eval_every": 0, "save_every": 1000, "report_every": 1000}
-    return RunConfig().override(
-        {
-            "model": {**SHAPE, **(model or {})},
-            "tokenizer": {"kind": "char"},
-            "data": {"paths": (str(corpus),), "val_fraction": 0.1},
-            "train": {**defaults, **train},
-        }
-    )
-
-
-def train(config: RunConfig, out: Path) -> loop.Outcome:
-    return loop.pretrain(config, out, CPU, Display(quiet=True))
-
-
 def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in Run(run).metrics() if "loss" in row]
 
@@ -106,10 +81,10 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("linear", ["ternary", "binary", "float"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_loss_falls_below_what_letter_counts_know(linear: str, optimizer: str, corpus: Path, tmp_path: Path) -> None:
-    """The entropy of single characters is all that a model without context could reach; half of it needs context."""
+def test_loss_falls_below_the_entropy_of_letters(linear: str, optimizer: str, corpus: Path, tmp_path: Path) -> None:
+    """A model without context cannot be better than the entropy of single characters; half of it takes context."""
     lr = 0.02 if optimizer == "muon" else 0.01
-    config = configured(
+    config = toy_config(
         corpus, model={"linear": linear}, steps=150, batch_size=8, optimizer=optimizer, lr=lr, embedding_lr=0.02
     )
     outcome = train(config, tmp_path / "run")
@@ -130,7 +105,7 @@ def trainer(config: RunConfig, out: Path) -> loop.Trainer:
     run, display = Run(out), Display(quiet=True)
     run.path.mkdir(exist_ok=True)
     dataset = prepare_data(config, run, display)
-    return loop.Trainer(config, run, dataset, Processes(CPU), display)
+    return loop.Trainer(Setup(config.resolved(dataset.tokenizer.vocab_size), run, dataset, Processes(CPU), display))
 
 
 @pytest.mark.parametrize(("linear", "share"), [("ternary", 1.0), ("ternary", 0.5), ("float", 1.0)])
@@ -142,13 +117,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     results: list[tuple[float, dict[str, Tensor]]] = []
     step = random.randrange(50)
     for accumulate in (1, 2, 16):
-        config = configured(corpus, model={"linear": linear}, batch_size=16 // accumulate, accumulate=accumulate)
+        config = toy_config(corpus, model={"linear": linear}, batch_size=16 // accumulate, accumulate=accumulate)
         made = trainer(config, tmp_path / "run")
-        made.step = step
+        made.progress.step = step
         made.precision = training_precision(share)
-        loss = float(made._gradients())
+        loss = float(made.gradients())
         results.append((loss, {name: p.grad.clone() for name, p in made.model.named_parameters()}))
-        dataset, model = made.dataset, made.model
+        dataset, model = made.setup.dataset, made.model
     inputs, targets = Sampler(dataset.train, 16, config.train.seed).windows(step * 16, 16)
     model.zero_grad()
     whole = F.cross_entropy(model(inputs, training_precision(share)).flatten(0, 1), targets.flatten())
@@ -177,7 +152,7 @@ def test_gradients_are_clipped_and_logged_as_they_were(
     monkeypatch.setattr(Optimizer, "step", spy)
     for clip in (1e-3, 1e5):
         seen.clear()
-        train(configured(corpus, clip=clip, steps=4), tmp_path / f"run-{clip}")
+        train(toy_config(corpus, clip=clip, steps=4), tmp_path / f"run-{clip}")
         norms = [row["grad_norm"] for row in steps_of(tmp_path / f"run-{clip}")]
         assert all(norm > 1e-2 for norm in norms)
         # torch divides by norm + 1e-6; sums of 5,000 squares in fp32 are good to 1e-4.
@@ -188,13 +163,13 @@ def test_gradients_are_clipped_and_logged_as_they_were(
 
 
 class Poison:
-    """Makes chosen steps go wrong in one of several ways, and keeps the state around every step."""
+    """Makes chosen steps not finite, in one of several ways, and keeps the state before and after every step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, way: str, steps: set[int]) -> None:
         self.way, self.steps = way, steps
         self.now = -1
         self.kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # step -> state before and after
-        original, take_step, set_step = Objective.forward, loop.Trainer._training_step, Optimizer.set_step
+        original, take_step, set_step = Objective.forward, loop.Trainer.training_step, Optimizer.set_step
 
         def loss(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             value, entropy = original(objective, inputs, targets)
@@ -216,16 +191,15 @@ class Poison:
             self.now = step + 1  # as metrics count
             return set_step(optimizer, step)
 
-        def kept(trainer: loop.Trainer) -> dict[str, Any] | None:
+        def kept(trainer: loop.Trainer) -> None:
             before = self._state(trainer)
-            row = take_step(trainer)
+            take_step(trainer)
             self.kept[self.now] = (before, self._state(trainer))
             self.now = -1
-            return row
 
         monkeypatch.setattr(Objective, "forward", loss)
         monkeypatch.setattr(Optimizer, "set_step", noted)
-        monkeypatch.setattr(loop.Trainer, "_training_step", kept)
+        monkeypatch.setattr(loop.Trainer, "training_step", kept)
 
     @staticmethod
     def _one_nan(grad: Tensor) -> Tensor:
@@ -243,7 +217,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["nan loss", "nan loss alone", "inf loss", "inf gradient", "one nan gradient"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_that_is_not_finite_changes_nothing(
@@ -256,7 +229,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 ) -> None:
     bad = {1, 3, 4, 8}
     poison = Poison(monkeypatch, way, bad)
-    outcome = train(configured(corpus, steps=8, optimizer=optimizer, skip_limit=3, save_every=1), tmp_path / "run")
+    outcome = train(toy_config(corpus, steps=8, optimizer=optimizer, skip_limit=3, save_every=1), tmp_path / "run")
     for step in range(1, 9):
         assert same(*poison.kept[step]) == (step in bad), step
         for state in poison.kept[step]:
@@ -266,27 +239,27 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert all(set(row) == {"step", "skipped"} for row in rows if "skipped" in row)
     assert [row["step"] for row in rows if "loss" in row] == [2, 5, 6, 7]
     assert outcome.step == 8
-    shown = capsys.readouterr().err  # quiet or not, this is told
+    shown = capsys.readouterr().err  # shown even when quiet
     assert [f"step {step} skipped" in shown for step in range(1, 9)] == [step in bad for step in range(1, 9)]
     save = latest_save(tmp_path / "run" / "saves")
     assert save is not None
     assert same(save.tensors("model"), {k: v for k, v in poison.kept[8][1].items() if "/" not in k})
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 def test_several_in_a_row_stop_the_run(
-    behind: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    background: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Poison(monkeypatch, "nan loss", {2, 3, 5, 6, 7, 8})  # two in a row are allowed here, three are not
     original = checkpoint.write_files
 
     def slow(*args: Any) -> Any:
-        time.sleep(0.3 * behind)  # still at it when the last step fails
+        time.sleep(0.3 * background)  # still writing when the last step fails
         return original(*args)
 
     monkeypatch.setattr(checkpoint, "write_files", slow)
     with pytest.raises(BitNetError, match="diverged") as error:
-        train(configured(corpus, steps=20, skip_limit=3, save_every=2, async_save=behind), tmp_path / "run")
+        train(toy_config(corpus, steps=20, skip_limit=3, save_every=2, async_save=background), tmp_path / "run")
     save = latest_save(tmp_path / "run" / "saves")
     assert save is not None
     assert str(save.path) in str(error.value)
@@ -301,7 +274,7 @@ def test_several_in_a_row_stop_the_run(
 def test_an_error_waits_for_the_file_that_is_being_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a thread would write into a folder whose lock is open."""
+    """Otherwise a thread would write into a folder whose lock is released."""
     original, written = checkpoint.write_files, []
 
     def slow(*args: Any) -> Any:
@@ -315,7 +288,7 @@ def test_an_error_waits_for_the_file_that_is_being_written(
     monkeypatch.setattr(checkpoint, "write_files", slow)
     monkeypatch.setattr(Observer, "validate", failing)
     with pytest.raises(ZeroDivisionError):
-        train(configured(corpus, steps=20, save_every=2, eval_every=3, async_save=True), tmp_path / "run")
+        train(toy_config(corpus, steps=20, save_every=2, eval_every=3, async_save=True), tmp_path / "run")
     assert len(written) == 1
 
 
@@ -324,7 +297,7 @@ def test_the_count_of_bad_steps_survives_a_resume(
 ) -> None:
     """Saved after the second of them: the first one after the resume is the third in a row."""
     poison = Poison(monkeypatch, "inf loss", {3, 4, 5, 6, 7, 8})
-    config = configured(corpus, steps=20, skip_limit=3, save_every=4)
+    config = toy_config(corpus, steps=20, skip_limit=3, save_every=4)
     with pytest.raises(BitNetError):
         train(config, tmp_path / "run")
     poison.kept.clear()
@@ -337,15 +310,15 @@ def test_the_count_of_bad_steps_survives_a_resume(
 def test_diverging_before_the_first_save(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Poison(monkeypatch, "nan loss", set(range(1, 30)))
     with pytest.raises(BitNetError, match="no save yet"):
-        train(configured(corpus, steps=20), tmp_path / "run")
+        train(toy_config(corpus, steps=20), tmp_path / "run")
 
 
-# ---- what is written down ----------------------------------------------------------------------------------
+# ---- what is recorded --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def finished(corpus: Path, tmp_path: Path) -> tuple[RunConfig, Path, loop.Outcome]:
-    config = configured(
+    config = toy_config(
         corpus,
         steps=11,
         batch_size=3,
@@ -369,7 +342,7 @@ def test_metrics_have_one_row_a_step(finished: tuple[RunConfig, Path, loop.Outco
     assert [row["step"] for row in steps] == list(range(1, 12))
     data = open_dataset(folder / "data")
     for row in steps:
-        # The quantisers come in over 80 % of eleven steps.
+        # Quantisation warm-up takes 80 % of eleven steps.
         assert row.pop("quantised", 1.0) == pytest.approx(min(1.0, row["step"] / 9))
         assert set(row) == {"step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second"}
         assert all(math.isfinite(value) for value in row.values())
@@ -407,9 +380,9 @@ def test_final_validation_is_what_the_saved_weights_give(finished: tuple[RunConf
     assert outcome.validation.bytes == len(nats)  # ASCII, a character a token
 
 
-def test_samples_and_config_lie_with_the_run(finished: tuple[RunConfig, Path, loop.Outcome]) -> None:
+def test_the_run_holds_samples_and_the_resolved_config(finished: tuple[RunConfig, Path, loop.Outcome]) -> None:
     config, folder, outcome = finished
-    assert read_config(folder / "config.toml") == config
+    assert read_config(folder / "config.toml") == config.resolved(open_dataset(folder / "data").tokenizer.vocab_size)
     samples = (folder / "samples.txt").read_text()
     heads = [line for line in samples.splitlines() if line.startswith("--- step ")]
     assert heads == ["--- step 5", "--- step 10", "--- step 11"]
@@ -444,18 +417,18 @@ def codes(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def weights_at(config: RunConfig, out: Path, stop: int) -> dict[str, Tensor]:
-    """The weights after `stop` steps of this run: from a loop that breaks off there."""
+    """The weights after `stop` steps of this run."""
     made = trainer(config, out)
     for _ in range(stop):
-        made._training_step()
+        made.training_step()
     return {name: value.detach().clone() for name, value in made.model.state_dict().items()}
 
 
 def test_looking_at_the_model_does_not_change_it(corpus: Path, tmp_path: Path) -> None:
     """Validation, samples, telemetry and saves at every step: the losses stay the same to the last bit."""
     often = {"eval_every": 1, "sample_every": 1, "report_every": 1, "save_every": 1}
-    train(configured(corpus, steps=7), tmp_path / "a")
-    train(configured(corpus, steps=7, **often), tmp_path / "b")
+    train(toy_config(corpus, steps=7), tmp_path / "a")
+    train(toy_config(corpus, steps=7, **often), tmp_path / "b")
     key = ("step", "loss", "grad_norm", "lr")
     a, b = ([tuple(row[k] for k in key) for row in steps_of(tmp_path / name)] for name in "ab")
     assert a == b
@@ -465,7 +438,7 @@ def test_looking_at_the_model_does_not_change_it(corpus: Path, tmp_path: Path) -
 def test_a_seed_decides_everything(linear: str, corpus: Path, tmp_path: Path) -> None:
     losses = {}
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        outcome = train(configured(corpus, seed=seed, model={"linear": linear}), tmp_path / name)
+        outcome = train(toy_config(corpus, seed=seed, model={"linear": linear}), tmp_path / name)
         losses[name] = [row["loss"] for row in steps_of(tmp_path / name)], outcome.sample
     assert losses["a"] == losses["b"]
     assert losses["a"][0][0] != losses["c"][0][0]
@@ -480,9 +453,9 @@ def test_batches_of_a_run_do_not_repeat(corpus: Path, tmp_path: Path, monkeypatc
         seen.extend(tuple(row) for row in inputs.tolist())
         return original(objective, inputs, targets)
 
-    config = configured(corpus, batch_size=5, accumulate=3, steps=4)
+    config = toy_config(corpus, batch_size=5, accumulate=3, steps=4)
     monkeypatch.setattr(Objective, "forward", spy)
-    monkeypatch.setattr(loop.Trainer, "_estimate", lambda self: "soon")
+    monkeypatch.setattr(loop.Trainer, "seconds_per_step", lambda self: 1.0)
     train(config, tmp_path / "run")
     data = open_dataset(tmp_path / "run" / "data")
     wanted, _ = Sampler(data.train, 16, config.train.seed).windows(0, 5 * 3 * 4)
@@ -492,7 +465,7 @@ def test_batches_of_a_run_do_not_repeat(corpus: Path, tmp_path: Path, monkeypatc
 def test_bf16_keeps_fp32_masters(corpus: Path, tmp_path: Path) -> None:
     runs = {}
     for dtype in ("fp32", "bf16"):
-        train(configured(corpus, dtype=dtype, steps=3), tmp_path / dtype)
+        train(toy_config(corpus, dtype=dtype, steps=3), tmp_path / dtype)
         runs[dtype] = [row["loss"] for row in steps_of(tmp_path / dtype)]
     save = latest_save(tmp_path / "bf16" / "saves")
     assert save is not None
@@ -514,7 +487,7 @@ def test_resolve_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_the_tokenizer_cannot_hold_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(BitNetError, match="character"):
-        train(configured(corpus, sample_prompt="Zebra"), tmp_path / "run")
+        train(toy_config(corpus, sample_prompt="Zebra"), tmp_path / "run")
     assert Run(tmp_path / "run").metrics() == []
 
 
@@ -556,7 +529,7 @@ def check_png(data: bytes) -> tuple[int, int]:
 
 
 def test_a_run_ends_with_its_curve(pictures: None, corpus: Path, tmp_path: Path) -> None:
-    outcome = train(configured(corpus, steps=3), tmp_path / "run")
+    outcome = train(toy_config(corpus, steps=3), tmp_path / "run")
     assert outcome.pictures == [str(tmp_path / "run" / "loss.png"), str(tmp_path / "run" / "loss.svg")]
     width, height = check_png((tmp_path / "run" / "loss.png").read_bytes())
     assert min(width, height) > 300
@@ -565,7 +538,6 @@ def test_a_run_ends_with_its_curve(pictures: None, corpus: Path, tmp_path: Path)
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("title", ["runs/$\\frac$_^: 1M", "a [b] {c} %d"])
 def test_a_curve_of_any_name_and_of_few_rows(title: str, tmp_path: Path) -> None:
     validation = {"step": 1, "val_loss": 2.0, "val_bits_per_byte": 1.0}
@@ -579,7 +551,7 @@ def test_without_matplotlib_the_run_is_fine(
     pictures: None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what an absent package looks like to `import`
-    outcome = train(configured(corpus, steps=2), tmp_path / "run")
+    outcome = train(toy_config(corpus, steps=2), tmp_path / "run")
     assert outcome.pictures == []
     assert outcome.validation is not None
 
@@ -598,7 +570,7 @@ def test_a_tracker_gets_the_rows_of_the_metrics(corpus: Path, tmp_path: Path, mo
     fake = ModuleType("wandb")
     fake.init = lambda **settings: FakeRun()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    train(configured(corpus, steps=4, wandb=True, eval_every=2, report_every=2), tmp_path / "run")
+    train(toy_config(corpus, steps=4, wandb=True, eval_every=2, report_every=2), tmp_path / "run")
     rows = Run(tmp_path / "run").metrics()
     assert [step for step, _ in logged] == [row["step"] for row in rows]
     losses: Callable[[Any], list[float]] = lambda pairs: [n["loss"] for _, n in pairs if "loss" in n]  # noqa: E731
@@ -612,5 +584,5 @@ def test_a_missing_tracker_stops_the_run_before_it_starts(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BitNetError, match="pip install wandb"):
-        train(configured(corpus, wandb=True), tmp_path / "run")
+        train(toy_config(corpus, wandb=True), tmp_path / "run")
     assert steps_of(tmp_path / "run") == []

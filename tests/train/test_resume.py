@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged goes on as if nothing had happened, to the last bit."""
+"""A run that was stopped, killed or damaged resumes, and ends with the same bits as one that was not."""
 
 import errno
 import json
@@ -18,51 +18,30 @@ import child_process
 import pytest
 import torch
 from torch import Tensor
+from toy_runs import toy_config, train, words
 
 from bitnet.cli import main
 from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
 from bitnet.files.checkpoint import latest_save, read_save
-from bitnet.train import pretrain as loop
 from bitnet.train.config import RunConfig
 from bitnet.train.report.display import Display
 from bitnet.train.report.observer import Observer
 from bitnet.train.runs.run import Run
 
-CPU = torch.device("cpu")
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
-}
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_run", lambda rows, target, title: [])
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture
 def corpus(tmp_path: Path, seed: int) -> Path:
     path = tmp_path / "toy.txt"
-    path.write_text("abcdefgh\n" + "".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(700)))
+    path.write_text("abcdefgh\n" + words(700))
     return path
 
 
-def configured(corpus: Path, **train: Any) -> RunConfig:
-    model = {**SHAPE, "linear": train.pop("linear", "ternary")}
-    defaults = {"steps": 12, "batch_size": 4, "dtype": "fp32", "eval_every": 0, "save_every": 4, "report_every": 5}
-    return RunConfig().override(
-        {
-            "model": model,
-            "tokenizer": {"kind": "char"},
-            "data": {"paths": (str(corpus),), "val_fraction": 0.1},
-            "train": {**defaults, **train},
-        }
-    )
+def configured(corpus: Path, linear: str = "ternary", **train: Any) -> RunConfig:
+    """Twelve steps, saved after every fourth."""
+    return toy_config(corpus, model={"linear": linear}, **{"steps": 12, "save_every": 4, "report_every": 5, **train})
 
 
 class Stopping(Display):
@@ -77,12 +56,8 @@ class Stopping(Display):
             self._action()
 
 
-def train(config: RunConfig, out: Path, display: Display | None = None) -> loop.Outcome:
-    return loop.pretrain(config, out, CPU, display or Display(quiet=True))
-
-
 class PowerCut(BaseException):
-    """Nothing in the loop may catch this."""
+    """An exception that the loop must not catch."""
 
 
 def cut() -> None:
@@ -109,12 +84,12 @@ def assert_equal_runs(a: Path, b: Path) -> None:
 VARIANTS = {
     "ternary-muon": {},
     "binary-adamw-accumulated": {"linear": "binary", "optimizer": "adamw", "accumulate": 2, "batch_size": 2},
-    "plain-two-stage": {"linear": "float", "schedule": "two-stage", "optimizer": "adamw"},
+    "float-two-stage": {"linear": "float", "schedule": "two-stage", "optimizer": "adamw"},
     "ternary-bf16": {"dtype": "bf16"},
 }
 
 
-# ---- N steps straight against N/2 + N/2 --------------------------------------------------------------------
+# ---- N steps at once against N/2 + N/2 ---------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -140,7 +115,7 @@ def test_a_stop_leaves_no_trace(way: str, variant: dict[str, Any], corpus: Path,
 
 
 def test_the_comparison_sees_a_difference(corpus: Path, tmp_path: Path) -> None:
-    """One weight off by one rounding at half-time ends in other losses: the tests here can fail."""
+    """A change of 2^-7 in one matrix at half-time ends in other losses: the tests here can fail."""
     config = configured(corpus)
     train(config, tmp_path / "a")
     train(config, tmp_path / "b", Stopping(6, lambda: signal.raise_signal(signal.SIGINT)))
@@ -156,8 +131,8 @@ def test_the_comparison_sees_a_difference(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fate", ["gone", "changed"])
-def test_a_run_goes_on_without_its_text(fate: str, corpus: Path, tmp_path: Path) -> None:
-    """The tokens are in the run: what happened to the files since does not matter."""
+def test_a_run_resumes_without_its_text(fate: str, corpus: Path, tmp_path: Path) -> None:
+    """The tokens are in the run, so later changes of the files have no effect."""
     config = configured(corpus)
     train(config, tmp_path / "straight")
     train(config, tmp_path / "run", Stopping(6, lambda: signal.raise_signal(signal.SIGTERM)))
@@ -170,7 +145,7 @@ def test_a_run_goes_on_without_its_text(fate: str, corpus: Path, tmp_path: Path)
 
 
 def test_the_random_state_comes_from_the_save(corpus: Path, tmp_path: Path) -> None:
-    """Nothing in the loop draws from it today; a dropout of tomorrow would."""
+    """Nothing in the loop draws from it today; dropout would."""
     config = configured(corpus)
     train(config, tmp_path / "run", Stopping(6, lambda: signal.raise_signal(signal.SIGTERM)))
     save = latest_save(tmp_path / "run" / "saves")
@@ -183,7 +158,7 @@ def test_the_random_state_comes_from_the_save(corpus: Path, tmp_path: Path) -> N
 
 
 def test_another_number_of_processes_is_refused(corpus: Path, tmp_path: Path) -> None:
-    """Their batches together are the step: with another number the data order would be another one."""
+    """Their batches together make a step, so the order of the data depends on their number."""
     config = configured(corpus)
     train(config, tmp_path / "run", Stopping(6, lambda: signal.raise_signal(signal.SIGINT)))
     save = latest_save(tmp_path / "run" / "saves")
@@ -212,21 +187,21 @@ def test_a_second_signal_ends_the_run_at_once(corpus: Path, tmp_path: Path) -> N
         train(configured(corpus), tmp_path / "run", Stopping(3, twice))
 
 
-def test_more_steps_go_on_where_the_run_ended(corpus: Path, tmp_path: Path) -> None:
+def test_more_steps_resume_where_the_run_ended(corpus: Path, tmp_path: Path) -> None:
     train(configured(corpus, steps=5), tmp_path / "run")
     first = [row for row in Run(tmp_path / "run").metrics() if "loss" in row]
     outcome = train(configured(corpus, steps=9), tmp_path / "run")
     rows = [row for row in Run(tmp_path / "run").metrics() if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert rows[:5] == first
-    # Over 80 % of five steps; of nine it would have been less, but the run had its quantisers in.
+    # Warm-up took 80 % of five steps. Of nine it would take longer, but it does not go back.
     assert [row.get("quantised", 1.0) for row in rows] == [0.25, 0.5, 0.75, *[1.0] * 6]
     assert outcome.step == 9
     assert Run(tmp_path / "run").config().train.steps == 9
 
 
 def test_fewer_steps_do_not_make_a_model_ternary(corpus: Path, tmp_path: Path) -> None:
-    """A save knows how far its quantisers were, whatever the configuration says since."""
+    """A save records how far quantisation warm-up was, whatever the configuration says later."""
     train(configured(corpus, steps=10), tmp_path / "run", Stopping(4, lambda: signal.raise_signal(signal.SIGTERM)))
     assert train(configured(corpus, steps=4), tmp_path / "run").step == 4
     _, save = Run(tmp_path / "run").load()
@@ -242,7 +217,7 @@ def test_a_finished_run_trains_no_further(corpus: Path, tmp_path: Path) -> None:
     assert snapshot(tmp_path / "run") == before  # metrics and samples are not written a second time
 
 
-def test_a_kill_behind_the_last_save_leaves_the_last_figures_to_the_next_start(
+def test_after_a_kill_after_the_last_save_the_next_start_writes_the_last_figures(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(corpus, eval_every=5)
@@ -256,7 +231,7 @@ def test_a_kill_behind_the_last_save_leaves_the_last_figures_to_the_next_start(
         patch.setattr(Observer, "validate", killed)
         with pytest.raises(PowerCut):
             train(config, tmp_path / "run")
-    for _ in range(2):  # written by the first start, and not once more by the second
+    for _ in range(2):  # written by the first start, and not again by the second
         train(config, tmp_path / "run")
         validations = [
             [row for row in Run(tmp_path / name).metrics() if "val_loss" in row] for name in ("straight", "run")
@@ -378,7 +353,7 @@ def test_a_full_disk(
     assert "No space left" in captured.err
     assert snapshot(out / "saves") == before  # half a save would keep the disk full
     monkeypatch.setattr(checkpoint, "write_tensors", write)
-    assert main(["train", "--out", str(out), "-q"]) == 0  # space again: the same command goes on
+    assert main(["train", "--out", str(out), "-q"]) == 0  # with space again, the same command resumes
     assert_equal_runs(tmp_path / "straight", out)
 
 
@@ -419,7 +394,7 @@ def test_samples_after_the_save_are_dropped(tmp_path: Path) -> None:
 
 # ---- real processes ----------------------------------------------------------------------------------------
 
-# Imports once and forks for each run: a fresh process that has computed nothing yet, without three seconds of imports.
+# Imports once and forks for each run: a fresh process without three seconds of imports.
 SERVER = """
 import json, os, sys
 import bitnet.train.command, bitnet.train.pretrain as loop
@@ -494,7 +469,7 @@ def has_written(run: Path, step: int) -> bool:
 
 @pytest.mark.slow
 def test_kill_minus_nine_at_any_moment(processes: Processes, corpus: Path, tmp_path: Path) -> None:
-    """Killed again and again at random moments, data preparation included, until it gets through."""
+    """Killed again and again at random moments, data preparation included, until one run reaches its end."""
     settings = {"steps": 45, "save_every": 3, "eval_every": 7, "report_every": 4, "sample_every": 25}
     processes.start(command(corpus, tmp_path / "straight", **settings))
     began = time.perf_counter()
@@ -533,7 +508,7 @@ def test_stop_signals_save_and_say_so(
 ) -> None:
     args, run = command(corpus, tmp_path / "run", steps=1_000_000, save_every=1_000_000), tmp_path / "run"
     reached = 0
-    for _ in range(2):  # the second time it goes on from the first one's save
+    for _ in range(2):  # the second run resumes from the save of the first
         pid = processes.start(args)
         child_process.wait_until(partial(has_written, run, reached + 3), processes.log.read_text)
         os.kill(pid, number)
@@ -544,4 +519,4 @@ def test_stop_signals_save_and_say_so(
         assert steps_written(run) == list(range(1, save.step + 1))
         reached = save.step
     assert "Traceback" not in processes.log.read_text()
-    assert processes.log.read_text().count("goes on from there") >= 2
+    assert processes.log.read_text().count("run the same command again to resume") >= 2

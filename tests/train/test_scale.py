@@ -1,4 +1,4 @@
-"""Many processes against one: equal losses to the last bit, saves that any number of them goes on from, a lost one."""
+"""Several processes against one: losses with the same bits, saves that any number of them resumes from, a lost one."""
 
 import json
 import random
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_runs import words
 
 from bitnet.cli import main
 from bitnet.config import PRESETS, ModelConfig
@@ -31,10 +32,10 @@ from bitnet.model import Transformer
 from bitnet.quant import training_precision
 from bitnet.train import network
 from bitnet.train.config import TrainConfig
-from bitnet.train.parallel.batches import micro_batches, sequences_a_step, share
+from bitnet.train.parallel.batches import micro_batches, rank_sequences, sequences_per_step
 from bitnet.train.parallel.distributed import Processes
 from bitnet.train.runs.run import Run
-from bitnet.train.schedule import quantised_share
+from bitnet.train.schedule import quantised_fraction
 
 STEPS, HALF = 50, 25
 # Gains in two halves are whole vectors of 16 numbers: torch's fused AdamW rounds a tail another way than vectors.
@@ -46,7 +47,7 @@ SERVER = """
 import faulthandler, json, os, signal, sys, time
 from fnmatch import fnmatch
 import bitnet.train.command, bitnet.train.pretrain as loop
-from bitnet import checkpoint
+from bitnet.files import checkpoint
 from bitnet.cli import main
 loop.plot_run = lambda rows, target, title: []
 def dying(sync, pattern, step):
@@ -74,7 +75,7 @@ while line := sys.stdin.readline():
         os.dup2(log, 2)
         if request["cut"] and rank == request["cut"][0]:
             checkpoint.sync = dying(checkpoint.sync, *request["cut"][1:])
-        faulthandler.dump_traceback_later(900, exit=True)  # a hang
+        faulthandler.dump_traceback_later(400, exit=True)  # a hang; compiling takes a minute on a busy machine
         code = main(request["args"])
         sys.stdout.flush()
         os._exit(code)
@@ -83,11 +84,11 @@ while line := sys.stdin.readline():
 
 
 Cut = tuple[int, str, int]
-RANKS_LIMIT = 1000  # seconds, for what compiles; by then `faulthandler` has said where a rank hangs
+RANKS_LIMIT = 1000  # seconds: compiling takes most of a minute; before, `faulthandler` shows where a rank hangs
 
 
 class Ranks:
-    """Runs `bitnet ARGS` as one process or several that know of each other."""
+    """Runs `bitnet ARGS` as one process, or as several that form a group."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -99,7 +100,7 @@ class Ranks:
     def __call__(self, ranks: int, args: list[str], cut: Cut | None = None) -> list[int]:
         """Exit codes by rank."""
         codes = self._start(ranks, args, cut)
-        if ranks > 1 and "address already in use" in self.said(0):
+        if ranks > 1 and "address already in use" in self.log_of(0):
             codes = self._start(ranks, args, cut)
         return codes
 
@@ -111,7 +112,7 @@ class Ranks:
         self._server.stdin.flush()
         return list(json.loads(child_process.line_from(self._server, RANKS_LIMIT)))
 
-    def said(self, rank: int) -> str:
+    def log_of(self, rank: int) -> str:
         return Path(f"{self.log}.{rank}").read_text()
 
     def close(self) -> None:
@@ -128,7 +129,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("scale")
-    (made / "toy.txt").write_text("".join(random.choice(["fade ", "bag ", "cabbage\n", "hedge "]) for _ in range(1500)))
+    (made / "toy.txt").write_text(words(1500))
     return made
 
 
@@ -156,9 +157,9 @@ def half(folder: Path, run: str, copy: str) -> str:
 @pytest.fixture(scope="module")
 def runs(ranks: Ranks, folder: Path) -> Path:
     """The same settings three times: one process, two with the whole model, two with half of its state each."""
-    assert ranks(1, arguments(folder, "one")) == [0], ranks.said(0)
-    assert ranks(2, arguments(folder, "ddp")) == [0, 0], ranks.said(0) + ranks.said(1)
-    assert ranks(2, arguments(folder, "fsdp", "train.parallel=fsdp")) == [0, 0], ranks.said(0) + ranks.said(1)
+    assert ranks(1, arguments(folder, "one")) == [0], ranks.log_of(0)
+    assert ranks(2, arguments(folder, "ddp")) == [0, 0], ranks.log_of(0) + ranks.log_of(1)
+    assert ranks(2, arguments(folder, "fsdp", "train.parallel=fsdp")) == [0, 0], ranks.log_of(0) + ranks.log_of(1)
     return folder
 
 
@@ -171,7 +172,7 @@ def test_two_processes_are_one_to_the_last_bit(runs: Path) -> None:
     assert rows(runs, "fsdp") == wanted
 
 
-def test_whoever_saved_the_weights_are_the_same(runs: Path) -> None:
+def test_saves_of_all_runs_hold_the_same_weights(runs: Path) -> None:
     for name in ("ddp", "fsdp"):
         assert_same_save(runs / name, runs / "one")
 
@@ -208,14 +209,13 @@ def test_a_run_of_shards_packs_as_one_of_one_process(runs: Path) -> None:
     assert all(torch.equal(one[name], shards[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_saved_on_two_goes_on_on_one(ranks: Ranks, runs: Path) -> None:
+def test_saved_on_two_ranks_resumes_on_one(ranks: Ranks, runs: Path) -> None:
     copy = half(runs, "fsdp", "two-to-one")
-    assert ranks(1, arguments(runs, copy, "train.parallel=fsdp")) == [0], ranks.said(0)
+    assert ranks(1, arguments(runs, copy, "train.parallel=fsdp")) == [0], ranks.log_of(0)
     assert rows(runs, copy) == rows(runs, "one")
 
 
-def test_what_a_save_holds_is_not_drawn_first(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_draws_no_random_weights(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = half(runs, "one", "undrawn")
     monkeypatch.setattr(Transformer, "fresh_weights", None)
     monkeypatch.setattr("bitnet.train.pretrain.plot_run", lambda rows, target, title: [])
@@ -224,20 +224,18 @@ def test_what_a_save_holds_is_not_drawn_first(runs: Path, monkeypatch: pytest.Mo
     assert_same_save(runs / copy, runs / "one")
 
 
-@pytest.mark.slow
-def test_saved_whole_goes_on_in_shares(ranks: Ranks, runs: Path) -> None:
+def test_saved_with_ddp_resumes_with_fsdp(ranks: Ranks, runs: Path) -> None:
     copy = half(runs, "ddp", "whole-to-shares")
     settings = ("train.parallel=fsdp", "train.async_save=true", "train.recompute=true")
-    assert ranks(2, arguments(runs, copy, *settings)) == [0, 0], ranks.said(0) + ranks.said(1)
+    assert ranks(2, arguments(runs, copy, *settings)) == [0, 0], ranks.log_of(0) + ranks.log_of(1)
     assert rows(runs, copy) == rows(runs, "one")
     assert latest_save(runs / copy / "saves").step == STEPS  # type: ignore[union-attr]
 
 
-@pytest.mark.slow
-def test_saved_on_two_goes_on_on_three(ranks: Ranks, runs: Path) -> None:
+def test_saved_on_two_ranks_resumes_on_three(ranks: Ranks, runs: Path) -> None:
     """Four sequences on three processes: 1, 1 and 2. Sums in another order, which codes and bf16 then amplify."""
     copy = half(runs, "fsdp", "two-to-three")
-    assert ranks(3, arguments(runs, copy, "train.parallel=fsdp")) == [0, 0, 0], ranks.said(0)
+    assert ranks(3, arguments(runs, copy, "train.parallel=fsdp")) == [0, 0, 0], ranks.log_of(0)
     wanted, got = rows(runs, "one"), rows(runs, copy)
     assert [row[0] for row in got] == [row[0] for row in wanted]
     assert got[:HALF] == wanted[:HALF]
@@ -246,29 +244,27 @@ def test_saved_on_two_goes_on_on_three(ranks: Ranks, runs: Path) -> None:
     assert got[-1][1] == pytest.approx(wanted[-1][1], abs=0.05)  # the same text learnt as well
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["model.linear=float", "train.quant_warmup=0"])
 def test_what_the_backward_pass_reads_is_there(setting: str, ranks: Ranks, folder: Path) -> None:
-    """Masters of float matrices, codes of those ternary from the first step: memory is given back in between.
+    """Masters of float matrices, codes of ternary ones from the first step: their memory is freed in between.
 
-    All other runs of this file have their quantisers come in.
+    All other runs of this file have quantisation warm-up.
     """
     name = setting.partition("=")[0]
     for size, out, *parallel in ((1, f"{name}-one"), (2, f"{name}-fsdp", "train.parallel=fsdp")):
-        assert ranks(size, arguments(folder, out, setting, *parallel, steps=6)) == [0] * size, ranks.said(0)
+        assert ranks(size, arguments(folder, out, setting, *parallel, steps=6)) == [0] * size, ranks.log_of(0)
     wanted = rows(folder, f"{name}-one")
     assert len(wanted) == 7
     assert rows(folder, f"{name}-fsdp") == wanted
 
 
-@pytest.mark.slow
 def test_in_bf16_too_they_are_one_to_the_last_bit(ranks: Ranks, runs: Path) -> None:
     """The tolerance is none: products of the same micro-batches, rounded in the same places, and of what they add
     between them, in fp32, a sum of two."""
     report = "train.report_every=2"
     for size, name, *parallel in ((1, "bf16-one"), (2, "bf16-ddp"), (2, "bf16-fsdp", "train.parallel=fsdp")):
         args = arguments(runs, name, report, *parallel, steps=6, dtype="bf16")
-        assert ranks(size, args) == [0] * size, ranks.said(0)
+        assert ranks(size, args) == [0] * size, ranks.log_of(0)
     wanted = rows(runs, "bf16-one")
     assert len(wanted) == 7
     assert [row[1] for row in wanted[:6]] != [row[1] for row in rows(runs, "one")[:6]]  # they are in bf16
@@ -293,10 +289,10 @@ needs_a_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason=str(
 @needs_a_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # gcc takes most of a minute for what torch.compile writes
-def test_compiled_too_two_processes_are_one(ranks: Ranks, folder: Path) -> None:
+def test_compiled_ddp_equals_one_process(ranks: Ranks, folder: Path) -> None:
     """With the whole model on each: one graph, the same micro-batches, the same sums."""
     for size, name in ((1, "one-compiled"), (2, "ddp-compiled")):
-        assert ranks(size, arguments(folder, name, "train.compile=true", steps=8)) == [0] * size, ranks.said(0)
+        assert ranks(size, arguments(folder, name, "train.compile=true", steps=8)) == [0] * size, ranks.log_of(0)
     wanted = rows(folder, "one-compiled")
     assert len(wanted) == 9
     assert rows(folder, "ddp-compiled") == wanted
@@ -305,9 +301,9 @@ def test_compiled_too_two_processes_are_one(ranks: Ranks, folder: Path) -> None:
 
 @needs_a_compiler
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # as above
+@pytest.mark.timeout(1200)  # gcc takes most of a minute for what torch.compile writes
 @pytest.mark.parametrize(("linear", "optimizer"), [("float", "adamw"), ("ternary", "muon")])
-def test_compiled_in_shares_it_learns_the_same(linear: str, optimizer: str, ranks: Ranks, folder: Path) -> None:
+def test_compiled_and_sharded_it_learns_the_same(linear: str, optimizer: str, ranks: Ranks, folder: Path) -> None:
     """Block by block within FSDP2, against one process that compiles nothing.
 
     Each optimiser once: it is no part of the graph, whose compilation is what takes the time.
@@ -315,8 +311,10 @@ def test_compiled_in_shares_it_learns_the_same(linear: str, optimizer: str, rank
     settings = [f"model.linear={linear}", f"train.optimizer={optimizer}"]
     settings += ["train.lr=0.001", "train.embedding_lr=0.001"] if optimizer == "adamw" else []
     compiled = [*settings, "train.parallel=fsdp", "train.compile=true"]
-    assert ranks(1, arguments(folder, f"{linear}-one", *settings, steps=8)) == [0], ranks.said(0)
-    assert ranks(2, arguments(folder, f"{linear}-shares", *compiled, steps=8)) == [0, 0], ranks.said(0) + ranks.said(1)
+    assert ranks(1, arguments(folder, f"{linear}-one", *settings, steps=8)) == [0], ranks.log_of(0)
+    assert ranks(2, arguments(folder, f"{linear}-shares", *compiled, steps=8)) == [0, 0], ranks.log_of(
+        0
+    ) + ranks.log_of(1)
     wanted, got = rows(folder, f"{linear}-one"), rows(folder, f"{linear}-shares")
     assert [row[0] for row in got] == [row[0] for row in wanted]
     assert wanted[7][1] < wanted[0][1] - 0.05  # it learns
@@ -329,12 +327,12 @@ def test_compiled_in_shares_it_learns_the_same(linear: str, optimizer: str, rank
         assert loss == pytest.approx(expected, rel=bound * (1 if step == 1 or linear == "float" else 10)), step
 
 
-# ---- one rank of many that exist on paper: torch's "fake" process group, whose collectives do nothing ---------
+# ---- one rank of many simulated ones: torch's "fake" process group, whose collectives do nothing ------------
 
 
 @pytest.fixture
 def paper(request: pytest.FixtureRequest) -> Iterator[Processes]:
-    """The first process of so many."""
+    """Rank 0 of that many."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
     yield Processes(torch.device("cpu"))
     dist.destroy_process_group()
@@ -371,20 +369,20 @@ class Traffic(TorchDispatchMode):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
-def test_quantised_masters_travel_once(
+def test_quantised_masters_are_gathered_once(
     linear: str, settings: dict[str, Any], again: bool, paper: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backward pass gathers masters where it reads them, and else nothing; gradients travel once."""
-    monkeypatch.setattr(network, "compile_blocks", lambda blocks: None)  # what is gathered does not depend on it
+    """The backward pass gathers masters only where it reads them; gradients are scattered once."""
+    monkeypatch.setattr(network, "compile_blocks", lambda blocks: None)  # it makes no difference to what is gathered
     shape = {key: int(value) for key, value in (setting.split("=") for setting in SHAPE.split())}
     config = ModelConfig(vocab_size=30, max_position_embeddings=16, linear=linear, **shape)
     train = TrainConfig(**{"quant_warmup": 0.0, **settings})
     model, objective = network.build_network(config, train, paper, sharded=True)
-    precision = training_precision(quantised_share(train, 0))
+    precision = training_precision(quantised_fraction(train, 0))
     ids = torch.randint(30, (2, 16))
     rest = embedding_parameters(config) + norm_parameters(config)  # all of them cut evenly by two, so nothing is padded
     block = linear_parameters(config) // 2
-    for _ in range(2):  # the second one begins as the first one left things
+    for _ in range(2):  # the second pass starts from the state that the first one left
         with Traffic() as forward:
             loss, _ = objective(ids, ids, precision)
         assert forward.gathered == [rest, block, block]
@@ -398,7 +396,7 @@ def test_quantised_masters_travel_once(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has reserved is read in /proc")
 @pytest.mark.parametrize("paper", [64], indirect=True)
-def test_2b4t_begins_in_shares(paper: Processes) -> None:
+def test_2b4t_is_initialised_in_shards(paper: Processes) -> None:
     """Deferred initialisation: one of 64 holds a 64th, and at no time an eighth, which is less than the embedding."""
     config = PRESETS["2b4t"]
     bytes_of_all = 4 * parameters(config)
@@ -427,7 +425,7 @@ def test_2b4t_begins_in_shares(paper: Processes) -> None:
 
 
 def newest(run: Path) -> int:
-    """The step of the save that the run goes on from; steps after it that were recorded are lost."""
+    """The step of the save that the run resumes from; steps recorded after it are lost."""
     save = latest_save(run / "saves")
     assert save is not None
     return save.step
@@ -438,9 +436,8 @@ def last_step(run: Path) -> int:
     return max(row["step"] for row in Run(run).metrics())
 
 
-@pytest.mark.slow
 def test_killed_at_every_moment_of_a_save(ranks: Ranks, runs: Path) -> None:
-    """In turn, the first process and another one. The one left ends with a line that says so; a start goes on."""
+    """The main process and another one, alternately. The survivor ends with one line about it; a new start resumes."""
     run = half(runs, "fsdp", "killed")
     args = arguments(runs, run, "train.parallel=fsdp", "train.save_every=5")
     moments = [  # which rank, about to sync what; the newest save after that
@@ -454,73 +451,71 @@ def test_killed_at_every_moment_of_a_save(ranks: Ranks, runs: Path) -> None:
     for rank, pattern, wanted in moments:
         codes = ranks(2, args, cut=(rank, f"*/{pattern}", 0))
         other = 1 - rank
-        assert codes[rank] == -signal.SIGKILL, ranks.said(rank)
-        assert codes[other] == 2, ranks.said(other)
-        assert "another process of this run ended" in ranks.said(other)
-        assert "Traceback" not in ranks.said(other)
+        assert codes[rank] == -signal.SIGKILL, ranks.log_of(rank)
+        assert codes[other] == 2, ranks.log_of(other)
+        assert "another process of this run ended" in ranks.log_of(other)
+        assert "Traceback" not in ranks.log_of(other)
         assert newest(runs / run) == wanted
         assert last_step(runs / run) <= wanted + 5, "more than a save interval lost"
         folder = "step-00000030" if pattern == "saves" else pattern.partition("/")[0]
         assert (runs / run / "saves" / folder).is_dir()
-    assert ranks(2, args) == [0, 0], ranks.said(0)
+    assert ranks(2, args) == [0, 0], ranks.log_of(0)
     assert rows(runs, run) == rows(runs, "one")
     assert_same_save(runs / run, runs / "one")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "killed"), [(1, 0), (2, 0), (2, 1)], ids=["alone", "first of two", "second of two"])
 def test_killed_while_a_save_is_written_in_the_background(size: int, killed: int, ranks: Ranks, runs: Path) -> None:
     """Training is three steps further when the kill comes. The save counts for nothing; the one before it does."""
-    run = half(runs, "one" if size == 1 else "fsdp", f"behind-{size}-{killed}")
+    run = half(runs, "one" if size == 1 else "fsdp", f"background-{size}-{killed}")
     args = arguments(runs, run, "train.parallel=fsdp", "train.save_every=5", "train.async_save=true")
     file = "optimizer.safetensors" if size == 1 else f"shard-{killed + 1:05d}-optimizer-*"
     codes = ranks(size, args, cut=(killed, f"*/step-00000035.tmp/{file}", 38))
-    assert codes[killed] == -signal.SIGKILL, ranks.said(killed)
+    assert codes[killed] == -signal.SIGKILL, ranks.log_of(killed)
     for other in set(range(size)) - {killed}:
-        assert codes[other] == 2, ranks.said(other)
-        assert "another process of this run ended" in ranks.said(other)
-        assert "Traceback" not in ranks.said(other)
+        assert codes[other] == 2, ranks.log_of(other)
+        assert "another process of this run ended" in ranks.log_of(other)
+        assert "Traceback" not in ranks.log_of(other)
     assert (runs / run / "saves" / "step-00000035.tmp").is_dir()
     assert newest(runs / run) == 30
     assert 38 <= last_step(runs / run) <= 40, "more than two save intervals lost"
-    assert ranks(size, args) == [0] * size, ranks.said(0)
+    assert ranks(size, args) == [0] * size, ranks.log_of(0)
     assert rows(runs, run) == rows(runs, "one")
     assert_same_save(runs / run, runs / "one")
 
 
-def test_sequences_are_dealt_once_each() -> None:
+def test_each_sequence_goes_to_one_rank() -> None:
     for _ in range(200):
         size, batch = random.randint(1, 9), random.randint(1, 7)
         total = random.randint(size, 60)
-        shares = [share(total, rank, size) for rank in range(size)]
+        shares = [rank_sequences(total, rank, size) for rank in range(size)]
         assert [i for part in shares for i in part] == list(range(total))
         cuts = [micro_batches(total, size, batch, len(part)) for part in shares]
         assert [sum(cut) for cut in cuts] == [len(part) for part in shares]
-        assert len({len(cut) for cut in cuts}) == 1  # all meet at every sum
+        assert len({len(cut) for cut in cuts}) == 1  # as many collectives on every rank
         assert all(0 <= count <= batch and cut[0] > 0 for cut in cuts for count in cut)
 
 
 def test_a_global_batch_must_reach_all() -> None:
-    assert sequences_a_step(TrainConfig(global_batch=3, batch_size=8), 3) == 3
+    assert sequences_per_step(TrainConfig(global_batch=3, batch_size=8), 3) == 3
     with pytest.raises(BitNetError, match="3 sequences for 4 processes"):
-        sequences_a_step(TrainConfig(global_batch=3), 4)
+        sequences_per_step(TrainConfig(global_batch=3), 4)
     with pytest.raises(BitNetError, match="one of them"):
         TrainConfig(global_batch=8, accumulate=2)
 
 
-@pytest.mark.slow
 def test_killed_while_a_small_file_is_written(ranks: Ranks, runs: Path) -> None:
-    """The folder of a run that has no configuration yet, and one that goes on: what was half written is no obstacle."""
+    """A new run before it has a configuration, and one that resumes: a partly written file is no obstacle."""
     new, old = "killed-new", half(runs, "one", "killed-old")
     for run, name in ((new, "config.toml"), (old, "metrics.jsonl"), (old, "samples.txt")):
-        assert ranks(1, arguments(runs, run), (0, f"*/.{name}.*.tmp", 0)) == [-signal.SIGKILL], ranks.said(0)
+        assert ranks(1, arguments(runs, run), (0, f"*/.{name}.*.tmp", 0)) == [-signal.SIGKILL], ranks.log_of(0)
         assert any(path.name.startswith(f".{name}.") for path in (runs / run).iterdir())
     (runs / new / ".env").touch()
     assert ranks(1, arguments(runs, new)) == [2]
-    assert "is not empty and holds no run" in ranks.said(0)
+    assert "is not empty and holds no run" in ranks.log_of(0)
     (runs / new / ".env").unlink()
     for run in (new, old):
-        assert ranks(1, arguments(runs, run)) == [0], ranks.said(0)
+        assert ranks(1, arguments(runs, run)) == [0], ranks.log_of(0)
         assert not [path for path in (runs / run).iterdir() if path.name.startswith(".")]
         assert rows(runs, run) == rows(runs, "one")
         assert_same_save(runs / run, runs / "one")

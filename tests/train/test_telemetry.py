@@ -1,4 +1,4 @@
-"""Telemetry against a count of its own on weights made for counting; trackers against modules that take notes."""
+"""Telemetry against an independent count on weights with obvious codes; trackers against recording modules."""
 
 import builtins
 import importlib.machinery
@@ -25,7 +25,7 @@ LEVELS = torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0])  # with a third of ones or mo
 
 
 def draw(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Weights whose codes are plain to see: |w| = 1 is +-1, the rest is 0, as long as 0.2 < mean |w| < 2."""
+    """Weights with obvious codes: |w| = 1 is +-1, the rest is 0, as long as 0.2 < mean |w| < 2."""
     weight = LEVELS[torch.randint(0, 5, shape, generator=rng)]
     weight[:, ::2] = torch.where(torch.rand(weight[:, ::2].shape, generator=rng) < 0.5, -1.0, 1.0)
     return weight
@@ -81,10 +81,10 @@ def test_layers_of_a_transformer_by_name() -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert [row["layer"].rpartition(".")[2] for row in rows] == [*kinds, *kinds]
     assert rows[0]["layer"] == "0.self_attn.q_proj"
-    assert all(row["zeros"] == 0.0 for row in rows)  # binary weights know no zero
+    assert all(row["zeros"] == 0.0 for row in rows)  # there is no zero among binary codes
 
 
-def test_a_float_twin_has_nothing_to_report() -> None:
+def test_a_float_baseline_has_nothing_to_report() -> None:
     model = Transformer(ModelConfig(16, 8, 12, 1, 1, 1, 8, linear="float"))
     assert Telemetry(model).report() == []
     assert summary([]) == ""
@@ -175,7 +175,7 @@ def test_wandb_gets_every_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     tracker.close()
     assert asked[1:] == [{"finished": True}]
     assert asked[0]["name"] == "my run"
-    assert asked[0]["resume"] == "allow"  # the same run goes on after a resume
+    assert asked[0]["resume"] == "allow"  # a resumed run logs to the same run
     assert len(seen) == len(NUMBERS)
     assert set(seen) == NUMBERS
 

@@ -238,7 +238,7 @@ def test_each_source_beats_the_weaker_ones(tmp_path: Path) -> None:
     t = got.train
     assert (t.steps, t.seed, t.save_every, t.eval_every, t.sample_every) == (a[0], b[1], c[2], d[3], a[4])
     assert t.lr == TrainConfig().lr
-    assert got.model == PRESETS["micro"].replace(linear="float")  # the kind of linear is a flag of its own
+    assert got.model == PRESETS["micro"].replace(linear="float")  # no preset sets it
 
 
 def test_preset_flag_beats_the_preset_of_the_file(tmp_path: Path) -> None:
@@ -263,7 +263,35 @@ def test_a_preset_given_again_keeps_what_the_run_was_started_with(way: str, tmp_
     Run(tmp_path / "run").check(again)
 
 
-def test_without_anything_the_run_stays_as_it_is(tmp_path: Path) -> None:
+# ---- requested and resolved --------------------------------------------------------------------------------
+
+
+def test_a_resolved_config_is_that_of_the_model_and_keeps_the_request() -> None:
+    asked = RunConfig(train=TrainConfig(context=100))
+    found = asked.resolved(vocab_size=345)
+    assert found.model == asked.model.replace(vocab_size=345, max_position_embeddings=100)
+    assert found.requested_vocab_size == asked.model.vocab_size == 4096
+    assert found.resolved(vocab_size=345) == found
+    assert not found.differences(asked)
+    assert not asked.differences(found)
+    assert found.requested().model.vocab_size == 4096
+
+
+@pytest.mark.parametrize("context", [0, 100])
+def test_a_resolved_run_takes_the_request_again(context: int, tmp_path: Path) -> None:
+    """The tokenizer found 345 tokens where 4096 were asked for: neither figure is another setting."""
+    asked = default_config().override({"train": {"context": context}})
+    start(tmp_path, asked.resolved(vocab_size=345))
+    run = Run(tmp_path / "run")
+    for again in (asked, run.config(), resolved(tmp_path), resolved(tmp_path, "nano")):
+        assert again.requested_vocab_size == 4096
+        run.check(again)
+    for vocab_size in (345, 8192):
+        with pytest.raises(BitNetError, match=f"model.vocab_size = 4096, got {vocab_size}"):
+            run.check(resolved(tmp_path, None, None, {}, [f"model.vocab_size={vocab_size}"]))
+
+
+def test_without_settings_the_run_keeps_its_own(tmp_path: Path) -> None:
     first = RunConfig(train=TrainConfig(steps=3), data=DataConfig(paths=("x",))).override(
         {"model": {"hidden_size": 64}}
     )

@@ -1,8 +1,8 @@
-"""A corpus: its split into training and validation, and its documents in pieces.
+"""A corpus: its split into training and validation, and its documents as a stream of text.
 
-Nothing here holds more than about two pieces of CHUNK characters, whatever the size of a file. A corpus is read
-once for the tokenizer and once for each split; the split of a document depends on its name or text alone, never on
-order or on the machine, so the same files give the same split everywhere.
+Memory stays at about twice CHUNK characters, however large a file is. A corpus is read once for the tokenizer and once
+for each split. The split of a document depends on its name or text alone, not on the order or the machine, so the same
+files give the same split everywhere.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ from bitnet.train.data.sources import (
     standard_library,
 )
 
-SPLIT_TOLERANCE = 3  # validation on whole files may be off its share by this factor; beyond it, files are cut
-SPLIT_SALT = b"bitnet-split-1"  # a new value would give every corpus another validation split
+SPLIT_TOLERANCE = 3  # whole files may miss data.val_fraction by this factor; beyond it, files are cut
+SPLIT_SALT = b"bitnet-split-1"  # another value would change the validation split of every corpus
 
 _log = logging.getLogger("bitnet")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to learn from.
+    """The text to train on.
 
-    paths: files, folders (all files below), globs, "-" for standard input, "datasets:NAME" (bitnet/train/hub_data.py);
-        none means the Python standard library.
-    val_paths: the same, for validation; then all of `paths` trains.
-    documents: what one document is: a "file", a "line", a "paragraph" (between blank lines), or, of data sets only, a
-        "row".
-    val_fraction: share of the text held back for validation, above 0 and below 1; unused with val_paths. Documents are
-        held back whole, drawn by a hash. Where no choice of whole files comes within a factor of three of the share
-        (one file, two equal ones, one that outweighs the rest), the last val_fraction of each file is held back.
+    paths: files, folders (searched recursively), globs, "-" for standard input, or "datasets:NAME" (see hub.py); if
+        empty, the Python standard library.
+    val_paths: the same, for validation; all of `paths` is then for training.
+    documents: what a document is: a "file", a "line", a "paragraph" (separated by blank lines), or a "row", which only
+        data sets have.
+    val_fraction: fraction of the text held out for validation, between 0 and 1, both excluded; unused with val_paths.
+        Whole documents are held out, chosen by a hash. If no choice of whole files comes within a factor of three of
+        the fraction (a single file, two equal ones, one that outweighs the rest), it is the end of each file instead.
     """
 
     paths: tuple[str, ...] = ()
@@ -62,61 +62,65 @@ class DataConfig:
             )
         check_documents(self.paths + self.val_paths, self.documents)
         if (self.paths + self.val_paths).count(STANDARD_INPUT) > 1:
-            raise BitNetError("data.paths: got '-' more than once, expected it once; standard input ends only once")
+            raise BitNetError(
+                "data.paths: got '-' more than once, expected it once; standard input can be read only once"
+            )
 
 
 def check_documents(paths: tuple[str, ...], documents: str) -> None:
-    """Raise BitNetError where rows are asked of files, or other documents of a data set."""
+    """Raise BitNetError for documents "row" with files, or any other kind with data sets."""
     if documents == "row" and not (paths and all(is_dataset(path) for path in paths)):
-        raise BitNetError("data.documents: got 'row' for files, expected file, line or paragraph: data sets have rows")
+        raise BitNetError(
+            "data.documents: got 'row' for files, expected file, line or paragraph; only data sets have rows"
+        )
     if documents != "row" and (named := [path for path in paths if is_dataset(path)]):
         raise BitNetError(f"data.documents: got '{documents}' for {named[0]}, expected 'row' (--documents row)")
 
 
-class Piece(NamedTuple):
-    """A part of a document: at most about CHUNK characters."""
+class TextPart(NamedTuple):
+    """A part of a document, of at most about CHUNK characters."""
 
-    begins: bool  # the document's first part
+    begins: bool  # whether it is the first of its document
     text: str
-    name: str  # of its source
+    name: str  # of the source
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sources and their split. `text_split` tells that train and val are the same sources, divided by text."""
+    """Sources and their split. text_split: `train` and `val` are the same sources, and their text is split."""
 
     config: DataConfig
     train: tuple[Source, ...]
     val: tuple[Source, ...]
     text_split: bool
 
-    def pieces(self, split: str) -> Iterator[Piece]:
-        """The documents of "train" or "val", in order, in pieces that end after a newline where there is one."""
+    def parts(self, split: str) -> Iterator[TextPart]:
+        """The documents of "train" or "val" in order, cut after newlines where possible."""
         for source in self.train if split == "train" else self.val:
             if not self.text_split:
                 yield from _documents(source, self.config.documents)
             elif self.config.documents == "file":
-                yield from _whole(_between(read_text(source), *self._range(source, split)), source.name)
+                yield from _parts(_between(read_text(source), *self._range(source, split)), source.name)
             else:
-                yield from self._chosen(source, split)
+                yield from self._hashed(source, split)
 
     def size(self, split: str) -> int | None:
-        """About how many bytes of text a split holds; None when compressed files hide it."""
+        """Approximate bytes of text in a split; None if compressed files make it unknown."""
         sources = self.train if split == "train" else self.val
         if any(source.path.suffix in COMPRESSED for source in sources):
             return None
-        share = self.config.val_fraction if split == "val" else 1 - self.config.val_fraction
-        return int(sum(source.size for source in sources) * (share if self.text_split else 1))
+        fraction = self.config.val_fraction if split == "val" else 1 - self.config.val_fraction
+        return int(sum(source.size for source in sources) * (fraction if self.text_split else 1))
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Every source once."""
+        """All sources, each once."""
         return self.train if self.text_split else self.train + self.val
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the settings and of every source's path, size and time: equal means unchanged."""
-        files = [[(source.name, source.size, source.stamp) for source in part] for part in (self.train, self.val)]
+        """SHA-256 of the settings and of the name, size and stamp of every source: equal means unchanged."""
+        files = [[(source.name, source.size, source.stamp) for source in split] for split in (self.train, self.val)]
         return hashlib.sha256(json.dumps([asdict(self.config), files]).encode()).hexdigest()
 
     @cached_property
@@ -124,25 +128,25 @@ class Corpus:
         return {source: sum(len(text) for text in read_text(source)) for source in self.train}
 
     def _range(self, source: Source, split: str) -> tuple[int, int]:
-        """The characters of a file that belong to a split: exactly the first int(n * (1 - fraction)) train."""
+        """(start, end) of the characters of a file in a split; exactly the first int(n * (1 - fraction)) train."""
         n = self._characters[source]
         cut = int(n * (1 - self.config.val_fraction))
         return (0, cut) if split == "train" else (cut, n)
 
-    def _chosen(self, source: Source, split: str) -> Iterator[Piece]:
-        chosen = False
-        for piece in _documents(source, self.config.documents):
-            if piece.begins:
-                chosen = _is_val(piece.text, self.config.val_fraction) == (split == "val")
-            if chosen:
-                yield piece
+    def _hashed(self, source: Source, split: str) -> Iterator[TextPart]:
+        in_split = False
+        for part in _documents(source, self.config.documents):
+            if part.begins:
+                in_split = _is_val(part.text, self.config.val_fraction) == (split == "val")
+            if in_split:
+                yield part
 
 
 def open_corpus(config: DataConfig, *, spool: Path, skip: frozenset[Path] = frozenset()) -> Corpus:
-    """Finds the sources and splits them.
+    """Find the sources of a configuration and split them.
 
-    spool: where standard input is copied to, if it is asked for. skip: folders that are not searched.
-    Raises BitNetError when a name leads nowhere, or nothing is left to train or to validate on.
+    spool: the file that standard input is copied to. skip: folders that are not searched.
+    Raises BitNetError for a path that does not exist and for an empty split.
     """
     train = find_sources(config.paths, spool, skip) if config.paths else standard_library()
     if config.val_paths:
@@ -150,12 +154,17 @@ def open_corpus(config: DataConfig, *, spool: Path, skip: frozenset[Path] = froz
         held_back = {source.stamp for source in val}
         rest = tuple(source for source in train if source.stamp not in held_back)
         if len(rest) < len(train):
-            _log.info("%d files of paths are also in val_paths: held back from training", len(train) - len(rest))
+            _log.info(
+                "data: %d files are in both paths and val_paths; they are held out from training",
+                len(train) - len(rest),
+            )
         corpus = Corpus(config, rest, val, text_split=False)
     else:
         whole = split_files(train, config.val_fraction) if config.documents == "file" else None
         if config.documents == "file" and whole is None and len(train) > 1:
-            _log.info("no choice of whole files fits data.val_fraction: the end of each of them is for validation")
+            _log.info(
+                "data: no choice of whole files fits val_fraction; the end of each file is held out for validation"
+            )
         corpus = Corpus(config, *(whole or (train, train)), text_split=whole is None)
     for split, sources in (("train", corpus.train), ("val", corpus.val)):
         if not sources:
@@ -166,9 +175,9 @@ def open_corpus(config: DataConfig, *, spool: Path, skip: frozenset[Path] = froz
 
 
 def split_files(sources: tuple[Source, ...], fraction: float) -> tuple[tuple[Source, ...], tuple[Source, ...]] | None:
-    """(train, val) of whole files with about `fraction` of the bytes in val; None where that is not possible.
+    """(train, val) of whole files with about `fraction` of the bytes in val; None if there is no such choice.
 
-    Files are ranked by a hash of name and size, and taken in that order whenever one brings val closer to its share.
+    Files are ranked by a hash of name and size, and each is taken if it brings val closer to its target.
     """
     ranked = sorted(sources, key=lambda source: _hash(f"{source.name}\0{source.size}"))
     target = fraction * sum(source.size for source in sources)
@@ -188,7 +197,7 @@ def split_files(sources: tuple[Source, ...], fraction: float) -> tuple[tuple[Sou
 
 
 def cut_after_newlines(parts: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end after a newline; a line longer than CHUNK is cut by size."""
+    """The same text in parts that end after a newline; a line longer than CHUNK is cut anywhere."""
     rest = ""
     for part in parts:
         head, newline, tail = part.rpartition("\n")
@@ -204,62 +213,62 @@ def cut_after_newlines(parts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def _documents(source: Source, kind: str) -> Iterator[Piece]:
+def _documents(source: Source, kind: str) -> Iterator[TextPart]:
     if source.rows:
         return _rows(source)
     if kind == "file":
-        return _whole(read_text(source), source.name)
+        return _parts(read_text(source), source.name)
     return _lines(source) if kind == "line" else _paragraphs(source)
 
 
-def _whole(parts: Iterable[str], name: str) -> Iterator[Piece]:
+def _parts(parts: Iterable[str], name: str) -> Iterator[TextPart]:
     begins = True
     for text in cut_after_newlines(parts):
-        yield Piece(begins, text, name)
+        yield TextPart(begins, text, name)
         begins = False
 
 
-def _rows(source: Source) -> Iterator[Piece]:
+def _rows(source: Source) -> Iterator[TextPart]:
     with source.path.open(encoding="utf-8") as file:
         for line in file:
-            yield from _whole([json.loads(line)], source.name)
+            yield from _parts([json.loads(line)], source.name)
 
 
-def _lines(source: Source) -> Iterator[Piece]:
-    """Each line with its newline; blank lines are no documents."""
-    blank = False  # a long line goes on: it was blank so far
+def _lines(source: Source) -> Iterator[TextPart]:
+    """Each line, with its newline, is a document; blank lines are not."""
+    blank = False  # whether a line that comes in several parts was blank so far
     for begins, text in _line_parts(source):
         starts = begins or blank
         blank = starts and not text.strip()
         if not blank:
-            yield Piece(starts, text, source.name)
+            yield TextPart(starts, text, source.name)
 
 
-def _paragraphs(source: Source) -> Iterator[Piece]:
-    """Runs of lines that are not blank; the blank lines between them belong to no document."""
+def _paragraphs(source: Source) -> Iterator[TextPart]:
+    """Lines between blank lines are a document; blank lines belong to none."""
     held: list[str] = []
     size = 0
     begins = True
     for line_begins, text in _line_parts(source):
         if line_begins and not text.strip():
             if held:
-                yield Piece(begins, "".join(held), source.name)
+                yield TextPart(begins, "".join(held), source.name)
             held, size, begins = [], 0, True
             continue
         held.append(text)
         size += len(text)
         if size >= CHUNK:
-            yield Piece(begins, "".join(held), source.name)
+            yield TextPart(begins, "".join(held), source.name)
             held, size, begins = [], 0, False
     if held:
-        yield Piece(begins, "".join(held), source.name)
+        yield TextPart(begins, "".join(held), source.name)
 
 
 def _line_parts(source: Source) -> Iterator[tuple[bool, str]]:
-    """(starts a line, text up to and with its newline); only a line longer than CHUNK comes in several parts."""
+    """(whether it starts a line, text including the newline); only a line longer than CHUNK comes in several parts."""
     starts = True
     for chunk in cut_after_newlines(read_text(source)):
-        for line in io.StringIO(chunk, newline="\n"):  # str.splitlines would also split at form feeds and the like
+        for line in io.StringIO(chunk, newline="\n"):  # str.splitlines also splits at form feeds
             yield starts, line
             starts = line.endswith("\n")
 
@@ -274,7 +283,7 @@ def _between(parts: Iterable[str], start: int, end: int) -> Iterator[str]:
 
 
 def _is_val(text: str, fraction: float) -> bool:
-    """Equal documents answer alike: wherever they are cut, their first CHUNK characters are in the first piece."""
+    """Whether a document is held out. Equal documents always agree, because the first part has CHUNK characters."""
     return int.from_bytes(_hash(text[:CHUNK].rstrip("\r\n"))) < fraction * 2**64
 
 

@@ -1,13 +1,13 @@
-"""Data sets of Hugging Face's `datasets` as text to learn from (the extra `datasets`).
+"""Training text from data sets of Hugging Face's `datasets` library (extra `datasets`).
 
     --data 'datasets:roneneldan/TinyStories?rows=100000' --documents row
     --data 'hf://datasets/HuggingFaceFW/fineweb-edu?config=sample-10BT&rows=2000000' --documents row
     --data 'datasets:json?data_files=stories.jsonl' --documents row          # a builder and its files, offline too
 
-Keys: split (train), column (text), config, data_files, rows (0: all). The rows are streamed once, in the data set's
-own order, into a spool beside the token shards, and from there on the run needs no network: resuming, the share of
-each process and the order of an epoch are those of any other text. A stream into the loop itself would save the disk
-and lose that: its state is the library's, and another version or a change on the hub would be another run.
+Keys: split (train), column (text), config, data_files, rows (0: all). The rows are streamed once, in the order of the
+data set, into a spool file beside the token shards. After that the run needs no network, and resumes like a run on any
+other text. Streaming rows into the training loop would save the disk space, but the state of the stream would belong
+to the library, and a new version of it or a change on the hub would change the run.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ _KEYS = {"split": "train", "column": "text", "config": "", "data_files": "", "ro
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a --data value names a data set and no file."""
+    """Whether a --data value names a data set rather than a file."""
     return name.startswith(PREFIXES)
 
 
 def spool_rows(name: str, path: Path) -> tuple[int, str]:
-    """Write a data set's texts into a file, one JSON string a line. Returns its size in bytes and sha256.
+    """Write the texts of a data set to a file, one JSON string per line. Returns its size in bytes and its sha256.
 
-    Raises BitNetError for an unknown key, a data set or column that is not there, and without the library.
+    Raises BitNetError for an unknown key, a data set or column that does not exist, and if the library is missing.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
@@ -49,7 +49,7 @@ def _texts(name: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise BitNetError(
-            "data: got no datasets, expected Hugging Face's library for it; pip install 'bitnet-ternary[datasets]'"
+            "data: got no package 'datasets', expected it to read a data set; pip install 'bitnet-ternary[datasets]'"
         ) from None
     try:
         rows = datasets.load_dataset(

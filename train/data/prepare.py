@@ -1,7 +1,7 @@
-"""Data for training: prepare() turns text into token shards, Sampler and eval_windows() cut them into batches.
+"""Text to token shards.
 
-prepare() writes everything into `OUT.tmp`, syncs and renames: a folder with a manifest is whole, and a kill at any
-moment leaves nothing that is picked up. Shapes: B windows, T tokens of context.
+prepare() writes everything into `OUT.tmp`, syncs and renames it: a folder with a manifest is complete, and whatever a
+kill leaves is not mistaken for one.
 """
 
 import fcntl
@@ -27,9 +27,11 @@ from bitnet.machine import usable_cores
 from bitnet.text.characters import train_char
 from bitnet.text.sentencepiece import train_sentencepiece
 from bitnet.text.tokenizer import Tokenizer
-from bitnet.train.data.corpus import Corpus, DataConfig, Piece, open_corpus
+from bitnet.train.data.corpus import Corpus, DataConfig, TextPart, open_corpus
 from bitnet.train.data.hub import is_dataset
 from bitnet.train.data.shards import (
+    MANIFEST,
+    TOKENIZER,
     VERSION,
     Manifest,
     NamedSize,
@@ -38,29 +40,20 @@ from bitnet.train.data.shards import (
     TokenDataset,
     TokenStream,
     dtype_for,
+    is_prepared,
     open_dataset,
-    open_tokenizer,
     shard_name,
+    work_folder,
 )
 from bitnet.train.data.sources import CHUNK, STANDARD_INPUT, find_sources
-from bitnet.train.data.windows import Sampler, batch_for, check_lengths, eval_windows
 
-# The rest of the trainer needs this module alone.
-__all__ = [
-    "DataConfig", "Sampler", "TokenDataset", "TokenStream", "batch_for", "check_lengths", "eval_windows",
-    "open_dataset", "open_tokenizer", "prepare", "tokenize",
-]  # fmt: skip
-
-SHARD_TOKENS = 1 << 26  # 128 MiB as uint16: small enough to copy and to check, few files even for 10 G tokens
-LISTED_SOURCES = 1000  # names kept in the manifest; the count is complete
+SHARD_TOKENS = 1 << 26  # 128 MiB as uint16: quick to copy and check, and few files even for 10 G tokens
+LISTED_SOURCES = 1000  # named in the manifest; its count covers all
 SPOOL = "standard-input"
-OURS = re.compile(r"(train|val)-\d{5}\.bin|tokenizer\.model|manifest\.json|" + SPOOL + "(-[0-9a-f]{16})?")
+OURS = re.compile(rf"(train|val)-\d{{5}}\.bin|{re.escape(TOKENIZER)}|{re.escape(MANIFEST)}|{SPOOL}(-[0-9a-f]{{16}})?")
 
 Report = Callable[[str, int, int | None], None]  # stage, bytes done, bytes in all or None
 _log = logging.getLogger("bitnet")
-
-
-# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -72,22 +65,22 @@ def prepare(
     vocab_size: int,
     report: Report | None = None,
 ) -> TokenDataset:
-    """Text to a dataset in `out`; a folder already made with the same settings is verified and opened as it is.
+    """Tokenise text into a dataset in `out`, or verify and open the one that is there, made with the same settings.
 
-    Such a folder needs its text no more: it may have moved or changed, and standard input is left unread.
-    tokenizer: one to use; None trains a new one of `kind`: "sentencepiece", with `vocab_size` ids if the training split
-    supports so many, or "char", with all characters of both splits.
-    report: called with (stage, bytes done, bytes in all or None), the stages being "tokenizer", "train" and "val".
-    Raises BitNetError for unreadable or missing text, an empty split, an `out` that holds anything else or is damaged,
-    a full disk.
+    An existing dataset does not need its text any more, which may have moved or changed; standard input is not read.
+    tokenizer: the one to use; None trains a new one of `kind`: "sentencepiece", with `vocab_size` ids or as many as the
+    training split supports, or "char", with all characters of both splits.
+    report: called with (stage, bytes done, total bytes or None); stages are "tokenizer", "train" and "val".
+    Raises BitNetError for unreadable or missing text, an empty split, a damaged dataset or one with other settings, any
+    other content in `out`, and a full disk.
     """
     if tokenizer is None and kind not in ("sentencepiece", "char"):
         raise BitNetError(f"got tokenizer kind {kind!r}, expected 'sentencepiece' or 'char'; correct the kind")
     out = out.resolve()
-    work = out.with_name(out.name + ".tmp")
+    work = work_folder(out)
     made_with = _made_with(tokenizer, kind, vocab_size)
     settings = _digest(asdict(config), made_with)
-    if (out / "manifest.json").exists():
+    if is_prepared(out):
         return _reuse(out, config, settings, made_with)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BitNetError(f"{out}: got a file or folder with other content, expected a new folder; name another")
@@ -101,7 +94,7 @@ def prepare(
             sync(out.parent)
     except OSError as error:
         where = error.filename or out
-        raise BitNetError(f"{where}: {error.strerror}; check rights and free space, then prepare again") from error
+        raise BitNetError(f"{where}: {error.strerror}; check permissions and free space, then try again") from error
     return open_dataset(out)
 
 
@@ -113,10 +106,10 @@ def tokenize(
     *,
     documents: str = "file",
 ) -> TokenStream:
-    """All text behind `paths` as one stream of tokens, written into an existing `folder`.
+    """Tokenise all text that `paths` lead to as one stream, written into an existing `folder`.
 
-    documents: what one document is, as in DataConfig.
-    Raises BitNetError for missing, unreadable or empty text and for text the tokenizer cannot hold.
+    documents: what a document is, as in DataConfig. Raises BitNetError for missing, unreadable or empty text and for
+    text that the tokenizer cannot encode.
     """
     config = DataConfig(paths, documents=documents)
     sources = find_sources(paths, folder / SPOOL)
@@ -132,17 +125,17 @@ def _reuse(out: Path, config: DataConfig, settings: str, made_with: list[str]) -
     dataset = open_dataset(out, verify=True)
     if dataset.manifest.settings != settings:
         raise BitNetError(
-            f"{out}: got a dataset made with other data or tokenizer settings, expected those asked for; leave them as "
-            "they were, or choose another folder (--out)"
+            f"{out}: got a dataset made with other data or tokenizer settings, expected those asked for; keep the "
+            "old settings, or choose another folder (--out)"
         )
     named = config.paths + config.val_paths
-    if not any(path == STANDARD_INPUT or is_dataset(path) for path in named):  # read once, and never again
+    if not any(path == STANDARD_INPUT or is_dataset(path) for path in named):  # those can be read only once
         try:
-            corpus = _open_corpus(config, out, out.with_name(out.name + ".tmp"))
+            corpus = _open_corpus(config, out, work_folder(out))
         except (BitNetError, OSError):
-            return dataset  # the text has gone
+            return dataset  # the text is no longer there
         if _digest(corpus.fingerprint, made_with) != dataset.fingerprint:
-            _log.warning("%s: text files changed since they were prepared; going on with the text as it was", out)
+            _log.warning("%s: text files changed since they were prepared; training uses the text as it was", out)
     return dataset
 
 
@@ -162,7 +155,7 @@ def _digest(*parts: object) -> str:
 
 @contextmanager
 def _workspace(work: Path) -> Iterator[None]:
-    """An empty folder of ours, locked against a second writer and gone afterwards unless it was renamed."""
+    """An empty work folder, locked against a second writer; removed afterwards unless it was renamed."""
     work.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
@@ -170,7 +163,9 @@ def _workspace(work: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BitNetError(f"{work}: got in use by another run, expected one writer; wait for it to end") from error
-        leftovers = list(work.iterdir())  # of a killed run; FileNotFoundError if the run before has just renamed it
+        leftovers = list(
+            work.iterdir()
+        )  # of a killed run; raises FileNotFoundError if another run has just renamed the folder
         if not all(OURS.fullmatch(path.name) for path in leftovers):
             raise BitNetError(f"{work}: got a folder with other files, expected none; move it or name another output")
         for path in leftovers:
@@ -185,9 +180,9 @@ def _workspace(work: Path) -> Iterator[None]:
 
 
 def _train(corpus: Corpus, kind: str, vocab_size: int, report: Report | None) -> Tokenizer:
-    # One unknown character in the validation text would stop the run: nanoGPT's vocabulary holds all of them, too.
+    # As in nanoGPT, characters of both splits: one that is only in the validation text could not be encoded.
     splits = ("train", "val") if kind == "char" else ("train",)
-    texts = (piece.text for piece in _watched(corpus, splits, "tokenizer", report))
+    texts = (part.text for part in _reported(corpus, splits, "tokenizer", report))
     return train_char(texts) if kind == "char" else train_sentencepiece(texts, vocab_size)
 
 
@@ -195,7 +190,7 @@ def _write(
     work: Path, corpus: Corpus, settings: str, fingerprint: str, tokenizer: Tokenizer, report: Report | None
 ) -> None:
     model = tokenizer.to_bytes()
-    (work / "tokenizer.model").write_bytes(model)
+    (work / TOKENIZER).write_bytes(model)
     dtype = dtype_for(tokenizer.vocab_size)
     manifest = Manifest(
         settings=settings,
@@ -210,11 +205,11 @@ def _write(
         source_bytes=sum(source.size for source in corpus.sources),
         sources=tuple(NamedSize(source.name, source.size) for source in corpus.sources[:LISTED_SOURCES]),
     )
-    (work / "manifest.json").write_text(manifest.to_json())
+    (work / MANIFEST).write_text(manifest.to_json())
     for spool in work.glob(f"{SPOOL}*"):
         spool.unlink()
-    sync(work / "tokenizer.model")
-    sync(work / "manifest.json")
+    sync(work / TOKENIZER)
+    sync(work / MANIFEST)
     sync(work)
 
 
@@ -224,9 +219,9 @@ def _write_split(
     documents = text_bytes = 0
     writer = _ShardWriter(work, split, dtype)
     try:
-        for batch in _batches(_watched(corpus, (split,), split, report)):
-            documents += sum(piece.begins for piece in batch)
-            text_bytes += sum(len(piece.text.encode()) for piece in batch)
+        for batch in _batches(_reported(corpus, (split,), split, report)):
+            documents += sum(part.begins for part in batch)
+            text_bytes += sum(len(part.text.encode()) for part in batch)
             writer.write(_encode(batch, tokenizer, dtype))
     finally:
         writer.close()
@@ -237,32 +232,32 @@ def _write_split(
     return Split(documents, sum(shard.tokens for shard in writer.shards), text_bytes, tuple(writer.shards))
 
 
-def _encode(batch: list[Piece], tokenizer: Tokenizer, dtype: str) -> NDArray[Any]:
+def _encode(batch: list[TextPart], tokenizer: Tokenizer, dtype: str) -> NDArray[Any]:
     """The ids of a batch with BOS before each document, little-endian [n]."""
     try:
-        ids = tokenizer.encode_batch([piece.text for piece in batch], threads=usable_cores())
+        ids = tokenizer.encode_batch([part.text for part in batch], threads=usable_cores())
     except BitNetError:
-        for piece in batch:  # once more, one by one, to name the file
+        for part in batch:  # again one by one, to find the file
             try:
-                tokenizer.encode(piece.text)
+                tokenizer.encode(part.text)
             except BitNetError as error:
-                raise BitNetError(f"{piece.name}: {error}") from error
+                raise BitNetError(f"{part.name}: {error}") from error
         raise
     if tokenizer.bos_id is not None:
-        for piece, piece_ids in zip(batch, ids, strict=True):
-            if piece.begins:
-                piece_ids.insert(0, tokenizer.bos_id)
-    count = sum(len(piece_ids) for piece_ids in ids)
+        for part, part_ids in zip(batch, ids, strict=True):
+            if part.begins:
+                part_ids.insert(0, tokenizer.bos_id)
+    count = sum(len(part_ids) for part_ids in ids)
     return np.fromiter(chain.from_iterable(ids), np.dtype(dtype).newbyteorder("<"), count)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces together until they make about CHUNK characters: a line a document is common."""
-    batch: list[Piece] = []
+def _batches(parts: Iterable[TextPart]) -> Iterator[list[TextPart]]:
+    """Parts in batches of about CHUNK characters, because a part may be as short as a line."""
+    batch: list[TextPart] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
         if size >= CHUNK:
             yield batch
             batch, size = [], 0
@@ -270,27 +265,27 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _watched(corpus: Corpus, splits: tuple[str, ...], stage: str, report: Report | None) -> Iterator[Piece]:
-    """The pieces of some splits, with a report for each CHUNK bytes or so."""
-    pieces = chain.from_iterable(corpus.pieces(split) for split in splits)
+def _reported(corpus: Corpus, splits: tuple[str, ...], stage: str, report: Report | None) -> Iterator[TextPart]:
+    """The parts of some splits, with a call of `report` about every CHUNK bytes."""
+    parts = chain.from_iterable(corpus.parts(split) for split in splits)
     if report is None:
-        yield from pieces
+        yield from parts
         return
     sizes = [corpus.size(split) for split in splits]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    done = told = 0
-    for piece in pieces:
-        yield piece
-        done += len(piece.text.encode())
-        if done - told >= CHUNK:
+    done = reported = 0
+    for part in parts:
+        yield part
+        done += len(part.text.encode())
+        if done - reported >= CHUNK:
             report(stage, done, total)
-            told = done
+            reported = done
     report(stage, done, done)
 
 
 @dataclass
 class _ShardWriter:
-    """Appends tokens to numbered files of at most SHARD_TOKENS, hashing as it goes."""
+    """Appends tokens to numbered files of at most SHARD_TOKENS each, and hashes them."""
 
     folder: Path
     split: str

@@ -1,11 +1,11 @@
-"""The text of a run as tokens in its folder, before the first step."""
+"""The text of a run, tokenised into its folder before the first step."""
 
 import shutil
 
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig
 from bitnet.train.data.prepare import prepare
-from bitnet.train.data.shards import TokenDataset, open_tokenizer
+from bitnet.train.data.shards import TokenDataset, is_prepared, open_tokenizer
 from bitnet.train.data.windows import check_lengths
 from bitnet.train.initial import Initial, Teacher, teacher_tokenizer
 from bitnet.train.report.display import Display
@@ -15,17 +15,18 @@ from bitnet.train.runs.run import Run
 def prepare_data(
     config: RunConfig, run: Run, display: Display, initial: Initial | None = None, teacher: Teacher | None = None
 ) -> TokenDataset:
-    """Tokenise the corpus into the run's folder, unless that is done already.
+    """Tokenise the corpus into the run's folder, unless that is done already; returns the opened dataset.
 
-    Raises BitNetError, and leaves nothing of a first try, when the text is too short for the settings.
+    The tokenizer is that of `initial` or `teacher`, otherwise a new one. Raises BitNetError when the text cannot be
+    used with the settings, and then leaves no data in a folder that is no run yet.
     """
     tokenizer = None
     if initial is not None:
         tokenizer = initial.tokenizer
         if tokenizer is None:
             raise BitNetError(f"train: got no tokenizer in '{config.train.init}', expected the one it was trained with")
-    elif config.train.init and (run.data / "manifest.json").exists():
-        tokenizer = open_tokenizer(run.data)  # the run goes on without the model it began with
+    elif config.train.init and is_prepared(run.data):
+        tokenizer = open_tokenizer(run.data)  # resumed without the model it started from
     elif teacher is not None:
         tokenizer = teacher_tokenizer(config, teacher)
     try:
@@ -34,11 +35,11 @@ def prepare_data(
             run.data,
             tokenizer=tokenizer,
             kind=config.tokenizer.kind,
-            vocab_size=config.model.vocab_size,
+            vocab_size=config.requested_vocab_size,
             report=display.preparing,
         )
         check_lengths(dataset, config.context)
-        dataset.tokenizer.encode(config.train.sample_prompt)  # refused now, not after the last step
+        dataset.tokenizer.encode(config.train.sample_prompt)  # raises now rather than after the last step
         return dataset
     except BitNetError:
         if not run.exists():

@@ -1,11 +1,11 @@
-"""Token shards on disk: the manifest that describes them, and reading them.
+"""Token shards on disk: their manifest, and reading them.
 
-    train-00000.bin ...   token ids, little-endian uint16 (uint32 above 65,536 ids), nothing else; BOS before a document
+    train-00000.bin ...   token ids only, little-endian uint16 (uint32 above 65,536 ids); BOS before each document
     val-00000.bin ...     the same
-    tokenizer.model       the tokenizer's bytes
-    manifest.json         kind, dtype, counts, sizes and sha256 of it all, and two digests of what it was made from
+    tokenizer.model       the bytes of the tokenizer
+    manifest.json         dtype, counts, sizes and sha256 of all files, and digests of the settings and the sources
 
-The files may come from anywhere: whatever they hold, reading gives their content or a BitNetError.
+The files are not trusted: whatever they contain, reading returns their content or raises BitNetError.
 """
 
 import hashlib
@@ -22,8 +22,9 @@ from bitnet.text.load import load_tokenizer
 from bitnet.text.tokenizer import Tokenizer
 
 FORMAT, VERSION = "bitnet-tokens", 2
-MANIFEST_LIMIT = 16 << 20  # bytes; refused unread above
-VERIFY_TOKENS = 1 << 20  # read at a time when all ids are checked
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"  # file names
+MANIFEST_LIMIT = 16 << 20  # bytes; larger manifests are not read
+VERIFY_TOKENS = 1 << 20  # ids read at a time when all are checked
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """What one half of a dataset holds."""
+    """The training or the validation half of a dataset."""
 
     documents: int
     tokens: int
-    text_bytes: int  # UTF-8 bytes of the text: the unit of bits per byte
+    text_bytes: int  # of the text in UTF-8: the unit of bits per byte
     shards: tuple[Shard, ...]
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class NamedSize:
-    """A source as the manifest lists it."""
+    """A source of text, as the manifest lists it."""
 
     name: str
     size: int
@@ -69,10 +70,10 @@ class NamedSize:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json, less format and version."""
+    """The content of manifest.json, without format and version."""
 
-    settings: str  # digest of what was asked for
-    fingerprint: str  # digest of that and of the files it was made from
+    settings: str  # digest of the data and tokenizer settings
+    fingerprint: str  # digest of those and of the source files
     tokenizer_kind: str
     tokenizer_sha256: str
     vocab_size: int
@@ -95,6 +96,7 @@ class Manifest:
                     )
 
     def to_json(self) -> str:
+        """The text of manifest.json."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
 
 
@@ -123,31 +125,33 @@ def _damaged(path: Path, reason: object) -> BitNetError:
 
 
 def dtype_for(vocab_size: int) -> str:
+    """The NumPy dtype of the ids of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def shard_name(split: str, i: int) -> str:
+    """The file name of the i-th shard of "train" or "val"."""
     return f"{split}-{i:05d}.bin"
 
 
 class TokenStream:
-    """The tokens of a split as one long sequence over memory-mapped shards."""
+    """The tokens of a split as one sequence over memory-mapped shards."""
 
     def __init__(self, folder: Path, split: Split, dtype: str, vocab_size: int, bos_id: int | None) -> None:
         self.text_bytes = split.text_bytes
         self.documents = split.documents
-        self.bos_id = bos_id  # before each document; None when the tokenizer has none
+        self.bos_id = bos_id  # precedes each document; None if the tokenizer has none
         self._vocab_size = vocab_size
         kind = np.dtype(dtype).newbyteorder("<")
         self._shards = [np.memmap(folder / shard.name, kind, "r") for shard in split.shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
-        """Tokens, BOS included."""
+        """Tokens, including BOS."""
         return int(self._ends[-1])
 
     def read(self, start: int, n: int) -> NDArray[np.int64]:
-        """Tokens start .. start + n - 1 as int64 [n]; an id beyond the vocabulary gives a BitNetError."""
+        """Tokens start .. start + n - 1, int64 [n]. Raises BitNetError for an id outside the vocabulary."""
         assert 0 <= start <= start + n <= len(self), (start, n, len(self))
         out = np.empty(n, dtype=np.int64)
         done = 0
@@ -159,7 +163,7 @@ class TokenStream:
             out[done : done + len(part)] = part
             done += len(part)
             i += 1
-        if n and int(out.max()) >= self._vocab_size:  # on a GPU it would be an assertion without a line number
+        if n and int(out.max()) >= self._vocab_size:  # on a GPU it would be a device assertion without a location
             raise BitNetError(
                 f"got the token id {int(out.max())} between tokens {start} and {start + n}, expected ids below "
                 f"{self._vocab_size}; the shards are damaged, prepare the data again"
@@ -169,7 +173,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """A prepared folder, opened."""
+    """A prepared folder, opened for reading."""
 
     path: Path
     tokenizer: Tokenizer
@@ -179,21 +183,32 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
+        """Equal fingerprints mean equal tokens."""
         return self.manifest.fingerprint
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a prepared folder, whose shards may be gone.
+def is_prepared(path: Path) -> bool:
+    """Whether a folder holds what prepare() writes."""
+    return (path / MANIFEST).is_file()
 
-    Raises BitNetError when the folder is no dataset or the tokenizer is damaged.
+
+def work_folder(path: Path) -> Path:
+    """Where prepare() writes a dataset before it renames it to `path`."""
+    return path.with_name(path.name + ".tmp")
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a prepared folder, whose shards may be missing.
+
+    Raises BitNetError when the folder has no manifest or the tokenizer is damaged.
     """
     return _open_tokenizer(path)[0]
 
 
 def open_dataset(path: Path, verify: bool = False) -> TokenDataset:
-    """Opens what prepare() wrote, after checking sizes; `verify` also reads everything: sha256 and token ids.
+    """Open what prepare() wrote and check file sizes; `verify` also checks every sha256 and token id.
 
-    Raises BitNetError when the folder is no dataset or is damaged.
+    Raises BitNetError when the folder has no manifest or is damaged.
     """
     tokenizer, manifest = _open_tokenizer(path)
     try:
@@ -213,15 +228,15 @@ def open_dataset(path: Path, verify: bool = False) -> TokenDataset:
 
 
 def _open_tokenizer(path: Path) -> tuple[Tokenizer, Manifest]:
-    if not (path / "manifest.json").is_file():
+    if not is_prepared(path):
         raise BitNetError(f"{path}: got no manifest.json, expected a prepared dataset; prepare one or correct the path")
-    manifest = _read_manifest(path / "manifest.json")
+    manifest = _read_manifest(path / MANIFEST)
     try:
-        data = (path / "tokenizer.model").read_bytes()
+        data = (path / TOKENIZER).read_bytes()
     except OSError as error:
-        raise _damaged(path / "tokenizer.model", error) from error
+        raise _damaged(path / TOKENIZER, error) from error
     if hashlib.sha256(data).hexdigest() != manifest.tokenizer_sha256:
-        raise _damaged(path / "tokenizer.model", "got another file than the manifest names")
+        raise _damaged(path / TOKENIZER, "got another file than that of the manifest")
     tokenizer = load_tokenizer(manifest.tokenizer_kind, data)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise _damaged(path, f"got {tokenizer.vocab_size} tokenizer ids, expected {manifest.vocab_size}")
@@ -234,4 +249,4 @@ def _check_shard(path: Path, shard: Shard, verify: bool) -> None:
     if verify:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise _damaged(path, "got altered bytes, expected those with the sha256 in the manifest")
+                raise _damaged(path, "got altered bytes, expected the sha256 of the manifest")

@@ -1,4 +1,4 @@
-"""Files of text: which ones a name leads to, and their text in parts, whatever their size or compression."""
+"""Files of text: finding those that a path names, and reading them in parts, compressed or not."""
 
 import codecs
 import glob
@@ -19,10 +19,10 @@ from typing import BinaryIO, cast
 from bitnet.errors import BitNetError
 from bitnet.train.data.hub import is_dataset, spool_rows
 
-CHUNK = 1 << 20  # bytes read at a time: large enough that Python's overhead is gone, small beside any memory
+CHUNK = 1 << 20  # bytes read at a time: large enough to hide Python's overhead, small enough for any memory
 STANDARD_INPUT = "-"
 COMPRESSED = {".gz", ".xz"}
-# Not text, though people keep such files beside it; a file named by itself is read whatever its suffix.
+# Suffixes skipped in folders; a file that is named explicitly is read whatever its suffix.
 _BINARY = (
     ".7z .a .avi .bin .bmp .bz2 .class .db .dll .doc .docx .dylib .eot .epub .exe .flac .gguf .gif .h5 "
     ".ico .jar .jpeg .jpg .lz4 .mkv .mobi .model .mov .mp3 .mp4 .npy .npz .o .odt .ogg .onnx .otf "
@@ -30,9 +30,9 @@ _BINARY = (
     ".tif .tiff .ttf .wasm .wav .webm .webp .whl .woff .woff2 .xls .xlsx .zip .zst"
 )
 BINARY_SUFFIXES = set(_BINARY.split())
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")  # would pass for text, with tar's headers in it
-# Parts of the standard library that are no library: tests (some badly encoded on purpose), installed packages, GUI
-# programs, and the code page tables of encodings, which are numbers.
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")  # would be read as text, including tar's headers
+# Folders of the standard library that are skipped: tests (some badly encoded on purpose), installed packages, GUI
+# programs, and encodings, whose code page tables are numbers.
 LIBRARY_SKIP = {
     *("site-packages", "dist-packages", "__pycache__", "test", "tests"),
     *("encodings", "ensurepip", "idlelib", "lib2to3", "turtledemo"),
@@ -46,19 +46,23 @@ class Source:
     """One file of text."""
 
     path: Path
-    name: str  # relative to what the user named, "/" between folders: equal on every machine
+    name: str  # relative to the path that the user gave, with "/": the same on every machine
     size: int  # bytes on disk
-    stamp: str  # changes when the content does: path and modification time, or sha256 of standard input
-    python: bool = False  # decode as the coding cookie says, not as UTF-8
-    rows: bool = False  # a JSON string a line, each a document
+    stamp: str  # changes with the content: path and modification time, or the sha256 of a spool file
+    python: bool = False  # decoded by its coding line instead of as UTF-8
+    rows: bool = False  # one JSON string per line, each a document
 
 
 def find_sources(names: Iterable[str], spool: Path, skip: frozenset[Path] = frozenset()) -> tuple[Source, ...]:
-    """The non-empty files behind `names`, each once, in the order of the names and sorted within a folder or glob."""
+    """The non-empty files that `names` lead to, each once, in that order, and sorted within a folder or glob.
+
+    spool: the file that standard input is copied to; data sets get files beside it. skip: folders not to search.
+    Raises BitNetError for a name that leads to no file.
+    """
     found: dict[str, Source] = {}
     for name in names:
         if is_dataset(name):
-            # By name, not by number: train and validation come through here one after the other.
+            # Named by a hash, not a number: training and validation text are found by separate calls.
             path = spool.with_name(f"{spool.name}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
             sources = [Source(path, name, *spool_rows(name, path), rows=True)]
         else:
@@ -70,7 +74,7 @@ def find_sources(names: Iterable[str], spool: Path, skip: frozenset[Path] = froz
 
 
 def standard_library() -> tuple[Source, ...]:
-    """The Python sources of the running interpreter: 10 to 15 MB of real text on every machine, without a download."""
+    """The Python sources of the running interpreter: 10 to 15 MB of real text on any machine, without a download."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = []
     undecodable = 0
@@ -83,7 +87,7 @@ def standard_library() -> tuple[Source, ...]:
             elif source.size:
                 sources.append(source)
     if undecodable:
-        _log.info("default corpus: skipped %d files that their own coding line does not decode", undecodable)
+        _log.info("default corpus: skipped %d files that cannot be decoded by their coding line", undecodable)
     if not sources:
         raise BitNetError(
             f"got no Python sources in {root}, expected the standard library; name text files with --data"
@@ -92,16 +96,21 @@ def standard_library() -> tuple[Source, ...]:
 
 
 def read_text(source: Source) -> Iterator[str]:
-    """The text of a source in parts of about CHUNK bytes, unchanged: no newline is translated, no mark removed."""
+    """The text of a source in parts of about CHUNK bytes, unchanged: newlines and byte order marks stay.
+
+    Raises BitNetError for a file that cannot be read or decoded.
+    """
     try:
         yield from _read_python(source.path) if source.python else _read_utf8(source.path)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise BitNetError(
-            f"{source.path}: got damaged compressed data ({error}), expected a whole {source.path.suffix} file; "
+            f"{source.path}: got damaged compressed data ({error}), expected an intact {source.path.suffix} file; "
             "copy it again"
         ) from error
     except OSError as error:
-        raise BitNetError(f"{source.path}: cannot be read ({error.strerror}); check the file and its rights") from error
+        raise BitNetError(
+            f"{source.path}: cannot be read ({error.strerror}); check the file and its permissions"
+        ) from error
 
 
 def _source(path: Path, name: str, python: bool = False) -> Source:
@@ -136,7 +145,7 @@ def _below(root: Path, skip: frozenset[Path]) -> list[Source]:
     sources = []
     hidden = binary = 0
     name = root.resolve().name
-    seen = {root.resolve(), *skip}  # links to folders are followed, and may lead in circles
+    seen = {root.resolve(), *skip}  # links to folders are followed, and may form loops
     for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         hidden += sum(file.startswith(".") for file in files)
         below = {Path(folder, f).resolve(): f for f in sorted(folders, reverse=True) if not f.startswith(".")}
@@ -157,11 +166,11 @@ def _is_archive(path: Path) -> bool:
 
 
 def _refuse(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it may not read
+    raise error  # by default, os.walk silently skips folders that it cannot read
 
 
 def _spool(path: Path) -> Source:
-    """Standard input as a file: it is read more than once."""
+    """Copy standard input to a file, because it is read more than once."""
     digest = hashlib.sha256()
     size = 0
     with path.open("wb") as file:

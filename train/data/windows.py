@@ -1,4 +1,4 @@
-"""Windows of tokens: drawn for training, laid out for scoring."""
+"""Windows of tokens: sampled for training, consecutive for scoring."""
 
 from collections.abc import Iterator
 
@@ -11,19 +11,16 @@ from bitnet.errors import BitNetError
 from bitnet.train.data.shards import TokenDataset, TokenStream
 from bitnet.train.evaluate import IGNORED
 
-BATCH_LOGITS = 16_000_000  # of a scored batch, 64 MB in fp32: they, not the weights, would fill the memory
-BATCH_WINDOWS = 32  # small models: their logits would allow hundreds, and hidden states take memory too
-
-
-# ---- batches -----------------------------------------------------------------------------------------------
+BATCH_LOGITS = 16_000_000  # per scored batch: 64 MB in fp32, where logits would otherwise dominate memory
+BATCH_WINDOWS = 32  # per scored batch: small vocabularies would allow hundreds, but hidden states take memory too
 
 
 class Sampler:
-    """Training windows by number, with no state but a cache: resuming at sample n is asking for sample n.
+    """Training windows by number, without state: to resume at sample n is to ask for sample n.
 
-    Each epoch cuts the stream into windows of `context` tokens that do not overlap, from an offset of its own, and
-    visits each once in an order of its own. Offset and order come from (seed, epoch) alone, through PCG64's raw
-    output, which NumPy promises never to change (it makes no such promise for permutation()).
+    Each epoch cuts the stream into consecutive windows of `context` tokens from a random offset, and visits each once
+    in random order. Offset and order depend on (seed, epoch) alone, through the raw output of PCG64, which NumPy
+    guarantees never to change (it gives no such guarantee for permutation()).
     """
 
     def __init__(self, stream: TokenStream, context: int, seed: int) -> None:
@@ -35,17 +32,14 @@ class Sampler:
                 f"{context}; name more text or shorten the context"
             )
         self.stream, self.context, self.seed = stream, context, seed
-        # One window fewer than fits leaves room for any offset below T, with the same count in every epoch.
+        # One window fewer than fits, so that every epoch has the same number of them at any offset below T.
         self.windows_per_epoch = max(1, len(stream) // context - 1)
         self._slack = min(context - 1, len(stream) - 1 - self.windows_per_epoch * context)
         self._epoch = -1
         self._starts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def windows(self, first: int, n: int) -> tuple[Tensor, Tensor]:
-        """Samples first .. first + n - 1 of the endless run: inputs and next tokens, both int64 [n, T].
-
-        A rank of a larger run asks for its own slice of the global batch.
-        """
+        """Samples first .. first + n - 1 of an endless sequence: inputs and next tokens, both int64 [n, T]."""
         assert min(first, n) >= 0, (first, n)
         tokens = np.empty((n, self.context + 1), dtype=np.int64)
         for row in range(n):
@@ -64,7 +58,7 @@ class Sampler:
 
 
 def check_lengths(dataset: TokenDataset, context: int) -> None:
-    """Raise BitNetError when a split is too short for the first step or for a validation."""
+    """Raise BitNetError when a split is too short to train or to validate."""
     Sampler(dataset.train, context, seed=0)
     if len(dataset.val) < 2:
         raise BitNetError(
@@ -74,7 +68,7 @@ def check_lengths(dataset: TokenDataset, context: int) -> None:
 
 
 def batch_for(context: int, vocab_size: int) -> int:
-    """Windows of `context` tokens to score at a time: BATCH_WINDOWS, fewer where logits are wide, at least one."""
+    """How many windows of `context` tokens to score at a time: at most BATCH_WINDOWS and BATCH_LOGITS, at least one."""
     return max(1, min(BATCH_WINDOWS, BATCH_LOGITS // (context * vocab_size)))
 
 
@@ -87,10 +81,10 @@ def eval_windows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets, int64 [B, T], that predict every token but the first exactly once, in order.
 
-    B is `batch_size`, less in the last batch. Targets are IGNORED (-100) where they carry no text: at BOS and in the
-    padding of the last window (whose inputs are 0). limit_tokens: stop after so many predictions.
-    Bits per byte = summed loss in nats / ln 2 / bytes of the targets: `stream.text_bytes` without a limit, otherwise
-    the sum of tokenizer.byte_lengths() over the targets.
+    B is `batch_size`, or less in the last batch. Targets that are not text are IGNORED (-100): BOS, and the padding of
+    the last window, whose inputs are 0. limit_tokens: the number of predictions after which to stop.
+    Bits per byte = summed loss in nats / ln 2 / bytes of the targets, which are `stream.text_bytes` without a limit and
+    otherwise the sum of tokenizer.byte_lengths() over the targets.
     """
     count = len(stream) - 1 if limit_tokens is None else min(limit_tokens, len(stream) - 1)
     if count < 1 or context < 1 or batch_size < 1:
@@ -112,7 +106,10 @@ def eval_windows(
 
 
 def spread_windows(stream: TokenStream, context: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, int64 [W, T], of at most `count` whole windows, spread evenly; targets -100 at BOS."""
+    """Inputs and targets, int64 [W, T], of at most `count` full windows, evenly spaced; targets are -100 at BOS.
+
+    Raises BitNetError for text shorter than a window.
+    """
     whole = (len(stream) - 1) // context
     if whole < 1:
         raise BitNetError(

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else. All on stderr."""
+"""Progress of a run on stderr: a live line in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from bitnet.tables import plus_minus
 
 
 class Display:
-    """Draws the progress of one run. `every` is the distance of plain lines in steps; `quiet` leaves warnings only."""
+    """Shows the progress of one run. every: steps between plain lines; quiet: show warnings only."""
 
     def __init__(self, every: int = 50, *, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, emoji=False, quiet=quiet, soft_wrap=True)
@@ -24,7 +24,6 @@ class Display:
         self._task: TaskID | None = None
         self._bar: Progress | None = None  # while data is prepared
         self._stage: tuple[str, TaskID] | None = None
-        self._stage_shown = 0.0
         self._total, self._start, self._started = 0, 0, 0.0
         self._speed = 0.0
         self._zeros = ""
@@ -55,17 +54,17 @@ class Display:
         self._bar.update(self._stage[1], completed=done, total=total, size=size)
 
     def prepared(self) -> None:
-        """The data is there."""
+        """Remove the progress bar of `preparing`."""
         if self._bar is not None:
             self._bar.stop()
         self._bar, self._stage = None, None
 
     def announce(self, lines: dict[str, str], config: str = "") -> None:
-        """What is about to be trained: every setting, then a line a subject. config: TOML."""
+        """Show all settings, then one line per subject. config: TOML."""
         for section in filter(None, config.strip().split("\n\n")):
             name, *settings = section.splitlines()
             text = ", ".join(settings)
-            # In a terminal in two columns, folded between words; in a log as one line that can be searched.
+            # Two columns, wrapped at words, in a terminal; one line, which can be searched, in a log.
             shown: RenderableType = Text(f"{name} {text}")
             if self.console.is_terminal:
                 shown = Table.grid(padding=(0, 1, 0, 0))
@@ -78,7 +77,7 @@ class Display:
 
     @contextmanager
     def live(self, total: int, start: int) -> Iterator[None]:
-        """Keep the live line on the screen inside the block."""
+        """Show the live line while the block runs. total, start: steps."""
         self._total, self._start, self._started = total, start, time.perf_counter()
         if not self.console.is_terminal:
             yield
@@ -95,8 +94,8 @@ class Display:
         self._live = None
 
     def step(self, row: dict[str, Any]) -> None:
-        """One training step's metrics."""
-        # Averaged over about twenty steps: a single step on a shared machine says little.
+        """Show a training step. row: its metrics."""
+        # Averaged over about twenty steps, because single steps vary on a shared machine.
         self._speed = (
             row["tokens_per_second"] if not self._speed else 0.95 * self._speed + 0.05 * row["tokens_per_second"]
         )
@@ -114,18 +113,18 @@ class Display:
             self.console.print(f"step {row['step']}/{self._total}  {text}  {left:.0f} s left")
 
     def telemetry(self, text: str) -> None:
-        """The ternary weights in one line."""
+        """Show a summary of the quantised weights."""
         self._zeros = text
         if self._live is None:
             self.console.print(f"  weights: {text}")
 
     def validating(self, done: int, total: int) -> None:
-        """Tokens scored so far of a validation; shown where it takes long enough to be wondered at."""
+        """Show the progress of a validation, in tokens."""
         if self._live is not None and self._task is not None and total:
             self._live.update(self._task, description=f"validating {done / total:.0%}")
 
     def validation(self, row: dict[str, Any]) -> None:
-        """A validation result."""
+        """Show a validation result. row: its metrics."""
         scope = "all" if row["val_whole"] else "part"
         self.note(
             f"step {row['step']}  validation ({scope}): loss {row['val_loss']:.4f}, "
@@ -133,16 +132,16 @@ class Display:
         )
 
     def sample(self, text: str) -> None:
-        """A text the model wrote."""
+        """Show the first lines of a generated text."""
         lines = text.strip("\n").splitlines()[:12]
-        self.note("\n".join(["it writes:", *(f"  | {line}" for line in lines)]))
+        self.note("\n".join(["sample:", *(f"  | {line}" for line in lines)]))
 
     def warn(self, text: str) -> None:
-        """A note that is shown to those who asked for quiet, too."""
+        """Show a line even when quiet."""
         quiet, self.console.quiet = self.console.quiet, False
         self.note(text)
         self.console.quiet = quiet
 
     def note(self, text: str) -> None:
-        """A line that stays on the screen, above the live one."""
+        """Show a line that stays, above the live one."""
         self.console.print(text, markup=False)

@@ -1,4 +1,4 @@
-"""The loss curve of a run as PNG and SVG (needs matplotlib: the extra `plot`)."""
+"""The loss curve of a run as PNG and SVG; needs matplotlib (extra `plot`)."""
 
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
         label = f"validation: {last['val_loss']:.3f} nats, {last['val_bits_per_byte']:.3f} bits per byte"
         top.plot(points, [row["val_loss"] for row in validation], "o-", color="#d1495b", markersize=4, label=label)
     if losses:
-        # The first steps are far above the rest and would flatten the part that matters.
+        # Cut off the first steps, whose loss is so high that it would flatten the rest.
         ordered = sorted(losses + [row["val_loss"] for row in validation])
         top.set_ylim(ordered[0] - 0.1, ordered[int(0.97 * (len(ordered) - 1))] + 0.3)
     top.set_ylabel("loss (nats per token)")
-    top.set_title(title, loc="left", fontsize=11, parse_math=False)  # a folder may be named "$x"
+    top.set_title(title, loc="left", fontsize=11, parse_math=False)  # a folder's name may contain "$"
     top.legend()
     bottom.plot(steps, [row["lr"] for row in training], color="#555555", linewidth=1.2)
     bottom.set_ylabel("learning rate")
@@ -42,7 +42,7 @@ def plot_run(rows: list[dict[str, Any]], target: Path, title: str) -> list[Path]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential average over about a thirtieth of the run, corrected for its start."""
+    """Exponential moving average over about a thirtieth of the values, with bias correction as in Adam."""
     weight = 1 - 1 / max(1.0, len(values) / 30)
     smoothed, mean = [], 0.0
     for i, value in enumerate(values, 1):

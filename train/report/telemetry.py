@@ -1,4 +1,4 @@
-"""What quantised weights do while they are trained: share of zeros, flips, scale, per layer."""
+"""Statistics of quantised weights during training, per layer: zeros, flips and scale."""
 
 from typing import TypedDict
 
@@ -9,7 +9,7 @@ from bitnet.layers import BitLinear
 
 
 class LayerReport(TypedDict):
-    """One projection. `flips` is the share of codes that changed since the last report (None at the first)."""
+    """One projection. zeros: fraction of the codes; flips: fraction that changed since the last report, or None."""
 
     layer: str
     zeros: float
@@ -18,14 +18,14 @@ class LayerReport(TypedDict):
 
 
 class Telemetry:
-    """Remembers the codes of every BitLinear between reports, at one byte a weight."""
+    """Compares the codes of every BitLinear with those of the last report; keeps one byte per weight."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._last: dict[str, torch.Tensor] = {}
 
     def report(self, model: nn.Module | None = None) -> list[LayerReport]:
-        """Quantise all layers now and compare with the last report. model: a copy to look at instead."""
+        """Statistics of all layers now. model: read instead of the model given first, with the same layer names."""
         rows: list[LayerReport] = []
         for full_name, layer in (model or self._model).named_modules():
             if not isinstance(layer, BitLinear):
@@ -42,7 +42,7 @@ class Telemetry:
 
 
 def summary(rows: list[LayerReport]) -> str:
-    """One line of a report: ranges over the layers. Empty for a model without quantised layers."""
+    """A report in one line, as ranges over the layers; empty for a model without quantised layers."""
     if not rows:
         return ""
     zeros = [row["zeros"] for row in rows]

@@ -1,20 +1,21 @@
-"""Metrics for TensorBoard and Weights & Biases, for those who use them (extras `tensorboard`, `wandb`)."""
+"""Metrics sent to TensorBoard and Weights & Biases (extras `tensorboard` and `wandb`)."""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 from bitnet.errors import BitNetError
 from bitnet.train.config import TrainConfig
+from bitnet.train.runs.run import TENSORBOARD
 
 
 class Tracker(Protocol):
-    """Takes rows of metrics.jsonl as they are written."""
+    """Receives the rows of metrics.jsonl as they are written."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Pass on the numbers of one row."""
+        """Log the numbers of one row."""
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Flush and close."""
 
 
 class TensorBoard:
@@ -25,9 +26,9 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise BitNetError(
-                "train: got no tensorboard, expected it for --tensorboard; pip install tensorboard"
+                "train: got no tensorboard package, expected it for --tensorboard; pip install tensorboard"
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / TENSORBOARD))
 
     def log(self, row: dict[str, Any]) -> None:
         """Write each number as a scalar."""
@@ -35,18 +36,18 @@ class TensorBoard:
             self._writer.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of the project "bitnet", named like the folder."""
+    """A run in the project "bitnet", named after the folder."""
 
     def __init__(self, folder: Path) -> None:
         try:
             import wandb
         except ImportError:
-            raise BitNetError("train: got no wandb, expected it for --wandb; pip install wandb") from None
+            raise BitNetError("train: got no wandb package, expected it for --wandb; pip install wandb") from None
         self._run = wandb.init(project="bitnet", name=folder.name, id=folder.name, resume="allow", dir=folder)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -54,12 +55,12 @@ class WeightsAndBiases:
         self._run.log(_numbers(row), step=row["step"])
 
     def close(self) -> None:
-        """Send what is still in memory."""
+        """Flush and close."""
         self._run.finish()
 
 
 def make_trackers(config: TrainConfig, folder: Path) -> list[Tracker]:
-    """The trackers a configuration asks for. Raises BitNetError when one is not installed."""
+    """The trackers that a configuration asks for. Raises BitNetError when one is not installed."""
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(TensorBoard(folder))
@@ -69,7 +70,7 @@ def make_trackers(config: TrainConfig, folder: Path) -> list[Tracker]:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The scalars of a row, telemetry spread out as zeros/LAYER, flips/LAYER, scale/LAYER."""
+    """The scalars of a row; telemetry becomes zeros/LAYER, flips/LAYER and scale/LAYER."""
     numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
     for layer in row.get("telemetry", ()):
         for key in ("zeros", "flips", "scale"):

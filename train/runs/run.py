@@ -1,8 +1,9 @@
-"""A run is a folder. This module knows what lies where in it and keeps two writers apart.
+"""A run is a folder. This module owns its file names, reads and writes its small files, and locks it for one writer.
 
-RUN/config.toml      the resolved configuration       RUN/metrics.jsonl    one JSON object a line
-RUN/data/            token shards and tokenizer       RUN/loss.png, .svg   the curve
-RUN/saves/step-N/    weights, optimiser, state        RUN/samples.txt      what it wrote while learning
+config.toml     the resolved configuration        metrics.jsonl    one JSON object a line
+data/           token shards and tokenizer        samples.txt      text generated during training
+saves/step-N/   weights, optimiser, state         loss.png, .svg   the loss curve
+lock            id of the process that trains     tensorboard/     event files, with train.tensorboard
 """
 
 import fcntl
@@ -17,13 +18,15 @@ import torch
 
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.files.checkpoint import Save, latest_save, replacing, unfinished
+from bitnet.files.checkpoint import Save, folders, latest_save, replacing, unfinished
 from bitnet.model import Transformer
 from bitnet.text.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, read_config
-from bitnet.train.data.shards import open_tokenizer
+from bitnet.train.data.shards import open_tokenizer, work_folder
 
-# Settings that may change when a run goes on: they do not touch what has been learnt so far.
+TENSORBOARD = "tensorboard"  # folder of event files
+
+# Settings that may change on resume: the training up to there does not depend on them.
 _MAY_CHANGE = frozenset(
     f"train.{name}"
     for name in (
@@ -31,41 +34,46 @@ _MAY_CHANGE = frozenset(
         "tensorboard wandb compile parallel recompute loss_chunk async_save global_batch"
     ).split()
 )
-# With a global batch, how it is cut is free; whether it is that of the newest save is checked where that is read.
+# A global batch may be split differently on resume. That it has the size it had is checked against the newest save.
 _FREE_WITH_GLOBAL_BATCH = frozenset({"train.batch_size", "train.accumulate"})
 
 
-# What a start that failed, or was killed before its first step, leaves behind.
-_BEFORE_CONFIG = frozenset({"lock", "data", "data.tmp", "tensorboard", "wandb"})
-
-
 class Run:
-    """The folder of one run."""
+    """The folder of one run, which need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.samples_file = path / "samples.txt"
+        self.lock_file = path / "lock"
         self.data = path / "data"
         self.saves = path / "saves"
+        self.curve = path / "loss"  # of the two pictures, less the suffix
 
     def exists(self) -> bool:
         """Whether a run was started here."""
         return self.config_file.is_file()
+
+    def has_saves(self) -> bool:
+        """Whether there is a finished save, damaged or not."""
+        return bool(folders(self.saves))
 
     def check(self, config: RunConfig) -> None:
         """Raise BitNetError when the folder holds something else or a run with other settings. Writes nothing."""
         if self.exists():
             self._check_same(config)
         elif self.path.is_dir():
-            if any(p.name not in _BEFORE_CONFIG for p in set(self.path.iterdir()) - set(unfinished(self.config_file))):
+            # What a start leaves that failed or was killed before its first step.
+            ours = {self.lock_file, self.data, work_folder(self.data), *unfinished(self.config_file)}
+            ours |= {self.path / TENSORBOARD, self.path / "wandb"}
+            if set(self.path.iterdir()) - ours:
                 raise BitNetError(f"train: '{self.path}' is not empty and holds no run; choose another folder (--out)")
         elif self.path.exists():
             raise BitNetError(f"train: got a file at '{self.path}', expected a folder or nothing; change --out")
 
     def write_config(self, config: RunConfig) -> None:
-        """Make the folder a run, once all is ready to train: settings that led nowhere do not bind the next try."""
+        """Make the folder a run. Called when training is about to begin: settings that failed do not bind a retry."""
         with replacing(self.config_file) as work:
             work.write_text(config.to_toml(), encoding="utf-8")
 
@@ -75,13 +83,13 @@ class Run:
             if key not in _MAY_CHANGE and not free:
                 raise BitNetError(
                     f"train: '{self.path}' holds a run with {key} = {old!r}, got {new!r}; "
-                    "leave it as it was to go on, or choose another folder (--out)"
+                    "keep the old value to resume, or choose another folder (--out)"
                 )
 
     def lock(self) -> IO[str]:
         """Hold the folder for this process until the returned file is closed. Raises BitNetError if it is held."""
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / "lock").open("a+")
+        file = self.lock_file.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,18 +103,18 @@ class Run:
         file.write(str(os.getpid()))
         file.flush()
         for path in (self.config_file, self.metrics_file, self.samples_file):
-            for left in unfinished(path):
-                left.unlink()
+            for leftover in unfinished(path):
+                leftover.unlink()
         return file
 
     def config(self) -> RunConfig:
-        """The configuration the run was started with. Raises BitNetError when there is no run here."""
+        """The run's configuration, resolved. Raises BitNetError when there is no run here."""
         if not self.exists():
             kind = (
                 "a file" if self.path.is_file() else "a folder without config.toml" if self.path.is_dir() else "nothing"
             )
             raise BitNetError(
-                f"run: got {kind} at '{self.path}', expected the folder of a run; make one with: "
+                f"run: got {kind} at '{self.path}', expected the folder of a run; start one with: "
                 f"bitnet train --out {self.path}"
             )
         return read_config(self.config_file)
@@ -116,17 +124,17 @@ class Run:
         return open_tokenizer(self.data)
 
     def load(self) -> tuple[Transformer, Save]:
-        """The model of the newest whole save, in fp32. Raises BitNetError when there is none."""
-        self.config()  # is there a run at all?
+        """The model of the newest intact save, in fp32 on the CPU. Raises BitNetError when there is none."""
+        self.config()  # raises if this is no run
         save = latest_save(self.saves)
         if save is None:
-            raise BitNetError(f"run: got no save in '{self.path}' yet, expected at least one; let it train on")
+            raise BitNetError(f"run: got no save in '{self.path}' yet, expected at least one; train it for longer")
         model = empty_model(ModelConfig.from_dict(save.state["model"]))
         load_parameters(model, save)
         return model, save
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        """All rows of metrics.jsonl, except a last line that a kill cut short."""
         if not self.metrics_file.exists():
             return []
         rows = []
@@ -138,7 +146,7 @@ class Run:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics and samples of steps after a save: a resumed run writes them again."""
+        """Drop the metrics and samples of steps after `step`, which a resumed run writes again."""
         if self.metrics_file.exists():
             rows = [row for row in self.metrics() if row["step"] <= step]
             with replacing(self.metrics_file) as work:
@@ -155,23 +163,23 @@ class Run:
         return [(int(at), f"--- step {at}\n{text}") for at, text in zip(parts[::2], parts[1::2], strict=True)]
 
     def append_sample(self, step: int, text: str) -> None:
-        """Add one sample under a heading of its own."""
+        """Add one sample under a heading with its step."""
         with self.samples_file.open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- step {step}\n{text}\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one row."""
+        """Add one row; numbers that are not finite become null."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row)) + "\n")
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: they become null."""
+    """JSON has no NaN and no infinity."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def empty_model(config: ModelConfig) -> Transformer:
-    """A model on the CPU whose weights are yet to be written: torch's own initialisation is skipped."""
+    """A model on the CPU with uninitialised weights."""
     with torch.device("meta"):
         model = Transformer(config)
     return model.to_empty(device="cpu")

@@ -1,12 +1,12 @@
-"""Writing a run's saves, by one process or by many, at once or while training goes on.
+"""Writing a save, by one process or by many, at once or in the background.
 
-    begin   the first process makes step-N.tmp                     (bitnet/files/checkpoint.py has the protocol)
-    write   every process that holds something writes and syncs its file: the long part, in a thread if `background`
-    finish  all agree that all succeeded; the first process writes the manifest and renames
+    begin   the main process makes step-N.tmp                       (bitnet/files/checkpoint.py has the protocol)
+    write   every rank that holds something writes and syncs its files: the slow part, in a thread if `background`
+    finish  once all ranks agree that all succeeded, the main process writes the manifest and renames the folder
 
-Only the main thread talks to other processes. A thread that did so too, as torch.distributed.checkpoint's async_save
-does, would need a process group of its own and a rule for what happens when one of them dies in it. So a background
-save is finished between two steps: at the first after the last file was written.
+Only the main thread uses collectives. A thread that did so too, as in torch.distributed.checkpoint's async_save, would
+need a process group of its own and a way out when another rank dies inside it. So a background save is finished
+between two training steps, the first ones after its last file was written.
 """
 
 import shutil
@@ -28,7 +28,7 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass
 class _Pending:
-    work: Path
+    folder: Path
     step: int
     state: Mapping[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class _Pending:
     thread: threading.Thread | None = None
 
 
-class Saver:
-    """Writes the saves of one run."""
+class SaveWriter:
+    """Writes the saves of one run into the folder `saves`, of which the newest `keep` stay."""
 
     def __init__(self, processes: Processes, saves: Path, keep: int, background: bool) -> None:
         self._processes, self._saves, self._keep, self._background = processes, saves, keep, background
@@ -47,20 +47,20 @@ class Saver:
     def save(
         self, step: int, groups: Groups, state: Mapping[str, Any], first_rows: Mapping[str, int] | None = None
     ) -> None:
-        """Write a save. Every process calls it, with the tensors it holds; with none it only takes part.
+        """Write a save. Collective: every rank passes the tensors it holds, possibly none.
 
-        first_rows: for a process that holds rows only, the first of them by tensor; None where the first process holds
-        everything. Raises OSError when this process cannot write, BitNetError when another one cannot; the saves before
-        this one are then untouched.
+        first_rows: on a rank that holds only rows, the number of the first one by tensor; None where the main process
+        holds everything. Raises OSError when this rank cannot write and BitNetError when another one cannot; earlier
+        saves are then untouched.
         """
         self.wait()
         processes = self._processes
-        if processes.first:
+        if processes.is_main:
             with processes.others_stop_on_failure():
                 checkpoint.begin(self._saves, step)
         else:
-            processes.wait_for_first()
-        pending = _Pending(self._saves / f"step-{step:08d}.tmp", step, state)
+            processes.wait_for_main()
+        pending = _Pending(checkpoint.work_folder(self._saves, step), step, state)
         shard = None if first_rows is None else processes.rank
         if self._background:
             groups = {name: {k: t.detach().cpu().clone() for k, t in group.items()} for name, group in groups.items()}
@@ -72,10 +72,10 @@ class Saver:
             self._finish(pending)
 
     def poll(self) -> None:
-        """Between two steps: finish a background save if all processes have written their files. Collective."""
+        """Between two steps: finish a background save if all ranks have written their files. Collective."""
         if self._pending is not None and self._pending.thread is not None:
-            still = self._processes.largest(int(self._pending.thread.is_alive()))
-            if not still:
+            writing = self._processes.all_max(int(self._pending.thread.is_alive()))
+            if not writing:
                 self.wait()
 
     def wait(self) -> None:
@@ -86,8 +86,8 @@ class Saver:
             self._finish(pending)
 
     @contextmanager
-    def left_whole(self) -> Iterator[None]:
-        """Leave the block with an error only when this process's file is written. The others are not asked."""
+    def finish_file_on_error(self) -> Iterator[None]:
+        """When the block raises, let this rank's background write end first. Not collective: others may be gone."""
         try:
             yield
         except BaseException:
@@ -97,31 +97,31 @@ class Saver:
 
     def _finish(self, pending: _Pending) -> None:
         processes = self._processes
-        if processes.largest(int(not pending.written)):
-            if processes.first:
-                shutil.rmtree(pending.work, ignore_errors=True)  # half a save on a full disk would keep it full
+        if processes.all_max(int(not pending.written)):
+            if processes.is_main:
+                shutil.rmtree(pending.folder, ignore_errors=True)  # a partial save would keep a full disk full
             raise pending.error or BitNetError(
-                "train: a process could not write its share of a save; its own last line says why"
+                "train: another process could not write its part of a save; its last line gives the reason"
             )
-        parts = processes.gather(pending.files)
-        if not processes.first:
-            processes.wait_for_first()
+        written = processes.all_gather(pending.files)
+        if not processes.is_main:
+            processes.wait_for_main()
             return
         with processes.others_stop_on_failure():
-            files = {name: measure for part in parts for name, measure in part.items()}
+            files = {name: entry for of_rank in written for name, entry in of_rank.items()}
             try:
-                checkpoint.finish(pending.work, pending.step, files, pending.state, self._keep)
+                checkpoint.finish(pending.folder, pending.step, files, pending.state, self._keep)
             except BaseException:
-                shutil.rmtree(pending.work, ignore_errors=True)
+                shutil.rmtree(pending.folder, ignore_errors=True)
                 raise
 
 
 def _write(pending: _Pending, groups: Groups, shard: int | None, first_rows: Mapping[str, int] | None) -> None:
     try:
-        pending.files = checkpoint.write_files(pending.work, groups, shard, first_rows)
+        pending.files = checkpoint.write_files(pending.folder, groups, shard, first_rows)
         pending.written = True
     except OSError as error:
         pending.error = error
     except BaseException:
-        shutil.rmtree(pending.work, ignore_errors=True)
-        raise  # in a thread it is printed there; `_finish` sees that nothing was written
+        shutil.rmtree(pending.folder, ignore_errors=True)
+        raise  # threading prints it where this is a thread; `_finish` sees that nothing was written
