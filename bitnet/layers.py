@@ -271,13 +271,13 @@ class Attention(nn.Module):
 
 # Up to this context a bf16 training step on a CPU attends by two plain products: torch's flash attention takes twice as
 # long there, forward and backward (a quarter of the step at 12 x 64 tokens, a twelfth at 8 x 256). In fp32 it does not.
-_SHORT = 512
+SHORT = 512
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of T queries that are the last of S positions. q: [B, H, T, E], k, v: [B, G, S, E]."""
     t, s = q.shape[2], k.shape[2]
-    if t == s <= _SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+    if t == s <= SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         return _attend_by_products(q, k, v)
     # A square is causal by flag, a single newest query sees everything: only the case between needs a mask.
     mask = causal_mask(t, s, q.device) if 1 < t < s else None

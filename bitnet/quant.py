@@ -42,6 +42,11 @@ _FUSED_MATRICES = 3  # q/k/v, gate/up: what one fused product takes
 int8_gradients = SimpleNamespace(dx=False, dw=False)
 
 
+def trains_fused(device: torch.device) -> bool:
+    """Whether quantised linears on `device` train through the GPU's fused operators, which keep less for backward."""
+    return ops.trains_fused(device)
+
+
 def use_int8_gradients(kind: str, device: torch.device) -> None:
     """Choose for this process: "none", "dx" or "all". Raises BitNetError where `device` has no kernels for it."""
     if kind != "none" and not ops.trains_fused(device):

@@ -121,6 +121,13 @@ def test_the_other_facts(tmp_path: Path) -> None:
     assert machine.stolen(root) == (10, 100)
 
 
+def test_memory_of_this_process(tmp_path: Path) -> None:
+    root = write(tmp_path, {"proc/self/statm": "5000 300 20 1 0 4000 0"})
+    assert machine.resident_memory(root) == 300 * os.sysconf("SC_PAGE_SIZE")
+    assert machine.resident_memory(tmp_path / "elsewhere") == 0
+    machine.give_back_memory()  # whatever the C library: no error
+
+
 def test_this_machine() -> None:
     available = machine.available_memory()
     if available is None:

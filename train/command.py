@@ -13,6 +13,7 @@ from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig, default_config, read_toml
 from bitnet.train.initial import Initial, Teacher
+from bitnet.train.memory import Look, Others, check_run
 from bitnet.train.pretrain import Outcome, pretrain
 from bitnet.train.report.display import Display
 from bitnet.train.report.overview import duration
@@ -32,26 +33,36 @@ def run_training(
     quiet: bool = False,
     open_initial: Callable[[str], Initial] | None = None,
     open_teacher: Callable[[str], Teacher] | None = None,
+    look: Look | None = None,
+    force: bool = False,
+    checked: bool = False,
 ) -> tuple[dict[str, Any] | None, int]:
     """Resolve the configuration and train. Returns (summary or None, exit code).
 
     Settings, from weak to strong: the run that is in `out` already, or the preset; the TOML file; flags and
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
-    open_initial: opens the model that train.init names; open_teacher: the one of train.teacher.
+    open_initial: opens the model that train.init names; open_teacher: the one of train.teacher; look: reads the shape
+    of either, and no weights. force: train even where memory looks too small; checked: that has been looked at already.
     """
     folder = out or _default_folder(preset, config_file, flags, assignments)
     run = Run(folder)
-    initial = None
-    # A run goes on from its own save, also where the model it began with is gone.
-    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not checkpoint.folders(run.saves):
-        if open_initial is None:
-            raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
-        initial = open_initial(name)
-    config = resolve(preset, config_file, flags, assignments, run, initial.config if initial else None)
+    name = _initial_name(preset, config_file, flags, assignments, run)
+    if checkpoint.folders(run.saves):
+        name = None  # a run goes on from its own save, also where the model it began with is gone
+    if name and open_initial is None:
+        raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
+    seen = look(name) if name and look else None
+    config = resolve(preset, config_file, flags, assignments, run, seen.config if seen else None)
+    others = Others(seen, look(config.train.teacher) if config.train.teacher and look else None)
+    if not checked:  # before any weight is read, and before the data is tokenised
+        check_run(config, device, run, others, force=force)
+    initial = open_initial(name) if name and open_initial else None
+    if initial is not None and seen is None:
+        config = resolve(preset, config_file, flags, assignments, run, initial.config)
     first = os.environ.get("RANK", "0") == "0"
     display = Display(config.train.report_every, quiet=quiet or not first)
     teacher = open_teacher(config.train.teacher) if config.train.teacher and open_teacher else None
-    outcome = pretrain(config, folder, device, display, initial, teacher)
+    outcome = pretrain(config, folder, device, display, initial, teacher, others)
     if outcome.signal is not None:
         display.note(f"stopped at step {outcome.step}; saved: the same command goes on from there")
         return None, 128 + outcome.signal

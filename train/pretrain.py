@@ -20,6 +20,7 @@ from torch import Tensor
 from bitnet.errors import BitNetError
 from bitnet.files import checkpoint
 from bitnet.layers import keep_codes, set_quant_warmup
+from bitnet.machine import give_back_memory
 from bitnet.model import Transformer, parameters
 from bitnet.quant import use_int8_gradients
 from bitnet.train.compiling import check_compiler, missing_compiler
@@ -29,6 +30,7 @@ from bitnet.train.data.shards import TokenDataset, open_dataset
 from bitnet.train.data.windows import Sampler
 from bitnet.train.evaluate import Evaluation
 from bitnet.train.initial import Initial, Teacher, check_initial, check_teacher, teacher_digest
+from bitnet.train.memory import NONE, Others, Setting, summary, training_need
 from bitnet.train.network import build_network, write_first_weights
 from bitnet.train.optim import Optimizer
 from bitnet.train.parallel.batches import micro_batches, sequences_a_step, share
@@ -74,11 +76,12 @@ def pretrain(
     display: Display,
     initial: Initial | None = None,
     teacher: Teacher | None = None,
+    others: Others = NONE,
 ) -> Outcome:
     """Train until `config.train.steps`, going on from the newest save in `out` if there is one.
 
     initial: the model to start from where there is no save yet; the data is tokenised as it was for it. teacher: the
-    model that train.teacher names; it must have the same tokenizer.
+    model that train.teacher names; it must have the same tokenizer. others: both of them as memory sees them.
 
     Raises BitNetError for settings, data or saves that cannot be used and for a run that diverges;
     OSError when a save cannot be written (the saves before it stay whole).
@@ -109,7 +112,7 @@ def pretrain(
         if teacher is not None:
             check_teacher(config, dataset.tokenizer, teacher)
         model = teacher.model if teacher is not None else None
-        trainer = Trainer(config, run, dataset, processes, display, trackers, initial, model)
+        trainer = Trainer(config, run, dataset, processes, display, trackers, initial, model, others)
         if processes.first:
             run.write_config(config)
         return trainer.train()
@@ -128,6 +131,7 @@ class Trainer:
         trackers: Sequence[Tracker] = (),
         initial: Initial | None = None,
         teacher: Transformer | None = None,
+        others: Others = NONE,
     ) -> None:
         self.config, self.run, self.dataset = config, run, dataset
         self.settings: TrainConfig = config.train
@@ -139,6 +143,9 @@ class Trainer:
             vocab_size=dataset.tokenizer.vocab_size, max_position_embeddings=config.context
         )
         self.sharded = self.settings.parallel == "fsdp" and processes.size > 1
+        setting = Setting.of(config, self.device, processes.size, self.model_config)
+        # Before the model is made: what is available then, it may take.
+        self.memory = summary(training_need(setting, others, resumes=bool(checkpoint.folders(run.saves))), self.device)
         use_int8_gradients(self.settings.int8_gradients, self.device)
         digest = teacher_digest(teacher) if teacher is not None else None
         self.model, self.network = build_network(self.model_config, self.settings, processes, self.sharded, teacher)
@@ -190,6 +197,7 @@ class Trainer:
         display.announce(
             subjects
             | {"estimate": self._estimate()}
+            | {"memory": self.memory}
             | {"run": str(self.run.path) + (f", resumed at step {self.step}" if self.resumed else "")},
             self.config.to_toml(),
         )
@@ -336,6 +344,8 @@ class Trainer:
             loss.backward()
             loss.item()
             passes.append(time.perf_counter() - started)
+            # Allocated among holes of the pass before, the next one would take a third more than any step of training.
+            give_back_memory()
         seconds = min(passes[1:]) * len(counts)  # the first one paid for allocations and compilation
         self.optimizer.zero_grad()
         torch.set_rng_state(rng)

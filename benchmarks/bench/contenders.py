@@ -15,7 +15,7 @@ from bitnet.benchmarks.bench.plan import Test
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.kernels import native, ops
-from bitnet.machine import available_memory
+from bitnet.memory import Need, check
 from bitnet.model import embedding_parameters, kv_cache_bytes, linear_parameters, packed_bytes
 
 BACKENDS = ("auto", "cpu", "torch", "triton")
@@ -230,15 +230,15 @@ def llama_config(config: ModelConfig) -> tuple[ModelConfig, str]:
 
 def check_memory(model: str, config: ModelConfig, tests: list[Test], contenders: list[Contender]) -> None:
     """Raise BitNetError where the contenders, which are all loaded at once, need more memory than there is."""
-    available = available_memory()
     needs = {f"{one.name} {one.suffix}".strip(): max(one.needs(config, test) for test in tests) for one in contenders}
+    needs["this process"] = _INTERPRETER
     needs["what measures the bandwidth"] = _INTERPRETER + MEMORY
-    if available is None or sum(needs.values()) <= available:
-        return
-    each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
-    raise BitNetError(
-        f"bench: {model} needs about {sum(needs.values()) / 1e9:.1f} GB of memory ({each}), expected at most the "
-        f"{available / 1e9:.1f} GB that are available; leave contenders out, or choose a smaller model, -d or -b"
+    check(
+        f"bench: {model}",
+        Need({"": needs}),
+        torch.device("cpu"),
+        instead="leave contenders out, or choose a smaller model, -d or -b",
+        force=None,
     )
 
 

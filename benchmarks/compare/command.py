@@ -24,6 +24,7 @@ from bitnet.benchmarks.bench.command import terminated, without_folder
 from bitnet.benchmarks.compare import llama
 from bitnet.benchmarks.compare.artifact import Artifact
 from bitnet.benchmarks.compare.measure import Scores, figures
+from bitnet.benchmarks.compare.memory import check_comparison
 from bitnet.benchmarks.compare.method import Method, Settings
 from bitnet.benchmarks.compare.pair import Pair, find_baseline
 from bitnet.benchmarks.compare.plot import plot_comparison
@@ -71,10 +72,12 @@ def compare_runs(
     quiet: bool = False,
     output: Path | None = None,
     plot: Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Compare. Returns the report as JSON values.
 
-    output, plot: what is to be written later; refused now where it could not be. Raises BitNetError for runs that are
+    output, plot: what is to be written later; refused now where it could not be. force: compare even where memory looks
+    too small. Raises BitNetError for runs that are
     no pair, text that is none, unknown methods and options that lead nowhere.
     """
     check_targets(output, plot)
@@ -82,6 +85,8 @@ def compare_runs(
     if settings.llama:
         llama.check_python(settings.llama)
     pair = Pair(run, twin or find_baseline(run), binary)
+    if Run(run).exists():  # before its weights are read; what is no run is refused by `check`
+        check_comparison(chosen, Run(run).saved_shape(), force=force)
     facts = pair.check()
     config = ModelConfig.from_dict({**facts["model"], "linear": "ternary"})
     console = Console(stderr=True)

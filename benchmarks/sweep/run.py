@@ -27,6 +27,7 @@ from bitnet.files.checkpoint import replacing
 from bitnet.model import norm_parameters, parameters
 from bitnet.train.command import resolve, run_training
 from bitnet.train.config import RunConfig
+from bitnet.train.memory import Look, Others, check_run, run_need
 from bitnet.train.runs.run import Run
 from bitnet.train.scoring import score_run
 
@@ -34,11 +35,18 @@ _DIVERGED = "training diverged"  # how pretrain begins the message
 
 
 def run_sweep(
-    path: Path, out: Path, device: torch.device, say: Callable[[str], None], **openers: Any
+    path: Path,
+    out: Path,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    look: Look | None = None,
+    force: bool = False,
+    **openers: Any,
 ) -> tuple[dict[str, Any] | None, int]:
     """Train what is left of a sweep into folders of `out`. Returns (report or None, exit code).
 
-    say: called with a line before and after each run. openers: as of `run_training`. The report, also in
+    say: called with a line before and after each run. look, force, openers: as of `run_training`. The report, also in
     `out/sweep.json`, has the machine, the file, every run, and each point's mean and spread over seeds; None when a
     signal stopped the sweep.
     Raises BitNetError for what does not fit the runs in `out`, and under `torchrun`.
@@ -56,6 +64,7 @@ def run_sweep(
         if not config.train.init:  # the model it starts from decides on more settings
             Run(out / plan.folder).check(config)
         _check_steps(Run(out / plan.folder), config)
+    _check_memory(plans, configs, out, device, look, force)
     results: list[Result] = []
     for number, (plan, config) in enumerate(zip(plans, configs, strict=True), 1):
         run = Run(out / plan.folder)
@@ -63,7 +72,9 @@ def run_sweep(
             say(f"{number}/{len(plans)}  {plan.folder}")
             _share_data(out, [other.folder for other in plans], run, config)
             try:
-                _, code = run_training(plan.preset, None, plan.values, [], run.path, device, quiet=True, **openers)
+                _, code = run_training(
+                    plan.preset, None, plan.values, [], run.path, device, quiet=True, look=look, checked=True, **openers
+                )
             except BitNetError as error:
                 if not str(error).startswith(_DIVERGED):
                     raise
@@ -82,6 +93,25 @@ def run_sweep(
     with replacing(out / "sweep.json") as work:
         work.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report, 0
+
+
+def _check_memory(
+    plans: list[Plan], configs: list[RunConfig], out: Path, device: torch.device, look: Look | None, force: bool
+) -> None:
+    """Refuse a sweep with a run that does not fit, the largest one named, before the first of them is trained."""
+    sizes = []
+    for plan, config in zip(plans, configs, strict=True):
+        run = Run(out / plan.folder)
+        if _finished(plan, run, config) is not None:
+            continue
+        seen = look(config.train.init) if look and config.train.init and not run.exists() else None
+        taught = look(config.train.teacher) if look and config.train.teacher else None
+        if seen is not None:
+            config = resolve(plan.preset, None, plan.values, [], run, seen.config)
+        sizes.append((run_need(config, device, run, Others(seen, taught)).total, config, run, Others(seen, taught)))
+    if sizes:
+        _, config, run, others = max(sizes, key=lambda size: size[0])
+        check_run(config, device, run, others, verb=f"sweep: {run.path.name}", force=force)
 
 
 def _check_steps(run: Run, config: RunConfig) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, Quiet, Threads, set_threads
+from bitnet.cli.options import Debug, Force, Json, Quiet, Threads, set_threads
 from bitnet.cli.terminal import print_json, print_tables
 
 
@@ -29,6 +29,7 @@ def compare(
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the models that are made.")] = None,
     threads: Threads = 0,
     quiet: Quiet = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -41,7 +42,9 @@ def compare(
     set_threads(threads)
     options = Options(tuple(data), max_tokens, kl_tokens, rounds, keep=keep)
     settings = Settings(torch.get_num_threads(), qat_steps, llama=llama)
-    report = compare_runs(run, twin, binary, methods, options, settings, quiet=quiet, output=output, plot=plot)
+    report = compare_runs(
+        run, twin, binary, methods, options, settings, quiet=quiet, output=output, plot=plot, force=force
+    )
     write_report(report, output, plot)
     if as_json:
         print_json(report)

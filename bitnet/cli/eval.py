@@ -1,6 +1,6 @@
 """`bitnet eval`: a packed model on text."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from bitnet.cli.options import (
     Debug,
     Device,
     Engine,
+    Force,
     Head,
     Json,
     Model,
@@ -34,23 +35,32 @@ def evaluate(
     engine: Engine = "auto",
     head: Head = "file",
     cache: Cache = "fp32",
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Bits per byte and perplexity of a packed model on text, with standard errors."""
+    from bitnet.memory import Work, check_engine
+    from bitnet.train.data.windows import batch_for
     from bitnet.train.scoring import score_text
 
     set_threads(threads)
+    place, chosen = pick_device(device), {"engine": engine, "head": head, "cache": cache}
+
+    def plan(config: Any, limit: int) -> Work:
+        windows = batch_for(limit, config.vocab_size)
+        rows = windows * limit
+        return Work(limit, limit, windows, read=rows, logits=2 * rows)  # and their logarithms
+
+    check_engine("eval", model, place, plan, chosen, context=context, force=force)
     report = score_text(
         model,
         data,
-        pick_device(device),
+        place,
         context=context,
         limit=tokens,
         documents=documents,
-        engine=engine,
-        head=head,
-        cache=cache,
+        **chosen,
     )
     if as_json:
         print_json(report)

@@ -11,6 +11,7 @@ from bitnet.cli.options import (
     Debug,
     Device,
     Engine,
+    Force,
     Head,
     Json,
     Model,
@@ -46,12 +47,14 @@ def generate(
     engine: Engine = "auto",
     head: Head = "file",
     cache: Cache = "fp32",
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue a text; it appears as it is written."""
     from bitnet.engine.sampling import Sampling
     from bitnet.generation import write_text
+    from bitnet.memory import Work, check_engine
 
     set_threads(threads)
     sampling = Sampling(
@@ -61,6 +64,15 @@ def generate(
         min_p=min_p,
         seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
     )
+    text = read_stdin() if prompt == "-" and not interactive else prompt
+    place, chosen = pick_device(device), {"engine": engine, "head": head, "cache": cache}
+
+    def plan(config: Any, limit: int) -> Work:
+        # A token is a byte or more. A conversation may fill the context.
+        read = min(limit, len(text.encode()) + 1)
+        return Work(limit if interactive else min(limit, read + predict), limit, read=read)
+
+    check_engine("generate", model, place, plan, chosen, context=context, force=force)
     if interactive:
         if as_json or prompt == "-":
             raise BitNetError("generate -i: got --json or -p -, expected a terminal alone; leave one of them away")
@@ -68,31 +80,26 @@ def generate(
             model,
             predict,
             sampling,
-            pick_device(device),
+            place,
             first=prompt,
             context=context,
             ignore_eos=ignore_eos,
             chat=chat,
-            engine=engine,
-            head=head,
-            cache=cache,
+            **chosen,
         )
         return
-    text = read_stdin() if prompt == "-" else prompt
     show = None if as_json else write_now
     report = write_text(
         model,
         text,
         predict,
         sampling,
-        pick_device(device),
+        place,
         context=context,
         ignore_eos=ignore_eos,
         show=show,
         chat=chat,
-        engine=engine,
-        head=head,
-        cache=cache,
+        **chosen,
     )
     if as_json:
         print_json(report)

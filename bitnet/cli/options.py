@@ -30,6 +30,7 @@ Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="CPU thread
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: the model's.")]
 Engine = Annotated[str, typer.Option(help="auto (C++ on a CPU, Triton on a GPU), cpu, triton or torch.")]
+Force = Annotated[bool, typer.Option("--force", help="Run it although memory looks too small.")]
 Head = Annotated[str, typer.Option(help="Head of the C++ engine: file (exact), int8 or int4 (faster).")]
 Cache = Annotated[str, typer.Option(help="Keys and values of the C++ engine: fp32 (exact), bf16 or int8.")]
 
@@ -73,6 +74,22 @@ def open_model(name: str) -> Any:
     model, save = run.load()
     note_quant_warmup(run, save)
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
+
+
+def look_at(name: str) -> Any:
+    """What `open_model` would open, as memory sees it; of a run or a packed file no weights are read."""
+    from bitnet.files.opening import open_source
+    from bitnet.files.packed import read_config
+    from bitnet.train.memory import OtherModel
+    from bitnet.train.runs.run import Run
+
+    run = Run(Path(name))
+    if run.exists():
+        return OtherModel(run.saved_shape(), trained=True)
+    path = Path(name)
+    if path.is_file() and path.suffix == ".safetensors" and not (path.parent / "config.json").is_file():
+        return OtherModel(read_config(path), trained=False, mapped=path.stat().st_size)
+    return OtherModel(open_source(name).config, trained=False)
 
 
 def note_quant_warmup(run: Any, save: Any) -> None:

@@ -8,6 +8,8 @@ import typer
 from bitnet.cli.options import Debug, Json, note_quant_warmup
 from bitnet.cli.terminal import print_json
 
+OTHER_MACHINE = "close other programs or convert it on a larger machine"
+
 
 def pack(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],

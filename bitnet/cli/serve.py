@@ -1,6 +1,7 @@
 """`bitnet serve`: the HTTP server."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ from bitnet.cli.options import (
     Debug,
     Device,
     Engine,
+    Force,
     Head,
     Model,
     pick_device,
@@ -38,6 +40,7 @@ def serve(
     engine: Engine = "auto",
     head: Head = "file",
     cache: Cache = "fp32",
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Serve a model: OpenAI's API, and a page to try it on."""
@@ -46,12 +49,28 @@ def serve(
     check_packages()
     import torch
 
-    from bitnet.serve.server import ServerOptions, serve
+    from bitnet.memory import Way, Work, budget, check_engine, halves, mildest
+    from bitnet.serve.scheduler import CHUNK
+    from bitnet.serve.server import ServerOptions, check_options, serve
 
     # Threads of the engine wait for each other many times a token: one that shares its core with the connections holds
     # up all. Two cores, 88M parameters: 360 tokens/s for one client with one thread, 150 to 195 with two.
     set_threads(threads or max(1, torch.get_num_threads() - 1))
     options = ServerOptions(host, port, api_key, slots, context, queue)
     chosen = {"engine": engine, "head": head, "cache": cache}
-    code = serve(model, pick_device(device), options, typer.echo, **chosen)
+    check_options(options)
+    place = pick_device(device)
+
+    def plan(config: Any, limit: int, texts: int = slots) -> Work:
+        # A text may ask for the logits of its prompt: a pass of CHUNK tokens.
+        return Work(limit, limit, texts, read=CHUNK, logits=texts + CHUNK)
+
+    def ways(total: Callable[..., float]) -> list[Way]:
+        def with_slots(count: int) -> float:
+            return total(plan=lambda config, limit: plan(config, limit, count))
+
+        return mildest("--slots", budget(place) or 0.0, halves(slots), with_slots)
+
+    check_engine("serve", model, place, plan, chosen, context=context, ways=ways, force=force)
+    code = serve(model, place, options, typer.echo, **chosen)
     raise typer.Exit(code)

@@ -8,8 +8,10 @@ import typer
 from bitnet.cli.options import (
     Debug,
     Device,
+    Force,
     Json,
     Threads,
+    look_at,
     open_model,
     open_teacher,
     pick_device,
@@ -28,6 +30,7 @@ def sweep(
     device: Device = "auto",
     threads: Threads = 0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -43,8 +46,8 @@ def sweep(
         return
     set_threads(threads)
     say = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
-    openers = {"open_initial": open_model, "open_teacher": open_teacher}
-    report, code = run_sweep(ladder, out, pick_device(device), say, **openers)
+    openers = {"open_initial": open_model, "open_teacher": open_teacher, "look": look_at}
+    report, code = run_sweep(ladder, out, pick_device(device), say, force=force, **openers)
     if report is None:
         raise typer.Exit(code)
     try:

@@ -9,8 +9,10 @@ import typer
 from bitnet.cli.options import (
     Debug,
     Device,
+    Force,
     Json,
     Threads,
+    look_at,
     open_model,
     open_teacher,
     pick_device,
@@ -73,6 +75,7 @@ def train(
     device: Device = "auto",
     threads: Threads = 0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but warnings and errors.")] = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -110,6 +113,8 @@ def train(
         quiet=quiet,
         open_initial=open_model,
         open_teacher=open_teacher,
+        look=look_at,
+        force=force,
     )
     if summary and as_json:
         print_json(summary)

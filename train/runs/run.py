@@ -17,7 +17,7 @@ import torch
 
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.files.checkpoint import Save, latest_save, replacing, unfinished
+from bitnet.files.checkpoint import Save, folders, latest_save, replacing, unfinished
 from bitnet.model import Transformer
 from bitnet.text.tokenizer import Tokenizer
 from bitnet.train.config import RunConfig, read_config
@@ -124,6 +124,16 @@ class Run:
         model = empty_model(ModelConfig.from_dict(save.state["model"]))
         load_parameters(model, save)
         return model, save
+
+    def saved_shape(self) -> ModelConfig:
+        """The shape of the model of the newest save, of which no weights are read; of the run where there is none."""
+        for folder in folders(self.saves):
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                return ModelConfig.from_dict(state["model"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged, as `load` will say
+        return self.config().model
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line that a kill cut short is left out."""
