@@ -252,13 +252,13 @@ class Attention(nn.Module):
 
 # Up to this context, bf16 training on a CPU computes attention as two batched products: torch's flash attention takes
 # twice as long, forward and backward (a quarter of the step at 12 x 64 tokens, a twelfth at 8 x 256). Not so in fp32.
-_SHORT = 512
+SHORT = 512
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of T queries that are the last of S positions. q: [B, H, T, E], k, v: [B, G, S, E]."""
     t, s = q.shape[2], k.shape[2]
-    if t == s <= _SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+    if t == s <= SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         return _attend_by_products(q, k, v)
     # is_causal covers a square, and a single newest query sees everything: only the cases between need a mask.
     mask = causal_mask(t, s, q.device) if 1 < t < s else None

@@ -8,6 +8,7 @@ it as well. Inside a container the tree usually starts at the container's own gr
 then not exist below the mount point, and the mount point itself is the group.
 """
 
+import ctypes
 import math
 import os
 import time
@@ -62,6 +63,19 @@ def available_memory(root: Path = ROOT) -> int | None:
             if most.isdigit() and taken.isdigit() and int(most) < _NO_LIMIT:
                 found.append(max(0, int(most) - int(taken) + _reclaimable(group / "memory.stat")))
     return min(found) if found else None
+
+
+def resident_memory(root: Path = ROOT) -> int:
+    """Bytes of memory that this process holds now, mapped files included; 0 where the system does not tell."""
+    fields = _read(root / "proc/self/statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
+def give_back_memory() -> None:
+    """Return what the C library's allocator holds and nobody uses to the system, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def load(root: Path = ROOT) -> float | None:

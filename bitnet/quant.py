@@ -69,6 +69,11 @@ def training_precision(share: float, int8_gradients: str = "none", device: str |
     return Precision(quantised, int8_gradients in ("dx", "all"), int8_gradients == "all")
 
 
+def trains_fused(device: torch.device) -> bool:
+    """Whether quantised layers on `device` train through the fused GPU operators, which keep less for backward."""
+    return ops.trains_fused(device)
+
+
 QUANTIZERS = {"ternary": reference.ternary_weights, "binary": reference.binary_weights}
 
 

@@ -22,7 +22,15 @@ FOLDERS = {"bitnet": "bitnet", "kernels": "bitnet.kernels", "train": "bitnet.tra
 # From the bottom up; a module may import from its own line and from those above it. The longest prefix counts.
 LAYERS = (
     ("bitnet.kernels",),
-    ("bitnet.errors", "bitnet.machine", "bitnet.device", "bitnet.threads", "bitnet.schema", "bitnet.config"),
+    (
+        "bitnet.errors",
+        "bitnet.machine",
+        "bitnet.device",
+        "bitnet.threads",
+        "bitnet.memory",
+        "bitnet.schema",
+        "bitnet.config",
+    ),
     ("bitnet.quant", "bitnet.layers", "bitnet.model", "bitnet.conversion"),
     ("bitnet.text",),
     ("bitnet.files",),

@@ -12,6 +12,7 @@ from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
 from bitnet.train.config import RunConfig, TokenizerConfig, TrainConfig, default_config, read_toml
 from bitnet.train.initial import Initial, Teacher
+from bitnet.train.memory import Look, Others, check_run
 from bitnet.train.pretrain import Outcome, pretrain
 from bitnet.train.report.display import Display
 from bitnet.train.report.overview import duration
@@ -31,26 +32,37 @@ def run_training(
     quiet: bool = False,
     open_initial: Callable[[str], Initial] | None = None,
     open_teacher: Callable[[str], Teacher] | None = None,
+    look: Look | None = None,
+    force: bool = False,
+    checked: bool = False,
 ) -> tuple[dict[str, Any] | None, int]:
     """Resolve the configuration and train. Returns (summary or None, exit code).
 
     Settings, each overriding those before: the existing run in `out`, or the preset; the TOML file; the flags; the
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
-    open_initial opens the model that train.init names, open_teacher that of train.teacher. Raises BitNetError.
+    open_initial opens the model that train.init names, open_teacher that of train.teacher; look reads the shape of
+    either without its weights. force: train even if memory seems too small; checked: memory was checked by the caller. Raises
+    BitNetError.
     """
     folder = out or _default_folder(preset, config_file, flags, assignments)
     run = Run(folder)
-    initial = None
-    # A run with a save resumes from it and does not need the model it started from.
-    if (name := _initial_name(preset, config_file, flags, assignments, run)) and not run.has_saves():
-        if open_initial is None:
-            raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
-        initial = open_initial(name)
-    config = resolve(preset, config_file, flags, assignments, run, initial.config if initial else None)
+    name = _initial_name(preset, config_file, flags, assignments, run)
+    if run.has_saves():
+        name = None  # a run with a save resumes from it and does not need the model it started from
+    if name and open_initial is None:
+        raise BitNetError(f"train: got train.init '{name}', expected none: this program starts from random weights")
+    seen = look(name) if name and look else None
+    config = resolve(preset, config_file, flags, assignments, run, seen.config if seen else None)
+    others = Others(seen, look(config.train.teacher) if config.train.teacher and look else None)
+    if not checked:  # before any weight is read, and before the data is tokenised
+        check_run(config, device, run, others, force=force)
+    initial = open_initial(name) if name and open_initial else None
+    if initial is not None and seen is None:
+        config = resolve(preset, config_file, flags, assignments, run, initial.config)
     is_main = os.environ.get("RANK", "0") == "0"
     display = Display(config.train.report_every, quiet=quiet or not is_main)
     teacher = open_teacher(config.train.teacher) if config.train.teacher and open_teacher else None
-    outcome = pretrain(config, folder, device, display, initial, teacher)
+    outcome = pretrain(config, folder, device, display, initial, teacher, others)
     if outcome.signal is not None:
         display.note(f"stopped at step {outcome.step} and saved; run the same command again to resume")
         return None, 128 + outcome.signal

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from bitnet.errors import BitNetError
 from bitnet.layers import keep_codes
+from bitnet.machine import give_back_memory
 from bitnet.quant import training_precision
 from bitnet.train.config import RunConfig
 from bitnet.train.evaluate import Evaluation
 from bitnet.train.initial import Initial, Teacher
+from bitnet.train.memory import NONE, Others
 from bitnet.train.network import build_network, write_first_weights
 from bitnet.train.optim import Optimizer
 from bitnet.train.parallel.batches import StepBatches
@@ -57,16 +59,17 @@ def pretrain(
     display: Display,
     initial: Initial | None = None,
     teacher: Teacher | None = None,
+    others: Others = NONE,
 ) -> Outcome:
     """Train until `config.train.steps`, from the newest save in `out` if there is one.
 
     initial: the model that train.init names, for a run without a save; the run takes its tokenizer. teacher: the model
-    that train.teacher names; it must have the run's tokenizer.
+    that train.teacher names; it must have the run's tokenizer. others: what both of them take of memory.
 
     Raises BitNetError for settings, data or saves that cannot be used and for a run that diverges; OSError when a save
     cannot be written (earlier saves stay as they are).
     """
-    with set_up(config, out, device, display, initial, teacher) as setup:
+    with set_up(config, out, device, display, initial, teacher, others) as setup:
         trainer = Trainer(setup)
         if setup.processes.is_main:
             setup.run.write_config(setup.config)
@@ -218,6 +221,7 @@ class Trainer:
             loss.backward()
             loss.item()
             passes.append(time.perf_counter() - started)
+            give_back_memory()  # among the holes of this pass the next one would take a third more than any step does
         self.optimizer.zero_grad()
         torch.set_rng_state(rng)
         return min(passes[1:]) * len(self.batches)  # the first pass allocates and compiles

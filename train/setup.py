@@ -13,6 +13,7 @@ from bitnet.train.config import RunConfig
 from bitnet.train.data.preparing import prepare_data
 from bitnet.train.data.shards import TokenDataset, open_dataset
 from bitnet.train.initial import Initial, Teacher, check_opened, check_teacher
+from bitnet.train.memory import NONE, Others, Setting, summary, training_need
 from bitnet.train.parallel.distributed import Processes, lost_processes
 from bitnet.train.precision import resolve_dtype
 from bitnet.train.report.display import Display
@@ -32,6 +33,7 @@ class Setup:
     trackers: Sequence[Tracker] = ()  # on the main process
     initial: Initial | None = None
     teacher: Transformer | None = None
+    memory: str = ""  # what the run needs of what is available, in words
 
     @property
     def sharded(self) -> bool:
@@ -52,6 +54,7 @@ def set_up(
     display: Display,
     initial: Initial | None = None,
     teacher: Teacher | None = None,
+    others: Others = NONE,
 ) -> Iterator[Setup]:
     """Join the other processes, lock the run's folder and prepare its data for as long as the block lasts.
 
@@ -79,4 +82,7 @@ def set_up(
             check_teacher(config, dataset.tokenizer, teacher)
         config = config.resolved(dataset.tokenizer.vocab_size)
         teacher_model = None if teacher is None else teacher.model
-        yield Setup(config, run, dataset, processes, display, trackers, initial, teacher_model)
+        setting = Setting.of(config, processes.device, processes.world_size, config.model)
+        # Before the model is made: memory that is available now may be taken by it.
+        memory = summary(training_need(setting, others, resumes=run.has_saves()), processes.device)
+        yield Setup(config, run, dataset, processes, display, trackers, initial, teacher_model, memory)

@@ -17,7 +17,7 @@ from bitnet.errors import BitNetError
 from bitnet.files.packed_layout import packed_bytes
 from bitnet.files.tensors import embedding_parameters, kv_cache_bytes, linear_parameters
 from bitnet.kernels import native, ops
-from bitnet.machine import available_memory
+from bitnet.memory import Need, check
 
 BACKENDS = ("auto", "cpu", "torch", "triton")
 OTHERS = ("torch-bf16", "torch-int8", "llama.cpp")
@@ -229,15 +229,15 @@ def llama_config(config: ModelConfig) -> tuple[ModelConfig, str]:
 
 def check_memory(model: str, config: ModelConfig, tests: list[Test], contenders: list[Contender]) -> None:
     """Raise BitNetError where the contenders need more memory than there is; all are loaded at once."""
-    available = available_memory()
     needs = {one.label: max(one.needs(config, test) for test in tests) for one in contenders}
     needs["the bandwidth meter"] = _INTERPRETER + machine.MEMORY
-    if available is None or sum(needs.values()) <= available:
-        return
-    each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
-    raise BitNetError(
-        f"bench: {model} needs about {sum(needs.values()) / 1e9:.1f} GB of memory ({each}), expected at most the "
-        f"{available / 1e9:.1f} GB that are available; leave contenders out, or choose a smaller model, -d or -b"
+    needs["this process"] = _INTERPRETER
+    check(
+        f"bench: {model}",
+        Need({"": needs}),
+        torch.device("cpu"),
+        instead="leave contenders out, or choose a smaller model, -d or -b",
+        force=None,
     )
 
 

@@ -24,6 +24,7 @@ from bitnet.benchmarks.children import builds
 from bitnet.benchmarks.children.process import Child, ChildError, TooSlowError
 from bitnet.benchmarks.compare.artifact import Artifact
 from bitnet.benchmarks.compare.measure import Scores, figures
+from bitnet.benchmarks.compare.memory import check_comparison
 from bitnet.benchmarks.compare.method import Method, Settings
 from bitnet.benchmarks.compare.pair import Pair, find_baseline
 from bitnet.benchmarks.compare.plot import plot_comparison
@@ -76,10 +77,12 @@ def compare_runs(
     quiet: bool = False,
     output: Path | None = None,
     plot: Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Compare a ternary run and its baseline by all methods. Returns the report as JSON values.
 
-    output, plot: files that `write_report` will write; checked here, before anything is measured.
+    output, plot: files that `write_report` will write; checked here, before anything is measured. force: compare even
+    if memory seems too small.
     Raises BitNetError for runs that cannot be compared, text without tokens, unknown methods and bad options.
     """
     check_targets(output, plot)
@@ -87,6 +90,8 @@ def compare_runs(
     if settings.llama:
         builds.check_python(settings.llama, "compare")
     pair = Pair(run, baseline or find_baseline(run), binary)
+    if Run(run).exists():  # before its weights are read; `check` refuses what is no run
+        check_comparison(chosen, Run(run).saved_shape(), force=force)
     facts = pair.check()
     config = ModelConfig.from_dict({**facts["model"], "linear": "ternary"})
     console = Console(stderr=True)

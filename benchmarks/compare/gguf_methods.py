@@ -49,7 +49,7 @@ def why_not_shape(config: ModelConfig, kind: str, block: int) -> str | None:
 
 
 def _config(run: Path) -> ModelConfig:
-    return Run(run).load()[0].config
+    return Run(run).saved_shape()
 
 
 def _quantise(source: Path, target: Path, file_type: int, settings: Settings) -> None:

@@ -25,6 +25,7 @@ from bitnet.files.checkpoint import replacing
 from bitnet.files.tensors import norm_parameters, parameters
 from bitnet.train.command import resolve, run_training
 from bitnet.train.config import RunConfig
+from bitnet.train.memory import Look, Others, check_run, run_need
 from bitnet.train.runs.run import Run
 from bitnet.train.scoring import score_run
 
@@ -32,12 +33,19 @@ _DIVERGED = "training diverged"  # how the message of pretrain begins
 
 
 def run_sweep(
-    path: Path, out: Path, device: torch.device, log: Callable[[str], None], **openers: Any
+    path: Path,
+    out: Path,
+    device: torch.device,
+    log: Callable[[str], None],
+    *,
+    look: Look | None = None,
+    force: bool = False,
+    **openers: Any,
 ) -> tuple[dict[str, Any] | None, int]:
     """Train what is left of a sweep into folders of `out`. Returns (report, exit code); no report after a signal.
 
-    log: called with a line before and after each run. openers: those of `run_training`. The report, also written to
-    `out/sweep.json`, has the machine, the spec, and what `summarize` and `curve` compute.
+    log: called with a line before and after each run. look, force, openers: those of `run_training`. The
+    report, also written to `out/sweep.json`, has the machine, the spec, and what `summarize` and `curve` compute.
     Raises BitNetError for settings that differ from those of the runs in `out`, and under `torchrun`.
     """
     _check_processes()
@@ -49,13 +57,14 @@ def run_sweep(
         if not config.train.init:  # otherwise the initial model sets more of the config
             Run(out / plan.folder).check(config)
         _check_steps(Run(out / plan.folder), config)
+    _check_memory(plans, configs, out, device, look, force)
     results: list[Result] = []
     for number, (plan, config) in enumerate(zip(plans, configs, strict=True), 1):
         run = Run(out / plan.folder)
         if (result := _finished(plan, run, config)) is None:
             log(f"{number}/{len(plans)}  {plan.folder}")
             _share_data(out, [other.folder for other in plans], run, config)
-            if code := _train(plan, run, device, openers):
+            if code := _train(plan, run, device, openers | {"look": look}):
                 return None, code
             result = _finished(plan, run, config)
             assert result is not None, plan.folder
@@ -64,6 +73,30 @@ def run_sweep(
         log(f"{number}/{len(plans)}  {plan.folder}  {'diverged' if result.loss is None else f'{result.loss:.4f} nats'}")
         results.append(result)
     return _report(path, out, results), 0
+
+
+def _check_memory(
+    plans: list[PlannedRun],
+    configs: list[RunConfig],
+    out: Path,
+    device: torch.device,
+    look: Look | None,
+    force: bool,
+) -> None:
+    """Refuse a sweep whose largest remaining run does not fit, before any run is trained."""
+    sizes = []
+    for plan, config in zip(plans, configs, strict=True):
+        run = Run(out / plan.folder)
+        if _finished(plan, run, config) is not None:
+            continue
+        seen = look(config.train.init) if look and config.train.init and not run.exists() else None
+        taught = look(config.train.teacher) if look and config.train.teacher else None
+        if seen is not None:
+            config = resolve(plan.preset, None, plan.values, [], run, seen.config)
+        sizes.append((run_need(config, device, run, Others(seen, taught)).total, config, run, Others(seen, taught)))
+    if sizes:
+        _, config, run, others = max(sizes, key=lambda size: size[0])
+        check_run(config, device, run, others, verb=f"sweep: {run.path.name}", force=force)
 
 
 def _report(path: Path, out: Path, results: list[Result]) -> dict[str, Any]:
@@ -92,7 +125,9 @@ def _check_processes() -> None:
 def _train(plan: PlannedRun, run: Run, device: torch.device, openers: dict[str, Any]) -> int:
     """Train or resume one run. Returns its exit code; a run that diverges is marked and returns 0."""
     try:
-        return run_training(plan.preset, None, plan.values, [], run.path, device, quiet=True, **openers)[1]
+        return run_training(plan.preset, None, plan.values, [], run.path, device, quiet=True, checked=True, **openers)[
+            1
+        ]
     except BitNetError as error:
         if not str(error).startswith(_DIVERGED):
             raise

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, Quiet, Threads, given
+from bitnet.cli.options import Debug, Force, Json, Quiet, Threads, given
 from bitnet.cli.terminal import print_json, print_tables
 
 
@@ -62,6 +62,7 @@ def compare(
     ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -74,7 +75,9 @@ def compare(
     limits = given(max_tokens=max_tokens, kl_tokens=kl_tokens, rounds=rounds, budget=budget)
     options = Options(tuple(data), keep=keep, **limits)
     settings = Settings(count, llama=llama, **given(qat_steps=qat_steps))
-    report = compare_runs(run, baseline, binary, methods, options, settings, quiet=quiet, output=output, plot=plot)
+    report = compare_runs(
+        run, baseline, binary, methods, options, settings, quiet=quiet, output=output, plot=plot, force=force
+    )
     write_report(report, output, plot)
     if as_json:
         print_json(report)

@@ -1,6 +1,6 @@
 """`bitnet eval`: score a packed model on text."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,14 +27,23 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure bits per byte and perplexity of a packed model on text, with standard errors."""
+    from bitnet.engine.memory import Work, check_engine
     from bitnet.threads import use_threads
+    from bitnet.train.data.windows import batch_for
     from bitnet.train.scoring import score_text
 
+    def work(config: Any, limit: int) -> Work:
+        windows = batch_for(limit, config.vocab_size)
+        rows = windows * limit
+        return Work(limit, limit, windows, read=rows, logits=2 * rows)  # and their logarithms
+
     use_threads(engine.threads)
+    device = pick_device(engine.device)
+    check_engine("eval", model, device, work, engine.load_options(), context=engine.context, force=engine.force)
     report = score_text(
         model,
         data,
-        pick_device(engine.device),
+        device,
         context=engine.context,
         limit=tokens,
         documents=documents,

@@ -65,11 +65,20 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a text, printed as it is generated."""
+    from bitnet.engine.memory import Work, check_engine
     from bitnet.generation import write_text
     from bitnet.threads import use_threads
 
     use_threads(engine.threads)
     drawn, device = sampling.sampling(), pick_device(engine.device)
+    text = read_stdin() if prompt == "-" and not interactive else prompt
+
+    def work(config: Any, limit: int) -> Work:
+        # A token is at least one byte of the prompt. A conversation may fill the context.
+        read = min(limit, len(text.encode()) + 1)
+        return Work(limit if interactive else min(limit, read + predict), limit, read=read)
+
+    check_engine("generate", model, device, work, engine.load_options(), context=engine.context, force=engine.force)
     options: dict[str, Any] = {"context": engine.context, "ignore_eos": ignore_eos, "chat": chat}
     options |= engine.load_options()
     if interactive:
@@ -79,7 +88,6 @@ def generate(
             raise BitNetError("generate -i: got --json or -p -, expected prompts from a terminal; omit one of them")
         run_chat(model, predict, drawn, device, first=prompt, **options)
         return
-    text = read_stdin() if prompt == "-" else prompt
     report = write_text(model, text, predict, drawn, device, show=None if as_json else write_now, **options)
     if as_json:
         print_json(report)

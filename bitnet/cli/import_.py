@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.options import Debug, Json, Quiet
+from bitnet.cli.options import Debug, Force, Json, Quiet
+from bitnet.cli.pack import OTHER_MACHINE
 from bitnet.cli.terminal import print_json
 
 
@@ -21,17 +22,24 @@ def import_(
         str | None, typer.Option(help="multiply or divide, for a config.json that is wrong about it.")
     ] = None,
     quiet: Quiet = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Convert a model of another tool to a packed file, one tensor at a time."""
+    import torch
+
     from bitnet.files.importing import import_model
+    from bitnet.files.memory import import_need
     from bitnet.files.opening import choose_tokenizer, open_source
+    from bitnet.memory import check
     from bitnet.tables import progress
     from bitnet.threads import use_threads
 
     use_threads()
-    found = open_source(source, weight_scale)
+    found = open_source(source, weight_scale)  # of another tool's model only headers are read here
+    need = import_need(found.config)
+    check(f"import: {Path(source).name}", need, torch.device("cpu"), instead=OTHER_MACHINE, force=force)
     with progress(f"importing {found.kind}", quiet=quiet) as report:
         notes = import_model(found, output, choose_tokenizer(found, tokenizer), report)
     result = {"file": str(output), "bytes": output.stat().st_size, "source": found.kind, "notes": notes}

@@ -23,6 +23,22 @@ def open_model(name: str) -> Any:
     return TrainedSource(model, run.tokenizer(), {"steps": save.step, "tokens": save.state["tokens"]})
 
 
+def look_at(name: str) -> Any:
+    """The shape of what `open_model` would open, for checks of memory; no weights of a run or packed file are read."""
+    from bitnet.files.opening import open_source
+    from bitnet.files.packed import read_config
+    from bitnet.train.memory import OtherModel
+    from bitnet.train.runs.run import Run
+
+    run = Run(Path(name))
+    if run.exists():
+        return OtherModel(run.saved_shape(), trained=True)
+    path = Path(name)
+    if path.is_file() and path.suffix == ".safetensors" and not (path.parent / "config.json").is_file():
+        return OtherModel(read_config(path), trained=False, mapped=path.stat().st_size)
+    return OtherModel(open_source(name).config, trained=False)
+
+
 def note_quant_warmup(run: Any, save: Any) -> None:
     """Log that a save was made during the quantisation warm-up; on the main process only."""
     if save.quantised < 1 and os.environ.get("RANK", "0") == "0":

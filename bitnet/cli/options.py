@@ -50,6 +50,7 @@ Model = Annotated[
     typer.Option("-m", "--model", metavar="FILE", help="Packed model. Default: the included one.", show_default=False),
 ]
 Threads = Annotated[int | None, threads_option("torch's choice, at most the cores this process may use")]
+Force = Annotated[bool, typer.Option("--force", help="Run even if memory seems too small.")]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 
 
@@ -65,6 +66,7 @@ class EngineOptions:
     engine: Annotated[str, typer.Option(help="auto (C++ on a CPU, Triton on a GPU), cpu, triton or torch.")] = "auto"
     head: Annotated[str, typer.Option(help="Head of the C++ engine: file (exact), int8 or int4 (faster).")] = "file"
     cache: Annotated[str, typer.Option(help="KV cache of the C++ engine: fp32 (exact), bf16 or int8.")] = "fp32"
+    force: Force = False
 
     def load_options(self) -> dict[str, str]:
         """The keyword arguments of `bitnet.load` that choose the engine."""

@@ -9,6 +9,8 @@ from bitnet.cli.inputs import note_quant_warmup
 from bitnet.cli.options import Debug, Json
 from bitnet.cli.terminal import print_json
 
+OTHER_MACHINE = "close other programs or convert it on a larger machine"
+
 
 def pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],

@@ -3,8 +3,9 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +49,10 @@ def serve(
     check_packages()
     import torch
 
-    from bitnet.serve.server import ServerOptions, serve
+    from bitnet.engine.memory import Work, check_engine
+    from bitnet.memory import Way, budget, halves, mildest
+    from bitnet.serve.scheduler import CHUNK
+    from bitnet.serve.server import ServerOptions, check_options, serve
     from bitnet.threads import use_threads
 
     # The engine's threads wait at a barrier many times per token, so one that shares its core with the connections
@@ -57,7 +61,22 @@ def serve(
     if engine.threads is None:
         torch.set_num_threads(max(1, threads - 1))
     options = ServerOptions(host, port, api_key, sequences, engine.context, queue)
-    code = serve(model, pick_device(engine.device), options, typer.echo, **engine.load_options())
+    check_options(options)
+    device = pick_device(engine.device)
+
+    def work(config: Any, limit: int, count: int = sequences) -> Work:
+        # A request may ask for the logits of its prompt: a pass of CHUNK tokens.
+        return Work(limit, limit, count, read=CHUNK, logits=count + CHUNK)
+
+    def ways(total: Callable[..., float]) -> list[Way]:
+        def with_sequences(count: int) -> float:
+            return total(plan=lambda config, limit: work(config, limit, count))
+
+        return mildest("--sequences", budget(device) or 0.0, halves(sequences), with_sequences)
+
+    chosen = engine.load_options()
+    check_engine("serve", model, device, work, chosen, context=engine.context, ways=ways, force=engine.force)
+    code = serve(model, device, options, typer.echo, **chosen)
     if any(thread.daemon for thread in threading.enumerate()):
         # A thread is still reading the model, which may take minutes. Python 3.11 to 3.13 would end it inside torch's
         # C++ code, which would abort the process (exit code 134).

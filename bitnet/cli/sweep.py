@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.inputs import open_model, open_teacher
-from bitnet.cli.options import Debug, Device, Json, Threads, WarningsOnly, pick_device
+from bitnet.cli.inputs import look_at, open_model, open_teacher
+from bitnet.cli.options import Debug, Device, Force, Json, Threads, WarningsOnly, pick_device
 from bitnet.cli.terminal import log, print_json, print_tables
 from bitnet.errors import BitNetError
 
@@ -20,6 +20,7 @@ def sweep(
     device: Device = "auto",
     threads: Threads = None,
     quiet: WarningsOnly = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -35,8 +36,8 @@ def sweep(
         return
     use_threads(threads)
     progress = (lambda text: None) if quiet else log
-    openers = {"open_initial": open_model, "open_teacher": open_teacher}
-    report, code = run_sweep(spec, out, pick_device(device), progress, **openers)
+    openers = {"open_initial": open_model, "open_teacher": open_teacher, "look": look_at}
+    report, code = run_sweep(spec, out, pick_device(device), progress, force=force, **openers)
     if report is None:
         raise typer.Exit(code)
     try:

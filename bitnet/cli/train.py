@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bitnet.cli.inputs import open_model, open_teacher
-from bitnet.cli.options import Debug, Device, Json, Threads, WarningsOnly, pick_device
+from bitnet.cli.inputs import look_at, open_model, open_teacher
+from bitnet.cli.options import Debug, Device, Force, Json, Threads, WarningsOnly, pick_device
 from bitnet.cli.terminal import print_json
 from bitnet.config import LINEARS, PRESETS
 
@@ -82,6 +82,7 @@ def train(
     device: Device = "auto",
     threads: Threads = None,
     quiet: WarningsOnly = False,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -110,8 +111,19 @@ def train(
     use_threads(threads)
     if quiet:
         logging.getLogger("bitnet").setLevel(logging.WARNING)
-    openers = {"open_initial": open_model, "open_teacher": open_teacher}
-    summary, code = run_training(preset, config, flags, set_ or [], out, pick_device(device), quiet=quiet, **openers)
+    summary, code = run_training(
+        preset,
+        config,
+        flags,
+        set_ or [],
+        out,
+        pick_device(device),
+        quiet=quiet,
+        open_initial=open_model,
+        open_teacher=open_teacher,
+        look=look_at,
+        force=force,
+    )
     if summary and as_json:
         print_json(summary)
     elif summary:

@@ -136,7 +136,7 @@ def test_contenders_on_the_cpu_are_held_against_the_cpu() -> None:
 def test_a_model_too_big_is_refused_before_loading(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    monkeypatch.setattr(contenders, "available_memory", lambda: 10**9)
+    monkeypatch.setattr("bitnet.machine.available_memory", lambda: 10**9)
 
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("loaded or written before memory was checked")
@@ -145,7 +145,7 @@ def test_a_model_too_big_is_refused_before_loading(
     monkeypatch.setattr(series, "Child", refuse)
     monkeypatch.setattr(command, "write_random", refuse)
     line = error(capsys, "bench", "--preset", "2b4t", "--backend", "torch", "--against", "torch-bf16", "-p", 8, "-n", 8)
-    assert all(part in line for part in ("2b4t needs about", "torch-bf16", "1.0 GB that are available"))
+    assert all(part in line for part in ("2b4t needs about", "torch-bf16", "GB available"))
 
 
 BAD = {

@@ -48,6 +48,8 @@ class Observer:
         subjects = overview(self._setup, batches.tokens, progress.quantised < 1)
         left = self._config.train.steps - progress.step
         subjects["estimate"] = estimate(self._config.train, self._processes.device, left, seconds_per_step)
+        if self._setup.memory:
+            subjects["memory"] = self._setup.memory
         subjects["run"] = str(self._run.path) + (f", resumed at step {progress.step}" if resumed else "")
         self._display.announce(subjects, self._config.to_toml())
 

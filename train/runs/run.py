@@ -133,6 +133,16 @@ class Run:
         load_parameters(model, save)
         return model, save
 
+    def saved_shape(self) -> ModelConfig:
+        """The shape of the model of the newest save, of which no weights are read; of the run where there is none."""
+        for folder in folders(self.saves):
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                return ModelConfig.from_dict(state["model"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged, as `load` will say
+        return self.config().model
+
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl, except a last line that a kill cut short."""
         if not self.metrics_file.exists():
