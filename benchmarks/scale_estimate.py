@@ -140,8 +140,8 @@ def answers(rows: list[dict[str, Any]]) -> list[str]:
                 [b["hours"][i] / a["hours"][i] - 1 for a, b in zip(now, other, strict=True)] for i in (0, 1)
             )
             lines.append(
-                f"{gpus} GPUs, {other[0]['way']} instead: GPU-hours {_spread(hidden, '+.1%')} with all communication "
-                f"overlapped that can be, {_spread(bare, '+.1%')} with none"
+                f"{gpus} GPUs, {other[0]['way']} instead: GPU-hours {_spread(hidden, '+.1%')} where all "
+                f"communication is overlapped, {_spread(bare, '+.1%')} where none is"
             )
     return [*lines, DECISION]
 

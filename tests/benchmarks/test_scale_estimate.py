@@ -156,7 +156,7 @@ def test_the_document_says_what_it_rests_on(
         assert low <= high <= 2 * low
 
 
-def test_what_a_way_to_gather_is_worth() -> None:
+def test_gain_of_each_way_to_gather() -> None:
     """A step of 10 s with 4 s of sending: without 2 s of it, nothing if it is hidden, and a seventh if it is not."""
     rows = [
         {"gpus": 8, "way": way, "compute_seconds_a_step": 10.0, "communication_seconds_a_step": sending}
