@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; a module of its own so that parameters have the names of transformers."""
+    """Embedding, blocks and final norm; a separate module, so that parameters are named as in transformers."""
 
     def __init__(self, config: ModelConfig, *, exact_embeddings: bool = False, recompute: bool = False) -> None:
         super().__init__()

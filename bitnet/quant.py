@@ -208,7 +208,7 @@ class _BitLinear(torch.autograd.Function):
         dtype = dy[0].dtype
         dx = None
         if ctx.needs_input_grad[0]:
-            # Codes are exact in every float dtype, so the scale goes onto the gradient.
+            # Codes are exact in every float dtype, so the scale is applied to the gradient.
             scaled = [grad * scale.to(dtype) for grad, scale in zip(dy, scales, strict=True)]
             merged = scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
             dx = (merged @ codes.to(dtype)).to(ctx.x_dtype).view(ctx.x_shape)

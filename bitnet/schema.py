@@ -87,8 +87,8 @@ def _is_a(value: Any, expected: Any) -> bool:
     if get_origin(expected) is tuple:
         return isinstance(value, tuple) and all(_is_a(element, get_args(expected)[0]) for element in value)
     if expected is float:
-        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FLOAT_LIMIT
-        return whole or isinstance(value, float)
+        is_integer = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FLOAT_LIMIT
+        return is_integer or isinstance(value, float)
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, expected)

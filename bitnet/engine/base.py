@@ -1,7 +1,7 @@
 """Engines: token ids in, token ids out. They know no text and no files.
 
 An `Engine` holds the weights of one model. A `Session` holds the keys and values of a batch of sequences of one length;
-a `SequenceBatch` those of sequences that join and leave, each with a length of its own (continuous batching).
+a `SequenceBatch` those of sequences that join and leave, each of its own length (continuous batching).
 
 Dimensions: B batch, T time, V vocabulary.
 """
@@ -56,7 +56,7 @@ class BatchEntry:
 
 
 class SequenceBatch(Protocol):
-    """Sequences, numbered from 0, that join and leave, each with a length of its own."""
+    """Sequences, numbered from 0, that join and leave, each of its own length."""
 
     count: int
     limit: int

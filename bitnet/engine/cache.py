@@ -21,7 +21,7 @@ class KVCache:
         self.layers = [_LayerView(self, i) for i in range(config.num_hidden_layers)]
 
     def sequence(self, number: int) -> "KVCache":
-        """One of the sequences as a cache with a position of its own, in the same memory."""
+        """One of the sequences as a cache with its own position, in the same memory."""
         view = copy(self)
         view._store = self._store[:, :, number : number + 1]
         view.layers = [_LayerView(view, i) for i in range(len(self.layers))]

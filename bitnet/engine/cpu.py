@@ -64,12 +64,7 @@ class CpuEngine(Engine):
         threads: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        reason = why_not(config)
-        if reason:
-            raise BitNetError(f"engine: {reason}")
-        for option, value, known in (("head", head, HEADS), ("cache", cache, CACHES)):
-            if value not in known:
-                raise BitNetError(f"{option}: got '{value}', expected one of {', '.join(known)}")
+        _check_options(config, head, cache)
         self.config, self.cache = config, cache
         self.instruction_set = native.select()
         self._rotary_lock = threading.Lock()
@@ -210,6 +205,15 @@ class CpuSequenceBatch:
         sequences, every = [entry.sequence for entry in entries], [entry.every for entry in entries]
         self._session.extend(sequences, counts, every, torch.cat(rows).numpy(), out.numpy())
         return [logits if entry.every else logits[0] for entry, logits in zip(entries, out.split(wanted))]
+
+
+def _check_options(config: ModelConfig, head: str, cache: str) -> None:
+    reason = why_not(config)
+    if reason:
+        raise BitNetError(f"engine: {reason}")
+    for option, value, known in (("head", head, HEADS), ("cache", cache, CACHES)):
+        if value not in known:
+            raise BitNetError(f"{option}: got '{value}', expected one of {', '.join(known)}")
 
 
 def _embedding(tensors: dict[str, Tensor], name: str) -> tuple[Any, Any]:

@@ -50,15 +50,8 @@ def load(
         raise BitNetError(f"engine: '{engine}' cannot be used: {reason}")
     if engine == "auto":
         engine = _choose_engine(packed.config, device)
-    if engine != "cpu" and (head, cache) != ("file", "fp32"):
-        raise BitNetError(
-            f"head, cache: got '{head}', '{cache}' for the {engine} engine, which has no such option; "
-            "omit them or use the C++ engine on a CPU"
-        )
-    if engine != "cpu" and threads is not None:
-        raise BitNetError(
-            f"threads: got {threads} for the {engine} engine, expected none; omit it and call torch.set_num_threads"
-        )
+    if engine != "cpu":
+        _refuse_cpu_options(engine, head, cache, threads)
     if engine == "triton":
         from bitnet.engine.gpu import TritonEngine  # imports Triton, which takes most of a second
 
@@ -70,6 +63,19 @@ def load(
         loaded = TorchEngine(build(packed).to(device))
     loaded.tokenizer = packed.tokenizer
     return loaded
+
+
+def _refuse_cpu_options(engine: str, head: str, cache: str, threads: int | None) -> None:
+    """Raise BitNetError for options of CpuEngine that are not at their defaults."""
+    if (head, cache) != ("file", "fp32"):
+        raise BitNetError(
+            f"head, cache: got '{head}', '{cache}' for the {engine} engine, which has no such option; "
+            "omit them or use the C++ engine on a CPU"
+        )
+    if threads is not None:
+        raise BitNetError(
+            f"threads: got {threads} for the {engine} engine, expected none; omit it and call torch.set_num_threads"
+        )
 
 
 def _why_not(engine: str, config: ModelConfig, device: torch.device) -> str | None:

@@ -21,8 +21,8 @@ scales, and ends with the codes of the next product: no kernel only scales, adds
 
 With programmatic dependent launch (PDL, Hopper and later) a kernel starts while the one before it still runs, loads
 what does not depend on it, above all weights, and only then waits: that hides most of the launch and of the first
-load's latency. Every kernel waits explicitly before it writes anything, so that the chain stays ordered however early the
-launches are.
+load's latency. Every kernel waits explicitly before it writes anything, so that the chain stays ordered however early
+the launches are.
 
 A program handles a row: B of them in decode, B * T in prefill, which uses the same kernels around GEMMs and torch's
 attention.

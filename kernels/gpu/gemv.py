@@ -12,9 +12,9 @@ and has 64 integer lanes, so one instruction per weight is too many: each has to
     sum = low + high / 16 - sum of q          exact: `high` is a multiple of 16
 
 dp4a adds four products of a code in {0, 1, 2}: skip, add, add twice. Nine instructions for 16 weights, 0.56 each:
-1.1 us of integer work for 13824 x 2560 on 132 multiprocessors at 1.98 GHz, less than the memory's 2.1 us. (A scalar loop
-of test, add, subtract needs three instructions per weight: 6 us.) Bounds: |high| <= 2 * 16 * 128 * K / 2 < 2^31 for
-K < 2^20, and `low` and the total are smaller.
+1.1 us of integer work for 13824 x 2560 on 132 multiprocessors at 1.98 GHz, less than the memory's 2.1 us. (A scalar
+loop of test, add, subtract needs three instructions per weight: 6 us.) Bounds: |high| <= 2 * 16 * 128 * K / 2 < 2^31
+for K < 2^20, and `low` and the total are smaller.
 
 A program takes BLOCK_N rows and STEP blocks at a time: one load instruction per tile, all of it in flight together.
 Little's law asks for some 3 MB in flight (4.3 TB/s times 700 ns), 23 KB per multiprocessor: two programs of 128 threads
