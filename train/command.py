@@ -41,7 +41,7 @@ def run_training(
     Settings, each overriding those before: the existing run in `out`, or the preset; the TOML file; the flags; the
     assignments ("train.lr=1e-3"). flags: {section: {key: value}}, None for a flag that was not given.
     open_initial opens the model that train.init names, open_teacher that of train.teacher; look reads the shape of
-    either without its weights. force: train even if memory seems too small; checked: memory was checked by the caller. Raises
+    either without its weights. force: train even if memory seems too small; checked: the caller checked memory. Raises
     BitNetError.
     """
     folder = out or _default_folder(preset, config_file, flags, assignments)

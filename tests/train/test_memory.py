@@ -12,9 +12,9 @@ from bitnet import machine
 from bitnet.cli import main
 from bitnet.config import ModelConfig
 from bitnet.errors import BitNetError
-from bitnet.layers import set_quant_warmup
 from bitnet.memory import INTERPRETER, Need, Way, check, useful
 from bitnet.model import Transformer
+from bitnet.quant import training_precision
 from bitnet.train import memory
 from bitnet.train.config import RunConfig, TrainConfig
 from bitnet.train.objective import Objective
@@ -50,11 +50,8 @@ def setting(config: RunConfig) -> memory.Setting:
 
 def step(config: RunConfig, share: float) -> tuple[Transformer, Optimizer, int]:
     """One step of a real model; also the bytes that its forward pass kept, each storage once, parameters aside."""
-    model = Transformer(config.model)
+    model = Transformer(config.model, recompute=config.train.recompute)
     model.init_weights(0)
-    set_quant_warmup(model, share)
-    for block in model.blocks():
-        block.recompute = config.train.recompute
     optimizer = Optimizer(model, config.train)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -69,7 +66,7 @@ def step(config: RunConfig, share: float) -> tuple[Transformer, Optimizer, int]:
     ids = torch.randint(config.model.vocab_size, (config.train.batch_size, config.model.context + 1))
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.train.dtype == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), bf16:
-        loss, _ = Objective(model, config.train)(ids[:, :-1], ids[:, 1:])
+        loss, _ = Objective(model, config.train)(ids[:, :-1], ids[:, 1:], training_precision(share))
     loss.backward()
     optimizer.set_step(0)
     return model, optimizer, sum(kept.values())
@@ -320,7 +317,7 @@ def test_each_verb_refuses_before_it_starts(
     for name in (
         "bitnet.files.packed.read_packed",
         "bitnet.train.runs.run.Run.load",
-        "bitnet.train.pretrain.prepare_data",
+        "bitnet.train.setup.prepare_data",
     ):
         monkeypatch.setattr(name, refuse)
     before = sorted(folder.iterdir())
