@@ -23,7 +23,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise BitNetError(
-            "plot: got no matplotlib, expected it to be installed; pip install 'bitnet-ternary[plot]'"
+            "plot: got no matplotlib, expected it to be installed; from a clone: pip install '.[plot]'"
         ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -33,7 +33,7 @@ def why_not_installed(settings: Settings) -> str | None:
     """Why llama.cpp cannot run here, None where it can."""
     if settings.llama or any(importlib.util.find_spec(name) for name in ("llama_cpp", "cyllama")):
         return None
-    return "cyllama is not installed; pip install 'bitnet-ternary[compare]'"
+    return "cyllama is not installed; from a clone: pip install '.[compare]'"
 
 
 def why_not_shape(config: ModelConfig, kind: str, block: int) -> str | None:

@@ -9,7 +9,7 @@ from bitnet.benchmarks.compare.artifact import GPTQ_BITS, GPTQ_GROUP, Artifact, 
 from bitnet.benchmarks.compare.method import Method, Settings, needs, version
 from bitnet.benchmarks.compare.pair import Pair
 
-_INSTALL = "pip install 'bitnet-ternary[compare-gptq]'"
+_INSTALL = "from a clone: pip install '.[compare-gptq]'"
 
 
 def _make(pair: Pair, folder: Path, settings: Settings) -> Artifact:

@@ -1,8 +1,8 @@
 """What a comparison holds: this process, and beside it one worker at a time that makes or measures one model.
 
-A worker that makes a model loads the float twin as fp32 masters out of a mapped save and adds what its method needs;
+A worker that makes a model loads the float baseline as fp32 masters from a mapped save and adds what its method needs;
 one that measures holds the model in the form it runs in, logits of a batch of windows with their logarithms, and for
-the divergence from the twin one window in fp64 (benchmarks/compare/measure.py).
+the divergence from the baseline one window in fp64 (benchmarks/compare/measure.py).
 
 Dimensions: M tokens of a batch, D model, F ffn, V vocabulary.
 """
@@ -32,7 +32,7 @@ def method_needs(methods: Sequence[Method], config: ModelConfig) -> dict[str, Ne
 
 def _making(method: Method, config: ModelConfig) -> Mapping[str, float]:
     count, linear = parameters(config), linear_parameters(config)
-    held = {"libraries": INTERPRETER, "twin": 8.0 * count}
+    held = {"libraries": INTERPRETER, "baseline": 8.0 * count}
     if method.name == "qat-int4":
         train = TrainConfig(optimizer="adamw", batch_size=_QAT_WINDOWS, dtype="fp32", quant_warmup=0.0)
         plain = config.replace(linear="float")

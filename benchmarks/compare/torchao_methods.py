@@ -16,7 +16,7 @@ from bitnet.benchmarks.compare.method import Method, Settings, needs, version
 from bitnet.benchmarks.compare.pair import Pair
 from bitnet.model import Transformer
 
-_INSTALL = "pip install 'bitnet-ternary[compare]'"
+_INSTALL = "from a clone: pip install '.[compare]'"
 _GROUP = 32  # weights that share a scale at four bits, as in GGUF's Q4_0
 _QAT_LR = 1e-4  # of AdamW, falling to 0: the baseline is trained already and only adapts to the rounding
 _QAT_BATCH = 8  # windows per step

@@ -133,7 +133,7 @@ def model_type() -> Any:
         from lm_eval.api.registry import register_model
     except ImportError:
         raise BitNetError(
-            "harness: got no lm_eval, expected lm-evaluation-harness; pip install 'bitnet-ternary[eval]'"
+            "harness: got no lm_eval, expected lm-evaluation-harness; from a clone: pip install '.[eval]'"
         ) from None
 
     @register_model("bitnet")

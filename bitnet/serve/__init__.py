@@ -24,5 +24,5 @@ def check_packages() -> None:
     if missing:
         raise BitNetError(
             f"serve: got no package {', '.join(missing)}, expected the server's packages; "
-            "pip install 'bitnet-ternary[serve]'"
+            "from a clone: pip install '.[serve]'"
         )

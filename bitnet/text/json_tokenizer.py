@@ -124,7 +124,7 @@ class JsonTokenizer(BaseTokenizer):
         except ImportError:
             raise BitNetError(
                 "chat: got a model with a chat template, expected the jinja2 package to run it; "
-                "pip install 'bitnet-ternary[tokenizers]'"
+                "from a clone: pip install '.[tokenizers]'"
             ) from None
 
         def refuse(reason: str) -> str:
@@ -183,7 +183,7 @@ def _parse(text: str) -> "tokenizers.Tokenizer":
     except ImportError:
         raise BitNetError(
             "got a model with a tokenizer.json, expected the tokenizers package to read it; "
-            "pip install 'bitnet-ternary[tokenizers]'"
+            "from a clone: pip install '.[tokenizers]'"
         ) from None
     return _call(tokenizers.Tokenizer.from_str, text)
 

@@ -158,7 +158,7 @@ def test_missing_library_says_how_to_get_it(pair: Pair, monkeypatch: pytest.Monk
     for name, extra in (("int8-absmax", "compare"), ("gptq-int4", "compare-gptq"), ("gguf-q4_0", "compare")):
         reason = registry()[name].why_not(pair, SETTINGS)
         assert reason is not None
-        assert f"pip install 'bitnet-ternary[{extra}]'" in reason
+        assert f"pip install '.[{extra}]'" in reason
     assert "--binary RUN" in str(registry()["bitnet-1bit"].why_not(pair, SETTINGS))
 
 

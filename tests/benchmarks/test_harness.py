@@ -35,7 +35,7 @@ from bitnet.text.tokenizer import Tokenizer
 from bitnet.train import scoring
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
-needs_library = pytest.mark.skipif(not INSTALLED, reason="pip install 'bitnet-ternary[eval]'")
+needs_library = pytest.mark.skipif(not INSTALLED, reason="from a clone: pip install '.[eval]'")
 SHAPE = "hidden_size=32 intermediate_size=44 num_hidden_layers=1 num_attention_heads=2 num_key_value_heads=1"
 CONTEXT = 16
 # Learnt by heart, each a document that its beginning gives away: the likeliest text is known without any engine.

@@ -271,7 +271,7 @@ def test_a_gpu_that_is_not_there(device: str, place: Path, capsys: Captured) -> 
 
 THREADED: dict[str, Callable[[Path], list[object]]] = {
     "train": train_args,
-    "sweep": lambda place: ["sweep", place / "ladder.toml", "--out", place / "new"],
+    "sweep": lambda place: ["sweep", place / "spec.toml", "--out", place / "new"],
     "generate": lambda place: ["generate", "-m", place / "model.safetensors", "-p", "a"],
     "serve": lambda place: ["serve", "-m", place / "model.safetensors"],
     "eval": lambda place: ["eval", "-m", place / "model.safetensors", "--data", place / "toy.txt"],

@@ -137,7 +137,7 @@ def test_int8_embeddings(isa: str, variant: str, make: Callable[..., PackedModel
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_long_contexts_are_those_of_torch(isa: str, cache: str, make: Callable[..., PackedModel]) -> None:
-    """Beyond 256 and 512 positions, where attention goes on to the next span; one layer, so that flips stay single."""
+    """Beyond 256 and 512 positions attention continues in the next span; one layer, so that a flip stays single."""
     packed = make(num_hidden_layers=1, max_position_embeddings=600)
     ids = draw(packed, 1, 600)
     expected, got = TorchEngine(build(packed)).logits(ids)[0], native_engine(packed, cache=cache).logits(ids)[0]

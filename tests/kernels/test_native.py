@@ -437,7 +437,7 @@ def test_wrong_products_are_refused(isa: str, wrong: str) -> None:
         setattr(call, name, value)
     with pytest.raises(error, match=message):
         call()
-    assert (Call(isa)() == expected).all()  # and it goes on working
+    assert (Call(isa)() == expected).all()  # and it still works
 
 
 WRONG_WEIGHTS: dict[str, tuple[Callable[[Call], dict[str, object]], type[Exception], str]] = {
@@ -674,5 +674,5 @@ def test_the_doctor_sees_the_build(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(why_no_compiler("c++") is not None, reason=str(why_no_compiler("c++")))
 def test_a_compiler_means_a_build() -> None:
-    """The install goes on without C++ where it fails to compile: here, where it should not, that must show."""
+    """An install without a compiler succeeds without C++; on a machine with one, that must not pass unnoticed."""
     assert native.why_not() is None

@@ -620,7 +620,7 @@ def test_what_cannot_be_served_is_reported_in_one_line(
         assert len(captured.err.splitlines()) == 1, captured.err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["serve", "-m", str(model)]) == 2
-    assert "pip install 'bitnet-ternary[serve]'" in capsys.readouterr().err
+    assert "from a clone: pip install '.[serve]'" in capsys.readouterr().err
 
 
 def test_a_server_open_to_other_machines_without_a_key_is_warned_of(model: Path) -> None:

@@ -198,7 +198,7 @@ def test_what_is_no_text_is_named(row: Any, message: str, library: StandIn, tmp_
 
 
 needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("datasets") is None, reason="pip install 'bitnet-ternary[datasets]'"
+    importlib.util.find_spec("datasets") is None, reason="from a clone: pip install '.[datasets]'"
 )
 
 

@@ -263,7 +263,7 @@ def settings_of(model: ModelConfig) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ternary run, its float twin, a packed file and a Hugging Face folder of it."""
+    """A ternary run, its float baseline, a packed file and a Hugging Face folder of it."""
     folder = tmp_path_factory.mktemp("memory")
     rng = random.Random(1)
     (folder / "text.txt").write_text(" ".join(rng.choice(["def", "return", "one", "two"]) for _ in range(3000)))
@@ -284,8 +284,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main([str(word) for word in words]) == 0
     assert main(["pack", str(folder / "ternary"), "-o", str(folder / "model.safetensors")]) == 0
     assert main(["export", str(folder / "ternary"), "-o", str(folder / "hf"), "--to", "hf"]) == 0
-    ladder = 'preset = "nano"\n[base]\ndata.paths = ["nowhere.txt"]\n[grid]\ntrain.batch_size = [4, 64]\n'
-    (folder / "ladder.toml").write_text(ladder)
+    spec = 'preset = "nano"\n[base]\ndata.paths = ["nowhere.txt"]\n[grid]\ntrain.batch_size = [4, 64]\n'
+    (folder / "spec.toml").write_text(spec)
     return folder
 
 
@@ -293,7 +293,7 @@ VERBS = {
     "train": "train --preset nano --data {0}/text.txt --out {0}/new",
     "train-init": "train --init {0}/ternary --data {0}/text.txt --out {0}/new",
     "train-resume": "train --out {0}/ternary --steps 2",
-    "sweep": "sweep {0}/ladder.toml --out {0}/sweep",
+    "sweep": "sweep {0}/spec.toml --out {0}/sweep",
     "generate": "generate -m {0}/model.safetensors -p one -n 4",
     "generate-torch": "generate -m {0}/model.safetensors -p one -n 4 --engine torch",
     "eval": "eval -m {0}/model.safetensors --data {0}/text.txt",
@@ -353,7 +353,7 @@ def test_a_sweep_names_its_largest_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine_with(monkeypatch, 0)
-    assert main(["sweep", str(folder / "ladder.toml"), "--out", str(folder / "sweep")]) == 2
+    assert main(["sweep", str(folder / "spec.toml"), "--out", str(folder / "sweep")]) == 2
     line = capsys.readouterr().err
     assert "sweep: batch-size=64-ternary-s0: 4M parameters on 64 x 256 tokens" in line
     assert "train.batch_size=1 (" in line  # as a sweep file has it, not as a flag of train

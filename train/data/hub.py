@@ -49,7 +49,7 @@ def _texts(name: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise BitNetError(
-            "data: got no package 'datasets', expected it to read a data set; pip install 'bitnet-ternary[datasets]'"
+            "data: got no package 'datasets', expected it to read a data set; from a clone: pip install '.[datasets]'"
         ) from None
     try:
         rows = datasets.load_dataset(

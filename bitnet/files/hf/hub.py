@@ -22,7 +22,7 @@ def download(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise BitNetError(
-            f"got no file or folder '{name}'; to fetch it from the hub: pip install 'bitnet-ternary[hub]'"
+            f"got no file or folder '{name}'; to fetch it from the hub: from a clone: pip install '.[hub]'"
         ) from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=_BELOW))
