@@ -84,7 +84,7 @@ def select_contenders(choice: EngineChoice) -> list[Contender]:
     ):
         if value != default and not able:
             raise BitNetError(
-                f"bench: {flag}: got '{','.join(value)}' for {', '.join(choice.backends)}, which has no such choice; "
+                f"bench: {flag}: got '{','.join(value)}' for {', '.join(choice.backends)}, which has no such option; "
                 "use --backend cpu"
             )
     # "auto" beside the engine it stands for would run that engine twice.
