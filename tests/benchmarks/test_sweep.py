@@ -28,16 +28,16 @@ def test_a_sweep_resumes_and_reports(
 ) -> None:
     """Cut off in its fourth run, started again: eight runs, each trained once, equal to what `bitnet train` gives."""
     file, out, calls = write_spec(text, GRID), text.parent / "out", 0
-    original = loop.Trainer._training_step
+    original = loop.Trainer.training_step
 
-    def counted(trainer: loop.Trainer) -> dict[str, Any] | None:
+    def counted(trainer: loop.Trainer) -> None:
         nonlocal calls
         calls += 1
         if calls == 4 * 3 + 2:
             raise KeyboardInterrupt
-        return original(trainer)
+        original(trainer)
 
-    monkeypatch.setattr(loop.Trainer, "_training_step", counted)
+    monkeypatch.setattr(loop.Trainer, "training_step", counted)
     args = ["sweep", str(file), "--out", str(out), "--json", "-q"]
     assert main(args) == 130
     assert main(args) == 0

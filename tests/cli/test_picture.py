@@ -50,7 +50,9 @@ def test_activations_are_those_of_the_model(sub_norms: bool, seed: int) -> None:
     seen: dict[str, list[torch.Tensor]] = {"q, k, v": [], "gate, up": []}
     for block in model.model.layers:
         for name, norm in (("q, k, v", block.input_layernorm), ("gate, up", block.post_attention_layernorm)):
-            norm.register_forward_hook(lambda _m, _i, y, name=name: seen[name].append(y.abs().amax(-1).flatten()))
+            norm.register_forward_hook(
+                lambda _m, _i, y, name=name: seen[name].append(y.compute().abs().amax(-1).flatten())
+            )
     figures = picture.measure(model, None, "")
     assert figures.tokens == SHAPE.context
     for name, rows in seen.items():

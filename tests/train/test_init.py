@@ -208,7 +208,7 @@ def test_a_float_model_turns_ternary(
     packing = ["pack", str(tmp_path / "parts"), "-o", str(tmp_path / "m.safetensors")]
     capsys.readouterr()
     assert main(packing) == 0
-    assert "at step 2 its quantisers are 50% in" in capsys.readouterr().err
+    assert "at step 2 the quantisation warm-up is at 50%" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitnet.train.pretrain.training_precision", note_share)
         assert train(tmp_path, *args, "--out", tmp_path / "parts", "--steps", 8) == 0

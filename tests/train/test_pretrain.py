@@ -171,8 +171,8 @@ class Poison:
         self.kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # step -> state before and after
         original, take_step, set_step = Objective.forward, loop.Trainer.training_step, Optimizer.set_step
 
-        def loss(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            value, entropy = original(objective, inputs, targets)
+        def loss(objective: Objective, *arguments: Any) -> tuple[Tensor, Tensor]:
+            value, entropy = original(objective, *arguments)
             if self.now not in self.steps:
                 return value, entropy
             if way in ("nan loss", "inf loss"):
@@ -449,9 +449,9 @@ def test_batches_of_a_run_do_not_repeat(corpus: Path, tmp_path: Path, monkeypatc
     seen: list[tuple[int, ...]] = []
     original = Objective.forward
 
-    def spy(objective: Objective, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def spy(objective: Objective, inputs: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         seen.extend(tuple(row) for row in inputs.tolist())
-        return original(objective, inputs, targets)
+        return original(objective, inputs, *others)
 
     config = toy_config(corpus, batch_size=5, accumulate=3, steps=4)
     monkeypatch.setattr(Objective, "forward", spy)
