@@ -1,9 +1,11 @@
-"""Whether there is a C++ compiler that works: `CXX=false make test` is a machine without one."""
+"""Machines without a C++ compiler: whether this is one (`CXX=false make test` is), and what differs there."""
 
 import functools
 import os
 import shutil
 import subprocess
+
+from bitnet.kernels import native
 
 
 @functools.cache
@@ -15,3 +17,9 @@ def why_no_compiler(name: str = "g++") -> str | None:
     asked = [command, "-x", "c++", "-fsyntax-only", "-"]
     done = subprocess.run(asked, input=b"#include <vector>\n", capture_output=True, timeout=120, check=False)
     return f"needs a C++ compiler, '{command}' compiles nothing" if done.returncode else None
+
+
+def without_build_warning(err: str) -> str:
+    """What a verb wrote to stderr, less the line that warns where the C++ kernels are not built."""
+    warning = f"bitnet: {native.why_not()}; running through torch"
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(warning))
