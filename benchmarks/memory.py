@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--only WORD]
 
 Each case is a process of its own: `bitnet train` of three steps, then `generate`, `eval`, `serve`, `export` and
-`import` of what came of it. Measured is what `/usr/bin/time -v` calls the maximum resident set size (wait4); the
+`import` of what came of it. Measured is what `/usr/bin/time -v` calls the maximum resident set size (of wait4); the
 estimate is that of the same configuration, with the vocabulary that the text gave. No case takes more than 6 GB. The
 last line is one JSON document.
 """
@@ -52,20 +52,36 @@ RUNS = [
 ]
 
 
-def peak(command: list[str], log: Path) -> int:
-    """Bytes of the largest resident set of a command. Raises RuntimeError, with its last words, where it fails."""
-    with log.open("wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file)
-        return wait(child, log)
+# Runs a command and writes down its largest resident set. A process begins with that of the one it was forked from, so
+# it is one that imports next to nothing, as /usr/bin/time is.
+_WATCH = """
+import os, signal, subprocess, sys
+child = subprocess.Popen(sys.argv[2:])
+signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+_, status, usage = os.wait4(child.pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(str(usage.ru_maxrss))
+os._exit(os.waitstatus_to_exitcode(status))
+"""
 
 
-def wait(child: "subprocess.Popen[bytes]", log: Path, fine: tuple[int, ...] = (0,)) -> int:
-    """Wait for a child and return its largest resident set, in bytes."""
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)  # which Popen would wait for a second time
-    if child.returncode not in fine:
-        raise RuntimeError(f"{child.args} ended with {child.returncode}: {log.read_text(errors='replace')[-500:]}")
-    return int(usage.ru_maxrss) * 1024  # Linux counts in kB
+def watched(command: list[str], folder: Path, **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a command that is measured; its log is `folder/log.txt`."""
+    words = [sys.executable, "-ISc", _WATCH, str(folder / "peak.txt"), *command]
+    with (folder / "log.txt").open("wb") as file:
+        return subprocess.Popen(words, **{"stdout": file, "stderr": file, **options})
+
+
+def ended(child: "subprocess.Popen[bytes]", folder: Path, fine: int = 0) -> int:
+    """Wait for a command. Returns the bytes of its largest resident set. Raises RuntimeError where it fails."""
+    if (code := child.wait()) != fine:
+        raise RuntimeError(f"{child.args} ended with {code}: {(folder / 'log.txt').read_text(errors='replace')[-500:]}")
+    return int((folder / "peak.txt").read_text()) * 1024  # Linux counts in kB
+
+
+def peak(command: list[str], folder: Path) -> int:
+    """Bytes of the largest resident set of a command."""
+    return ended(watched(command, folder), folder)
 
 
 def bitnet(*words: object) -> list[str]:
@@ -102,7 +118,7 @@ def trainings(folder: Path, only: str) -> list[dict[str, Any]]:
         run = Run(folder / "-".join([preset, *flags]).replace("/", "_").replace(" ", ""))
         words = ["--preset", preset, *flags, "--data", corpus, "--out", run.path, "--steps", 3, "-q", "-t", 1]
         words += ["--set", "train.eval_tokens=1024", "--set", "data.val_fraction=0.001"]
-        measured = peak(bitnet("train", *words), folder / "log.txt")
+        measured = peak(bitnet("train", *words), folder)
         rows.append(row(f"train {name}", fresh(run), measured))
     return rows
 
@@ -116,75 +132,51 @@ def fresh(run: Run) -> Need:
 
 def served(model: Path, config: ModelConfig, folder: Path, slots: int) -> int:
     """The largest resident set of a server that has filled `slots` contexts."""
-    log = folder / "log.txt"
-    with log.open("wb") as file:
-        words = ("serve", "-m", model, "--port", 0, "--slots", slots, "-t", 1)
-        child = subprocess.Popen(bitnet(*words), stdout=subprocess.PIPE, stderr=file)
-        assert child.stdout is not None
-        url = child.stdout.readline().decode().strip()
+    words = ("serve", "-m", model, "--port", 0, "--slots", slots, "-t", 1)
+    child = watched(bitnet(*words), folder, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    url = child.stdout.readline().decode().strip()
 
-        def ask(number: int) -> None:
-            body = {
-                "prompt": f"{number} def ",
-                "max_tokens": config.context - 16,
-                "temperature": 1.0,
-                "ignore_eos": True,
-            }
-            request = urllib.request.Request(
-                f"{url}v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=600) as answer:
-                answer.read()
+    def ask(number: int) -> None:
+        body = {"prompt": f"{number} def ", "max_tokens": config.context - 16, "temperature": 1.0, "ignore_eos": True}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}v1/completions", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            answer.read()
 
-        with ThreadPoolExecutor(slots) as pool:
-            list(pool.map(ask, range(slots)))
-        child.terminate()
-        return wait(child, log, fine=(143,))
+    with child.stdout, ThreadPoolExecutor(slots) as pool:
+        list(pool.map(ask, range(slots)))
+    child.terminate()
+    return ended(child, folder, fine=143)
 
 
 def others(folder: Path, only: str) -> list[dict[str, Any]]:
-    """Rows of the verbs that take a model, on a run of `mini`."""
+    """Rows of the verbs that take a model, on a run of `small-portable`."""
     if only not in "generate eval serve export import":
         return []
-    log, run, packed = folder / "log.txt", Run(folder / "model"), folder / "model.safetensors"
-    words = (
-        "--preset",
-        "mini-portable",
-        "--data",
-        text(folder),
-        "--batch-size",
-        1,
-        "-c",
-        128,
-        "--steps",
-        1,
-        "-q",
-        "-t",
-        1,
-    )
-    peak(
-        bitnet("train", *words, "--set", "train.eval_tokens=512", "--set", "train.quant_warmup=0", "--out", run.path),
-        log,
-    )
-    peak(bitnet("pack", run.path, "-o", packed), log)
+    run, packed = Run(folder / "model"), folder / "model.safetensors"
+    words = ("--preset", "small-portable", "--data", text(folder), "--batch-size", 1, "--steps", 1, "-q", "-t", 1)
+    settings = ("--set", "data.val_fraction=0.001", "--set", "train.quant_warmup=0")
+    peak(bitnet("train", *words, *settings, "--out", run.path), folder)
+    peak(bitnet("pack", run.path, "-o", packed), folder)
     config, size = read_config(packed), packed.stat().st_size
     limit = config.context
     rows = []
-    measured = peak(bitnet("generate", "-m", packed, "-p", "def ", "-n", 64, "--ignore-eos", "--json"), log)
+    measured = peak(bitnet("generate", "-m", packed, "-p", "def ", "-n", 64, "--ignore-eos", "--json"), folder)
     rows.append(row("generate", engine_need(config, size, CPU, Work(70, limit, read=5)), measured))
     windows = batch_for(limit, config.vocab_size)
     work = Work(limit, limit, windows, read=windows * limit, logits=2 * windows * limit)
     part = folder / "part.txt"
     part.write_text(text(folder).read_text(encoding="utf-8")[:200_000], encoding="utf-8")
-    measured = peak(bitnet("eval", "-m", packed, "--data", part, "--json"), log)
+    measured = peak(bitnet("eval", "-m", packed, "--data", part, "--json"), folder)
     rows.append(row("eval", engine_need(config, size, CPU, work), measured))
     measured = served(packed, config, folder, 4)
     rows.append(row("serve --slots 4", engine_need(config, size, CPU, Work(limit, limit, 4, 256, 260)), measured))
-    measured = peak(bitnet("export", run.path, "-o", folder / "hf", "--to", "hf"), log)
+    measured = peak(bitnet("export", run.path, "-o", folder / "hf", "--to", "hf"), folder)
     rows.append(row("export --to hf", export_need(config, trained=True), measured))
-    measured = peak(bitnet("export", packed, "-o", folder / "m.gguf", "--to", "gguf"), log)
+    measured = peak(bitnet("export", packed, "-o", folder / "m.gguf", "--to", "gguf"), folder)
     rows.append(row("export --to gguf", export_need(config, trained=False, mapped=size), measured))
-    measured = peak(bitnet("import", folder / "hf", "-o", folder / "again.safetensors"), log)
+    measured = peak(bitnet("import", folder / "hf", "-o", folder / "again.safetensors"), folder)
     rows.append(row("import", import_need(config), measured))
     return rows
 

@@ -136,7 +136,6 @@ def test_the_parts_of_training_only_grow() -> None:
         "batch": {"batch_size": 97},
         "warm-up": {"quant_warmup": 0.8},
         "adamw": {"optimizer": "adamw"},
-        "compile": {"compile": True},
         "async save": {"async_save": True},
         "accumulate": {"accumulate": 2},
         "z-loss": {"z_loss": 1e-4},
