@@ -10,9 +10,9 @@ with oneDNN limited to what an AMD EPYC of 2024 has (ONEDNN_MAX_CPU_ISA=AVX512_C
           linear                                4              195                3                  28
 
 qlinear_pointwise with signed activations has a fast kernel on CPUs with AMX; without it oneDNN runs its
-reference code (`ref_int8` under ONEDNN_VERBOSE=1), ten thousand times slower. `compare` therefore first times a product
-so small that even the reference code ends in a twentieth of a second, drops the ways that are far behind, and times
-the others at the size that is asked about.
+reference code (`ref_int8` under ONEDNN_VERBOSE=1), ten thousand times slower. The function `compare` therefore first
+times a product so small that even the reference code ends in a twentieth of a second, drops the ways that are far
+behind, and times the others at the size that is asked about.
 
 Dimensions: M rows, K in-features, N out-features.
 """
@@ -28,9 +28,8 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]  # [M, K] -> [M, N]; of int8 the sums alone, int32 or fp32
 Clock = Callable[[], float]  # seconds
 
-FEW_ROWS = (
-    16  # up to so many a product reads its weights and does little else: a token of each sequence; more: a prompt
-)
+# Up to so many rows, a token of each sequence, a product reads its weights and does little else; more are a prompt.
+FEW_ROWS = 16
 # With fewer, oneDNN 3.12 takes a path a thousand times slower for some shapes: rows of zeros are cheaper.
 _LEAST_ROWS = 16
 _PROBE = (16, 256, 256)  # M, N, K: a million multiply-adds, 0.05 s at the 0.02 billion a second of reference code

@@ -183,5 +183,6 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
 def _default_folder(preset: str | None, config_file: Path | None, flags: Values, assignments: list[str]) -> Path:
     """runs/PRESET-LINEAR, from wherever the two are set."""
     parent = Path("runs")
-    named = preset or (read_toml(config_file)[0] if config_file is not None else None) or "nano"
-    return parent / f"{named}-{resolve(preset, config_file, flags, assignments, Run(parent / named)).model.linear}"
+    named, values = read_toml(config_file) if config_file is not None else (None, {})
+    model = schema.current(merge(values, _command_line(flags, assignments)).get("model", {}), "model")
+    return parent / f"{preset or named or 'nano'}-{model.get('linear', ModelConfig().linear)}"

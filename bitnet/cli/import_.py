@@ -38,7 +38,7 @@ def import_(
 
     use_threads()
     found = open_source(source, weight_scale)  # of another tool's model only headers are read here
-    need = import_need(found.config)
+    need = import_need(found.config, Path(source).stat().st_size if found.kind == "a packed file" else 0.0)
     check(f"import: {Path(source).name}", need, torch.device("cpu"), instead=OTHER_MACHINE, force=force)
     with progress(f"importing {found.kind}", quiet=quiet) as report:
         notes = import_model(found, output, choose_tokenizer(found, tokenizer), report)

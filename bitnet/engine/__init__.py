@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: the protocol of an engine and its implementations."""
+"""Token ids in, token ids out: the base class of engines and its implementations."""

@@ -1,4 +1,4 @@
-"""Engines: token ids in, token ids out. They know no text and no files.
+"""Engines: token ids in, token ids out. They know no text; load.py alone opens files.
 
 An `Engine` holds the weights of one model. A `Session` holds the keys and values of a batch of sequences of one length;
 a `SequenceBatch` those of sequences that join and leave, each of its own length (continuous batching).
@@ -146,10 +146,10 @@ class Engine(ABC):
         """Continue `ids`, one id at a time, until `max_new_tokens` are made or one of `stop` is drawn.
 
         limit: tokens the cache holds (default: the model's context). A text that outgrows it continues from the last
-        half of that many tokens, read again from position 0: the model sees no position it was not trained for.
+        half of that many tokens, read again from position 0, so that no position lies beyond `limit`.
         Raises BitNetError for an empty prompt and for ids outside the vocabulary.
         """
-        limit = limit or self.config.context
+        limit = self.config.context if limit is None else limit
         history = list(ids)
         if not history:
             raise BitNetError("generate: got an empty prompt, expected at least one token; give a text or a BOS token")

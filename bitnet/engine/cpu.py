@@ -42,7 +42,7 @@ def why_not(config: ModelConfig) -> str | None:
 
 
 class CpuEngine(Engine):
-    """A packed model in C++. Removes each tensor from `tensors` (names: bitnet/files/packed.py) once it is loaded.
+    """A packed model in C++. Removes each tensor from `tensors` (named as in files/packed_layout.py) once it is loaded.
 
     head: "file" (as stored, exact), "int8" (one scale per row) or "int4" (one scale per 32 weights: 4.5 bits each).
     cache: dtype of keys and values, "fp32" (exact), "bf16" or "int8". docs/engines.md says what the rounding costs.

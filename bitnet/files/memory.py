@@ -1,6 +1,6 @@
 """What importing and exporting hold: a source, the largest tensor on its way, and nothing of what is written.
 
-Files are written tensor by tensor (safetensors_file.py, gguf_file.py), so that of the target only the pages in the
+Files are written tensor by tensor (safetensors_file.py, gguf/file.py), so that of the target only the pages in the
 system's cache remain, which no process owns. Sources of Hugging Face's and GGUF are read by tensor as well; a packed
 file is mapped and read whole for its checksum; a run is loaded, as fp32 masters out of a mapped save.
 

@@ -241,7 +241,7 @@ def read_packed(path: str | Path) -> PackedModel:
         check_tokenizer(config, tokenizer)
         return PackedModel(config, tensors, tokenizer, json.loads(metadata["info"]))
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, BitNetError) or is_thread_shortage(error):  # of threads: the file is not to blame
+        if isinstance(error, BitNetError) or is_thread_shortage(error):  # out of threads: not the file's fault
             raise
         raise BitNetError(
             f"{path}: got a file that cannot be read ({type(error).__name__}: {error}), expected a packed model; "

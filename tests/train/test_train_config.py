@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bitnet.config import PRESETS, ModelConfig
 from bitnet.errors import BitNetError
+from bitnet.train import command
 from bitnet.train.command import parse_assignments, resolve
 from bitnet.train.config import (
     DTYPES,
@@ -393,3 +394,17 @@ def test_numbers_survive_exactly(toml: Path) -> None:
         config = RunConfig(train=TrainConfig(lr=lr))
         toml.write_text(config.to_toml())
         assert read_config(toml).train.lr == lr
+
+
+def test_the_default_folder_says_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset and the kind of linear layer, wherever they are set; not those of a run in another folder."""
+    monkeypatch.chdir(tmp_path)
+    other = Path("runs/nano")
+    other.mkdir(parents=True)
+    (other / "config.toml").write_text(default_config("nano").override({"model": {"linear": "float"}}).to_toml())
+    file = tmp_path / "settings.toml"
+    file.write_text('preset = "micro"\n[model]\nlinear = "plain"\n')
+    assert command._default_folder(None, None, {}, []) == Path("runs/nano-ternary")
+    assert command._default_folder(None, None, {"model": {"linear": "float"}}, []) == Path("runs/nano-float")
+    assert command._default_folder("mini", None, {}, ["model.linear=binary"]) == Path("runs/mini-binary")
+    assert command._default_folder(None, file, {}, []) == Path("runs/micro-float")

@@ -33,10 +33,8 @@ class StepBatches:
         self.sequences = sequences_per_step(settings, self._world_size)  # over all ranks
         self.tokens = self.sequences * config.context  # the same, in tokens
         mine = rank_sequences(self.sequences, processes.rank, self._world_size)
-        self._first, self._counts = (
-            mine.start,
-            micro_batches(self.sequences, self._world_size, settings.batch_size, len(mine)),
-        )
+        self._first = mine.start
+        self._counts = micro_batches(self.sequences, self._world_size, settings.batch_size, len(mine))
         self._largest = micro_batches(self.sequences, self._world_size, settings.batch_size)[0]
 
     def __len__(self) -> int:
