@@ -162,8 +162,9 @@ def parse_assignments(assignments: list[str], config: RunConfig) -> Values:
         section, dot, name = key.strip().partition(".")
         if not equals or not dot:
             raise BitNetError(f"--set: got '{text}', expected section.key=value, such as train.lr=1e-3")
+        (name,) = schema.current({name: value}, section)  # a key may be given by its old name
         current = getattr(getattr(config, section, None), name, None)
-        values.setdefault(section, {})[name] = schema.parse(value.strip(), type(current), key.strip())
+        values.setdefault(section, {})[name] = schema.parse(value.strip(), type(current), f"{section}.{name}")
     return values
 
 

@@ -3,4 +3,8 @@
 import sys
 
 if __name__ == "__main__":
-    sys.exit("bitnet: error: got bitnet.train.harness, which has moved; run: python -m bitnet.benchmarks.harness")
+    print(
+        "bitnet: error: got bitnet.train.harness, which has moved; run: python -m bitnet.benchmarks.harness",
+        file=sys.stderr,
+    )
+    sys.exit(2)

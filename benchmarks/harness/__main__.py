@@ -1,5 +1,12 @@
 """`python -m bitnet.benchmarks.harness`."""
 
-from bitnet.benchmarks.harness.adapter import main
+import sys
 
-main()
+from bitnet.benchmarks.harness.adapter import main
+from bitnet.errors import BitNetError
+
+try:
+    main()
+except BitNetError as error:
+    print(f"bitnet: error: {error}", file=sys.stderr)
+    sys.exit(2)

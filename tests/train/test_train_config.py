@@ -408,3 +408,8 @@ def test_the_default_folder_says_what_is_trained(tmp_path: Path, monkeypatch: py
     assert command._default_folder(None, None, {"model": {"linear": "float"}}, []) == Path("runs/nano-float")
     assert command._default_folder("mini", None, {}, ["model.linear=binary"]) == Path("runs/mini-binary")
     assert command._default_folder(None, file, {}, []) == Path("runs/micro-float")
+
+
+def test_an_assignment_may_use_an_old_key() -> None:
+    assert parse_assignments(["train.ease=0.5"], RunConfig()) == {"train": {"quant_warmup": 0.5}}
+    assert parse_assignments(["train.table_lr=1e-3"], RunConfig()) == {"train": {"embedding_lr": 0.001}}
