@@ -51,9 +51,9 @@ def agreement(reference: Tensor, logits: Tensor) -> Tensor:
     return reference.argmax(-1) == logits.argmax(-1)
 
 
-def stretches(values: NDArray[Any], count: int = STRETCHES) -> NDArray[Any]:
-    """Sums [S] over at most `count` stretches of neighbouring windows [W], as even as possible."""
-    return np.array([stretch.sum() for stretch in np.array_split(values, min(count, len(values)))])
+def stretches(values: NDArray[Any]) -> NDArray[Any]:
+    """Sums [S] over at most STRETCHES stretches of neighbouring windows [W], as even as possible."""
+    return np.array([stretch.sum() for stretch in np.array_split(values, min(STRETCHES, len(values)))])
 
 
 def figures(

@@ -121,10 +121,10 @@ def _check_same(first: Path, ours: dict[str, Any], second: Path, theirs: dict[st
             )
 
 
-def find_baseline(run: Path, linear: str = "float") -> Path:
+def find_baseline(run: Path) -> Path:
     """A run's baseline, by the default names of `bitnet train`. Raises BitNetError where there is none."""
     name = run.resolve().name
-    guess = run.resolve().with_name(name.replace("ternary", linear))
+    guess = run.resolve().with_name(name.replace("ternary", "float"))
     if "ternary" in name and Run(guess).exists():
         return guess
     raise BitNetError(

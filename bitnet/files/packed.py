@@ -85,7 +85,7 @@ class PackedSource:
 
     def master(self, name: str) -> Tensor:
         if self.config.linear != "float":
-            raise no_masters("a packed file")
+            raise no_masters(self.kind)
         return self._packed.tensors[f"{name}.weight"]
 
 
